@@ -1,0 +1,90 @@
+"""Server settings and per-request settings: the only place that validates them."""
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ADDITIONAL_CONFIG_KEY = "mikv"
+"""Key under vLLM's ``--additional-config`` that carries :class:`CompressionConfig`."""
+
+RATIO_FIELD = "kv_compression_ratio"
+"""Name of the per-request setting, in a request body and in ``SamplingParams.extra_args``."""
+
+REPORT_FIELD = "kv_compression"
+"""Name of the per-request report, in a response body."""
+
+
+class CompressionConfig(BaseModel):
+    """Settings of the two-tier cache, the same in every process of a server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
+    """Compression ratio of a request that names none. 1.0 leaves it untouched."""
+
+    importance: Literal["window", "h2o"] = "window"
+    """How a prompt is scored: attention of its last ``window`` queries, or of all of them
+    (H2O, arXiv:2306.14048). ``h2o`` reads no prefix cache: it needs every query."""
+
+    window: int = Field(default=32, ge=1, le=1024)
+    """Queries at the prompt's end that score it, with ``importance: window``. Tokens."""
+
+    recent: int = Field(default=16, ge=1, le=1024)
+    """Newest tokens that are never demoted. Tokens."""
+
+    decay: float = Field(default=0.98, ge=0.0, le=1.0, allow_inf_nan=False)
+    """Factor on every importance score at each decode step. 1.0 never forgets."""
+
+    high_bits: Literal[8, 16] = 8
+    """Bits per number in the high tier."""
+
+    min_tokens: int = Field(default=256, ge=64)
+    """A request stays native until it holds this many tokens."""
+
+    codec: Literal["channel"] = "channel"
+    """Low-tier codec: keys per channel, values per token."""
+
+    @model_validator(mode="after")
+    def _recent_fits(self) -> Self:
+        if self.recent >= self.min_tokens:
+            raise ValueError(
+                f"recent is {self.recent}, but must be below min_tokens ({self.min_tokens})"
+            )
+        return self
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> Self | None:
+        """Read the settings out of vLLM's ``additional_config``; None if MiKV was not asked for."""
+        if not isinstance(additional_config, dict):
+            return None
+        settings = additional_config.get(ADDITIONAL_CONFIG_KEY)
+        return None if settings is None else cls.model_validate(settings)
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """The ``additional_config`` entry that :meth:`from_additional_config` reads."""
+        return {ADDITIONAL_CONFIG_KEY: self.model_dump()}
+
+
+class RatioError(ValueError):
+    """A compression ratio that is no number or out of range."""
+
+
+def parse_ratio(value: Any, largest: float, field: str = RATIO_FIELD) -> float:
+    """Check one compression ratio.
+
+    Args:
+        value: what the user gave.
+        largest: the largest ratio of the served model, from
+            :func:`mikv_vllm.tiers.plan.largest_ratio`.
+        field: name of the field or flag, for the message.
+
+    Raises:
+        RatioError: one sentence with the field, the value and the range.
+    """
+    allowed = f"allowed is a number from 1.0 (untouched) to {largest:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RatioError(f"{field} is {value!r}, which is no number; {allowed}.")
+    if math.isnan(value) or not 1.0 <= value <= largest:
+        raise RatioError(f"{field} is {value!r}, which is out of range; {allowed}.")
+    return float(value)

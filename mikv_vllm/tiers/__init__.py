@@ -1,0 +1,1 @@
+"""The two tiers in plain Python and torch: no vLLM import below this package."""

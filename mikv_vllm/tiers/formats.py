@@ -1,0 +1,172 @@
+"""Byte layouts of the tiers: the one definition that oracle and kernels share.
+
+The pages of one compressed request form, for each layer and KV head, one *stream* of bytes (see
+:class:`TierGeometry`). Records in it are multiples of a 64-byte line, and so are pages: a record
+may cross from one page into the next, a line never does.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+LINE_BYTES = 64
+CHUNK_TOKENS = 32
+"""Tokens of one low-tier record."""
+GROUP_TOKENS = 16
+"""Tokens of one high-tier record."""
+VALUE_GROUP = 64
+"""Channels that share a token's value scale in the low tier."""
+NATIVE_BYTES = 2
+"""Bytes per number of an uncompressed cache (bf16 or fp16)."""
+
+
+def lines(num_bytes: int) -> int:
+    """``num_bytes`` rounded up to whole lines."""
+    return -(-num_bytes // LINE_BYTES) * LINE_BYTES
+
+
+@dataclass(frozen=True, order=True)
+class LowFormat:
+    """Bits of the low tier: keys per channel over a chunk, values per token."""
+
+    key_bits: int
+    value_bits: int
+
+    def __post_init__(self) -> None:
+        if self.key_bits not in (2, 3, 4) or self.value_bits not in (2, 3, 4):
+            raise ValueError(f"{self.name} is no low format: keys and values take 2, 3 or 4 bits")
+
+    @property
+    def name(self) -> str:
+        """Short name, for example ``K4V3``."""
+        return f"K{self.key_bits}V{self.value_bits}"
+
+
+LADDER = (LowFormat(4, 4), LowFormat(4, 3), LowFormat(3, 3), LowFormat(3, 2), LowFormat(2, 2))
+"""The low formats that a ratio can choose, richest first."""
+
+
+@dataclass(frozen=True)
+class LowLayout:
+    """Byte offsets in a low-tier record of one head: 32 tokens.
+
+    ``keys``: per bit plane, tiles of 4 channels x 16 tokens (:func:`key_tiles`);
+    ``values``: per bit plane, tiles of 4 tokens x 16 channels;
+    ``key_scales``, ``key_zeros``: one byte per channel;
+    ``value_scales``, ``value_zeros``: one byte per token, for each group of channels
+    ``[value_groups, 32]``.
+    """
+
+    head_dim: int
+    low_format: LowFormat
+
+    @property
+    def value_groups(self) -> int:
+        """Groups of channels with a value scale each."""
+        return max(1, self.head_dim // VALUE_GROUP)
+
+    @property
+    def keys(self) -> int:
+        return 0
+
+    @cached_property
+    def values(self) -> int:
+        return CHUNK_TOKENS * self.head_dim * self.low_format.key_bits // 8
+
+    @cached_property
+    def key_scales(self) -> int:
+        return self.values + CHUNK_TOKENS * self.head_dim * self.low_format.value_bits // 8
+
+    @cached_property
+    def key_zeros(self) -> int:
+        return self.key_scales + self.head_dim
+
+    @cached_property
+    def value_scales(self) -> int:
+        return self.key_scales + lines(2 * self.head_dim)
+
+    @cached_property
+    def value_zeros(self) -> int:
+        return self.value_scales + CHUNK_TOKENS * self.value_groups
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of the whole record."""
+        return lines(self.value_zeros + CHUNK_TOKENS * self.value_groups)
+
+
+@dataclass(frozen=True)
+class HighLayout:
+    """Byte offsets in a high-tier record of one head: 16 tokens.
+
+    8 bits: keys and values as ``int8 + 128`` in tiles as in the low tier, one fp16 scale a token
+    each. 16 bits: keys, then values, ``[16, head_dim]`` in the cache's dtype, and no scales.
+    Scores are float32.
+    """
+
+    head_dim: int
+    bits: int
+
+    @property
+    def keys(self) -> int:
+        return 0
+
+    @cached_property
+    def values(self) -> int:
+        return GROUP_TOKENS * self.head_dim * self.bits // 8
+
+    @cached_property
+    def key_scales(self) -> int:
+        return 2 * self.values
+
+    @cached_property
+    def value_scales(self) -> int:
+        return self.key_scales + (2 * GROUP_TOKENS if self.bits == 8 else 0)
+
+    @cached_property
+    def scores(self) -> int:
+        return self.value_scales + (2 * GROUP_TOKENS if self.bits == 8 else 0)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of the whole record."""
+        return self.scores + 4 * GROUP_TOKENS
+
+
+@dataclass(frozen=True)
+class TierGeometry:
+    """Sizes of one model's tiers, per layer and KV head.
+
+    A compressed request's pages, in block-table order, are one stream per layer and head. It
+    starts with the ``header`` (key centres, fp16 per channel). High groups follow it upwards; low
+    chunks lie at the other end and grow downwards. Free space is the gap between them.
+    """
+
+    head_dim: int
+    block_size: int
+    high_bits: int = 8
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page per layer and KV head."""
+        return self.block_size * 2 * self.head_dim * NATIVE_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of an uncompressed token per layer and KV head."""
+        return 2 * self.head_dim * NATIVE_BYTES
+
+    @property
+    def header_bytes(self) -> int:
+        return lines(2 * self.head_dim)
+
+    @cached_property
+    def high(self) -> HighLayout:
+        return HighLayout(self.head_dim, self.high_bits)
+
+    def low(self, low_format: LowFormat) -> LowLayout:
+        return LowLayout(self.head_dim, low_format)
+
+    def high_bytes(self, num_tokens: int) -> int:
+        """Bytes of the header and the high tier with ``num_tokens`` tokens."""
+        groups = -(-num_tokens // GROUP_TOKENS)
+        return self.header_bytes + groups * self.high.num_bytes

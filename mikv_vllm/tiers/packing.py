@@ -1,0 +1,83 @@
+"""Tiles and bit planes: how integers of a record lie in its lines.
+
+A *tile* is one 64-byte line of 16 x 4 small integers, shaped for a byte dot product over its last
+axis: keys take 16 tokens x 4 channels, values 16 channels x 4 tokens. Tiles are stored in *bit
+planes*: a plane of ``p`` bits keeps ``8 // p`` consecutive tiles in one line, tile ``j`` in bits
+``[p*j, p*(j+1))`` of every byte. 4 bits are one plane; 3 bits are a 2-bit plane of the low bits,
+then a 1-bit plane of the high bit; 2 bits are one plane; 8 bits are the tiles themselves.
+"""
+
+import torch
+
+from mikv_vllm.tiers.formats import LINE_BYTES
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Bits per number -> bits of its planes, low bits first."""
+
+
+def key_tiles(integers: torch.Tensor) -> torch.Tensor:
+    """Arrange keys ``[..., tokens, head_dim]`` as tiles ``[..., tiles, 64]``.
+
+    Tile ``i`` covers channels ``4 * (i // halves)`` and token half ``i % halves`` of 16 tokens.
+    """
+    *lead, tokens, head_dim = integers.shape
+    split = integers.reshape(*lead, tokens // 16, 16, head_dim // 4, 4)
+    return split.movedim(-2, -4).reshape(*lead, -1, LINE_BYTES)
+
+
+def key_tiles_inverse(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Undo :func:`key_tiles`: ``[..., tiles, 64]`` -> ``[..., tokens, head_dim]``."""
+    *lead, _, _ = tiles.shape
+    split = tiles.reshape(*lead, -1, tokens // 16, 16, 4)
+    return split.movedim(-4, -2).reshape(*lead, tokens, -1)
+
+
+def value_tiles(integers: torch.Tensor) -> torch.Tensor:
+    """Arrange values ``[..., tokens, head_dim]`` as tiles ``[..., tiles, 64]``.
+
+    Tile ``i`` covers tokens ``4 * (i // (head_dim // 16))`` and channels
+    ``16 * (i % (head_dim // 16))``.
+    """
+    *lead, tokens, head_dim = integers.shape
+    split = integers.reshape(*lead, tokens // 4, 4, head_dim // 16, 16)
+    return split.movedim(-3, -1).reshape(*lead, -1, LINE_BYTES)
+
+
+def value_tiles_inverse(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Undo :func:`value_tiles`: ``[..., tiles, 64]`` -> ``[..., tokens, head_dim]``."""
+    *lead, _, _ = tiles.shape
+    split = tiles.reshape(*lead, tokens // 4, -1, 16, 4)
+    return split.movedim(-1, -3).reshape(*lead, tokens, -1)
+
+
+def pack(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack integer tiles ``[..., tiles, 64]`` below ``2**bits`` into bytes ``[..., n]``, uint8."""
+    values = tiles.to(torch.int32)
+    planes = []
+    shift = 0
+    for plane_bits in PLANES[bits]:
+        plane = (values >> shift) & ((1 << plane_bits) - 1)
+        per_line = 8 // plane_bits
+        plane = plane.reshape(*plane.shape[:-2], -1, per_line, LINE_BYTES)
+        shifts = torch.arange(per_line, dtype=torch.int32)[:, None] * plane_bits
+        planes.append((plane << shifts).sum(-2).flatten(-2))
+        shift += plane_bits
+    return torch.cat(planes, dim=-1).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int, num_tiles: int) -> torch.Tensor:
+    """Undo :func:`pack`: bytes ``[..., n]`` -> tiles ``[..., num_tiles, 64]``, int32."""
+    values = packed.to(torch.int32)
+    tiles = torch.zeros(*packed.shape[:-1], num_tiles, LINE_BYTES, dtype=torch.int32)
+    offset = shift = 0
+    for plane_bits in PLANES[bits]:
+        per_line = 8 // plane_bits
+        size = num_tiles // per_line * LINE_BYTES
+        plane = values[..., offset : offset + size]
+        plane = plane.reshape(*plane.shape[:-1], -1, 1, LINE_BYTES)
+        shifts = torch.arange(per_line, dtype=torch.int32)[:, None] * plane_bits
+        plane = (plane >> shifts) & ((1 << plane_bits) - 1)
+        tiles += plane.flatten(-3, -2) << shift
+        offset += size
+        shift += plane_bits
+    return tiles
