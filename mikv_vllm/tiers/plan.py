@@ -1,0 +1,170 @@
+"""Compression ratio -> low format -> tier sizes: pure functions of counts.
+
+The scheduler runs them; nothing here looks at a key or a value.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+from mikv_vllm.tiers.formats import (
+    CHUNK_TOKENS,
+    GROUP_TOKENS,
+    LADDER,
+    LowFormat,
+    TierGeometry,
+)
+
+LEAST_HIGH_FRACTION = 0.02
+"""A low format is chosen only if this share of tokens can stay high."""
+
+
+def high_fraction(geometry: TierGeometry, low_format: LowFormat, ratio: float) -> float:
+    """Share of tokens in the high tier at which ``low_format`` stores exactly 1/ratio.
+
+    Above 1.0 or below 0.0 where the format alone is smaller or larger than that.
+    """
+    low = geometry.low(low_format).num_bytes / CHUNK_TOKENS
+    high = geometry.high.num_bytes / GROUP_TOKENS
+    return (geometry.token_bytes / ratio - low) / (high - low)
+
+
+def choose_low_format(geometry: TierGeometry, ratio: float) -> LowFormat:
+    """The richest format of the ladder that leaves :data:`LEAST_HIGH_FRACTION` for the high tier."""
+    for low_format in LADDER:
+        if high_fraction(geometry, low_format, ratio) >= LEAST_HIGH_FRACTION:
+            return low_format
+    return LADDER[-1]
+
+
+@cache
+def largest_ratio(head_dim: int, high_bits: int = 8) -> float:
+    """Largest compression ratio that a model may be asked for, rounded down to a tenth."""
+    geometry = TierGeometry(head_dim, 1, high_bits)
+    low = geometry.low(LADDER[-1]).num_bytes / CHUNK_TOKENS
+    high = geometry.high.num_bytes / GROUP_TOKENS
+    stored = low + LEAST_HIGH_FRACTION * (high - low)
+    return math.floor(10 * geometry.token_bytes / stored) / 10
+
+
+@dataclass(frozen=True)
+class TierState:
+    """Sizes of one compressed request, the same in every layer and head.
+
+    ``low_end`` is the stream offset behind the last low chunk, in bytes; the low tier covers
+    ``low_chunks`` records below it.
+    """
+
+    pages: int
+    high_tokens: int
+    low_chunks: int
+    low_end: int
+
+    @property
+    def low_tokens(self) -> int:
+        return CHUNK_TOKENS * self.low_chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return self.high_tokens + self.low_tokens
+
+
+@dataclass(frozen=True)
+class AppendStep:
+    """What one decode step does before the new token is attended to, in this order."""
+
+    new_pages: int
+    moved_chunks: int
+    """Lowest-lying chunks that move to the end of the stream, into new pages."""
+    demoted_chunks: int
+    """Times 32 high tokens that become one low chunk."""
+    state: TierState
+    """Sizes afterwards, with the new token in the high tier."""
+
+
+@dataclass(frozen=True)
+class TierPlanner:
+    """Sizes of a request's tiers from its token count, for one ratio.
+
+    Args:
+        geometry: sizes of the model's records and pages.
+        ratio: requested compression ratio, above 1.
+        recent: newest tokens that are never demoted.
+    """
+
+    geometry: TierGeometry
+    ratio: float
+    recent: int
+
+    @property
+    def low_format(self) -> LowFormat:
+        return choose_low_format(self.geometry, self.ratio)
+
+    def least_high(self, num_tokens: int) -> int:
+        """High tokens below which no demotion goes: the recent ones and some important ones."""
+        return self.recent + int(LEAST_HIGH_FRACTION / 2 * num_tokens)
+
+    def _chunk_bytes(self) -> int:
+        return self.geometry.low(self.low_format).num_bytes
+
+    def budget(self, num_tokens: int) -> int:
+        """Pages that bring ``num_tokens`` tokens closest to the ratio."""
+        share = self.geometry.block_size * self.ratio
+        return max(1, math.floor(num_tokens / share + 0.5))
+
+    def native_pages(self, num_tokens: int) -> int:
+        """Pages that ``num_tokens`` uncompressed tokens take."""
+        return -(-num_tokens // self.geometry.block_size)
+
+    def _fit(self, num_tokens: int, pages: int) -> TierState | None:
+        """The sizes with the most high tokens in ``pages``, or None if nothing fits."""
+        low_end = pages * self.geometry.page_bytes
+        chunk = self._chunk_bytes()
+        group = self.geometry.high.num_bytes
+        free = low_end - self.geometry.header_bytes
+        # All high first; every chunk then frees the bytes of two groups for those of a chunk.
+        excess = self.geometry.high_bytes(num_tokens) - low_end
+        chunks = max(0, math.ceil(excess / (2 * group - chunk)))
+        high_tokens = num_tokens - CHUNK_TOKENS * chunks
+        least = self.least_high(num_tokens)
+        if high_tokens < least:
+            return None
+        if chunks and (free - chunks * chunk) // group * GROUP_TOKENS < CHUNK_TOKENS + least:
+            # The next demotion would leave too few.
+            return None
+        return TierState(pages, high_tokens, chunks, low_end)
+
+    def compress(self, num_tokens: int) -> TierState | None:
+        """Sizes of a native request of ``num_tokens`` once compressed; None if no page is saved."""
+        all_high = -(-self.geometry.high_bytes(num_tokens) // self.geometry.page_bytes)
+        pages = min(self.budget(num_tokens), all_high)
+        while pages < self.native_pages(num_tokens):
+            if state := self._fit(num_tokens, pages):
+                return state
+            pages += 1
+        return None
+
+    def append(self, state: TierState) -> AppendStep:
+        """Plan one decode step of a compressed request."""
+        geometry, chunk = self.geometry, self._chunk_bytes()
+        new_pages = moved = demoted = 0
+        pages, high, low, low_end = state.pages, state.high_tokens, state.low_chunks, state.low_end
+
+        def full() -> bool:
+            return geometry.high_bytes(high + 1) > low_end - low * chunk
+
+        if full():
+            new_pages = max(0, self.budget(state.num_tokens + 1) - pages)
+            if not new_pages and high - CHUNK_TOKENS >= self.least_high(state.num_tokens):
+                high -= CHUNK_TOKENS
+                low += 1
+                demoted = 1
+            new_pages = new_pages or int(full())
+            pages += new_pages
+            if new_pages:
+                moved = min(low, (pages * geometry.page_bytes - low_end) // chunk)
+                low_end = pages * geometry.page_bytes if not low else low_end + moved * chunk
+        after = replace(
+            state, pages=pages, high_tokens=high + 1, low_chunks=low, low_end=low_end
+        )
+        return AppendStep(new_pages, moved, demoted, after)

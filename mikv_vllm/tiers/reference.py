@@ -1,0 +1,388 @@
+"""Every tier operation in plain torch, on the bytes of real pages: the kernels' oracle.
+
+A layer's cache is ``pages``: uint8 ``[num_pages, kv_heads, page_bytes]``. All functions work on
+one request; ``table`` is its block table, page ids in stream order.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from mikv_vllm.tiers import codec, packing
+from mikv_vllm.tiers.formats import (
+    CHUNK_TOKENS,
+    GROUP_TOKENS,
+    LowFormat,
+    TierGeometry,
+)
+from mikv_vllm.tiers.plan import TierState
+
+
+class Stream:
+    """The stream of one layer and KV head: its bytes in all pages of a request, joined."""
+
+    def __init__(self, pages: torch.Tensor, table: list[int], head: int) -> None:
+        self._pages = pages
+        self._table = table
+        self._head = head
+
+    def read(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """A copy of ``num_bytes`` bytes from ``offset``, uint8."""
+        size = self._pages.shape[-1]
+        first, last = offset // size, (offset + num_bytes - 1) // size
+        joined = torch.cat([self._pages[p, self._head] for p in self._table[first : last + 1]])
+        return joined[offset - first * size :][:num_bytes].clone()
+
+    def write(self, offset: int, data: torch.Tensor) -> None:
+        """Store ``data``, of any dtype, at ``offset``."""
+        size = self._pages.shape[-1]
+        data = data.contiguous().view(torch.uint8).flatten()
+        while len(data):
+            page, start = divmod(offset, size)
+            part = data[: size - start]
+            self._pages[self._table[page], self._head, start : start + len(part)] = part
+            data, offset = data[len(part) :], offset + len(part)
+
+
+def read_center(stream: Stream, geometry: TierGeometry) -> torch.Tensor:
+    """Key centres ``[head_dim]``, float32."""
+    return stream.read(0, 2 * geometry.head_dim).view(torch.float16).float()
+
+
+def group_offset(geometry: TierGeometry, group: int) -> int:
+    """Stream offset of a high group."""
+    return geometry.header_bytes + group * geometry.high.num_bytes
+
+
+def chunk_offset(
+    geometry: TierGeometry, low_format: LowFormat, state: TierState, chunk: int
+) -> int:
+    """Stream offset of a low chunk; chunk 0 lies lowest."""
+    return state.low_end - (state.low_chunks - chunk) * geometry.low(low_format).num_bytes
+
+
+def write_chunk(
+    stream: Stream,
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    offset: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Quantize 32 tokens, keys and values ``[32, head_dim]``, into the chunk at ``offset``."""
+    layout = geometry.low(low_format)
+    quantized = codec.quantize_keys(keys, read_center(stream, geometry), low_format.key_bits)
+    tiles = packing.key_tiles(quantized.integers)
+    stream.write(offset + layout.keys, packing.pack(tiles, low_format.key_bits))
+    stream.write(offset + layout.key_scales, quantized.scales)
+    stream.write(offset + layout.key_zeros, quantized.zeros)
+    quantized = codec.quantize_values(values, low_format.value_bits)
+    tiles = packing.value_tiles(codec.merge_value_groups(quantized.integers))
+    stream.write(offset + layout.values, packing.pack(tiles, low_format.value_bits))
+    stream.write(offset + layout.value_scales, quantized.scales)
+    stream.write(offset + layout.value_zeros, quantized.zeros)
+
+
+def read_chunk(
+    stream: Stream, geometry: TierGeometry, low_format: LowFormat, offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[32, head_dim]`` of a chunk, dequantized and rotated back, float32."""
+    layout = geometry.low(low_format)
+    head_dim, groups = geometry.head_dim, layout.value_groups
+    num_tiles = CHUNK_TOKENS * head_dim // 64
+
+    def part(start: int, num_bytes: int) -> torch.Tensor:
+        return stream.read(offset + start, num_bytes)
+
+    tiles = packing.unpack(
+        part(layout.keys, layout.values), low_format.key_bits, num_tiles
+    )
+    keys = codec.Quantized(
+        packing.key_tiles_inverse(tiles, CHUNK_TOKENS),
+        part(layout.key_scales, head_dim),
+        part(layout.key_zeros, head_dim).view(torch.int8),
+    ).dequantize()
+    tiles = packing.unpack(
+        part(layout.values, layout.key_scales - layout.values), low_format.value_bits, num_tiles
+    )
+    integers = packing.value_tiles_inverse(tiles, CHUNK_TOKENS)
+    integers = integers.reshape(CHUNK_TOKENS, groups, head_dim // groups).movedim(0, 1)
+    values = codec.Quantized(
+        integers,
+        part(layout.value_scales, groups * CHUNK_TOKENS).reshape(groups, CHUNK_TOKENS, 1),
+        part(layout.value_zeros, groups * CHUNK_TOKENS)
+        .view(torch.int8)
+        .reshape(groups, CHUNK_TOKENS, 1),
+    ).dequantize()
+    return keys + read_center(stream, geometry), codec.rotate(codec.merge_value_groups(values))
+
+
+def write_high(
+    stream: Stream,
+    geometry: TierGeometry,
+    first: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
+    """Store tokens ``[n, head_dim]`` with scores ``[n]`` as high tokens ``first ..``."""
+    layout = geometry.high
+    for i, (key, value, score) in enumerate(zip(keys, values, scores, strict=True), first):
+        group, slot = divmod(i, GROUP_TOKENS)
+        base = group_offset(geometry, group)
+        stream.write(base + layout.scores + 4 * slot, score.float().reshape(1))
+        if layout.bits == 16:
+            stream.write(base + layout.keys + slot * 2 * len(key), key)
+            stream.write(base + layout.values + slot * 2 * len(value), value)
+            continue
+        for tensor, tiles_of, inverse, start, scale_start in (
+            (key, packing.key_tiles, packing.key_tiles_inverse, layout.keys, layout.key_scales),
+            (
+                value,
+                packing.value_tiles,
+                packing.value_tiles_inverse,
+                layout.values,
+                layout.value_scales,
+            ),
+        ):
+            integers, scale = codec.quantize_high(tensor[None])
+            size = GROUP_TOKENS * len(tensor)
+            tiles = stream.read(base + start, size).reshape(-1, 64)
+            rows = inverse(tiles, GROUP_TOKENS)
+            rows[slot] = integers[0]
+            stream.write(base + start, tiles_of(rows))
+            stream.write(base + scale_start + 2 * slot, scale)
+
+
+def read_high(
+    stream: Stream, geometry: TierGeometry, num_tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values ``[n, head_dim]`` and scores ``[n]`` of the high tier, float32."""
+    layout, head_dim = geometry.high, geometry.head_dim
+    keys, values, scores = [], [], []
+    for group in range(-(-num_tokens // GROUP_TOKENS)):
+        data = stream.read(group_offset(geometry, group), layout.num_bytes)
+        scores.append(data[layout.scores :].view(torch.float32))
+        size = GROUP_TOKENS * head_dim * layout.bits // 8
+        raw_keys, raw_values = data[:size], data[size : 2 * size]
+        if layout.bits == 16:
+            keys.append(raw_keys.view(dtype).reshape(-1, head_dim).float())
+            values.append(raw_values.view(dtype).reshape(-1, head_dim).float())
+            continue
+        key_scales = data[layout.key_scales : layout.value_scales].view(torch.float16)
+        value_scales = data[layout.value_scales : layout.scores].view(torch.float16)
+        key_rows = packing.key_tiles_inverse(raw_keys.reshape(-1, 64), GROUP_TOKENS)
+        value_rows = packing.value_tiles_inverse(raw_values.reshape(-1, 64), GROUP_TOKENS)
+        keys.append(codec.dequantize_high(key_rows, key_scales))
+        values.append(codec.dequantize_high(value_rows, value_scales))
+    if not keys:
+        empty = torch.zeros(0, head_dim)
+        return empty, empty, torch.zeros(0)
+    return (
+        torch.cat(keys)[:num_tokens],
+        torch.cat(values)[:num_tokens],
+        torch.cat(scores)[:num_tokens],
+    )
+
+
+def select_high(scores: torch.Tensor, num_high: int, recent: int) -> torch.Tensor:
+    """Positions of the high tokens, ascending: the ``recent`` newest and the best of the others.
+
+    Of equal scores the earlier token wins.
+    """
+    older = len(scores) - recent
+    best = torch.sort(scores[:older], descending=True, stable=True).indices[: num_high - recent]
+    return torch.cat([best.sort().values, torch.arange(older, len(scores))])
+
+
+def compress(
+    pages: torch.Tensor,
+    table: list[int],
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    state: TierState,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    recent: int,
+) -> None:
+    """Write a whole request into its tiers.
+
+    Args:
+        keys, values: ``[tokens, kv_heads, head_dim]`` in the cache's dtype.
+        scores: ``[kv_heads, tokens]``, float32.
+        state: sizes to reach; ``state.num_tokens`` equals ``tokens``.
+    """
+    for head in range(pages.shape[1]):
+        stream = Stream(pages, table, head)
+        k, v = keys[:, head], values[:, head]
+        center = k.float().mean(0).clamp(-65504, 65504).to(torch.float16)
+        stream.write(0, center)
+        high = select_high(scores[head], state.high_tokens, recent)
+        write_high(stream, geometry, 0, k[high], v[high], scores[head][high])
+        is_low = torch.ones(len(k), dtype=torch.bool)
+        is_low[high] = False
+        low = is_low.nonzero().flatten()
+        for chunk in range(state.low_chunks):
+            tokens = low[CHUNK_TOKENS * chunk : CHUNK_TOKENS * (chunk + 1)]
+            offset = chunk_offset(geometry, low_format, state, chunk)
+            write_chunk(stream, geometry, low_format, offset, k[tokens], v[tokens])
+
+
+def move_chunks(
+    stream: Stream, geometry: TierGeometry, low_format: LowFormat, state: TierState, count: int
+) -> TierState:
+    """Move the ``count`` lowest-lying chunks behind the last one; returns the new sizes."""
+    size = geometry.low(low_format).num_bytes
+    for _ in range(count):
+        start = chunk_offset(geometry, low_format, state, 0)
+        stream.write(state.low_end, stream.read(start, size))
+        state = replace(state, low_end=state.low_end + size)
+    return state
+
+
+def demote(
+    stream: Stream,
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    state: TierState,
+    recent: int,
+    dtype: torch.dtype,
+) -> TierState:
+    """Turn the 32 least important high tokens into a low chunk; returns the new sizes.
+
+    The ``recent`` newest stay; of equal scores the earlier token goes first; the rest keep
+    their order.
+    """
+    keys, values, scores = read_high(stream, geometry, state.high_tokens, dtype)
+    order = torch.sort(scores[: state.high_tokens - recent], stable=True).indices
+    victims = order[:CHUNK_TOKENS].sort().values
+    keep = torch.ones(state.high_tokens, dtype=torch.bool)
+    keep[victims] = False
+    rest = (keys[keep].to(dtype), values[keep].to(dtype)) if geometry.high_bits == 16 else None
+    if rest is None:
+        _compact(stream, geometry, state.high_tokens, keep)
+    else:
+        write_high(stream, geometry, 0, *rest, scores[keep])
+    after = replace(
+        state, high_tokens=state.high_tokens - CHUNK_TOKENS, low_chunks=state.low_chunks + 1
+    )
+    offset = chunk_offset(geometry, low_format, after, 0)
+    write_chunk(stream, geometry, low_format, offset, keys[victims], values[victims])
+    return after
+
+
+def _compact(stream: Stream, geometry: TierGeometry, num_tokens: int, keep: torch.Tensor) -> None:
+    """Close the holes of an 8-bit high tier byte by byte: nothing is quantized again."""
+    layout, head_dim = geometry.high, geometry.head_dim
+    groups = -(-num_tokens // GROUP_TOKENS)
+    offsets = [group_offset(geometry, group) for group in range(groups)]
+    records = [stream.read(offset, layout.num_bytes) for offset in offsets]
+    size = GROUP_TOKENS * head_dim
+    inverses = ((packing.key_tiles_inverse, packing.key_tiles, 0),)
+    inverses += ((packing.value_tiles_inverse, packing.value_tiles, size),)
+    for inverse, tiles_of, start in inverses:
+        rows = [inverse(r[start : start + size].reshape(-1, 64), GROUP_TOKENS) for r in records]
+        joined = torch.cat(rows)
+        kept = joined[:num_tokens][keep]
+        joined[: len(kept)] = kept
+        for offset, part in zip(offsets, joined.split(GROUP_TOKENS), strict=True):
+            stream.write(offset + start, tiles_of(part))
+    for start, stop, dtype in (
+        (layout.key_scales, layout.value_scales, torch.float16),
+        (layout.value_scales, layout.scores, torch.float16),
+        (layout.scores, layout.num_bytes, torch.float32),
+    ):
+        joined = torch.cat([r[start:stop].view(dtype) for r in records])
+        kept = joined[:num_tokens][keep]
+        joined[: len(kept)] = kept
+        for offset, part in zip(offsets, joined.split(GROUP_TOKENS), strict=True):
+            stream.write(offset + start, part)
+
+
+def attend(
+    stream: Stream,
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    state: TierState,
+    queries: torch.Tensor,
+    scale: float,
+    decay: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one token over both tiers; adds its probabilities to the importance scores.
+
+    Args:
+        queries: ``[group, head_dim]``, the query heads that share this KV head.
+        sinks: ``[group]`` logits that only join the softmax's denominator, or None.
+
+    Returns:
+        ``[group, head_dim]``, float32.
+    """
+    parts = [read_high(stream, geometry, state.high_tokens, queries.dtype)]
+    keys, values = [parts[0][0]], [parts[0][1]]
+    for chunk in range(state.low_chunks):
+        offset = chunk_offset(geometry, low_format, state, chunk)
+        k, v = read_chunk(stream, geometry, low_format, offset)
+        keys.append(k)
+        values.append(v)
+    weights = attention_weights(queries, torch.cat(keys), scale, softcap, sinks)
+    scores = parts[0][2] * decay + weights[:, : state.high_tokens].sum(0)
+    for i, score in enumerate(scores):
+        group, slot = divmod(i, GROUP_TOKENS)
+        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
+        stream.write(offset, score.reshape(1))
+    return weights @ torch.cat(values)
+
+
+def attention_weights(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax weights ``[queries, keys]``, float32; sinks ``[queries]`` take their share."""
+    logits = queries.float() @ keys.float().T * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None]], dim=1)
+        return logits.softmax(-1)[:, :-1]
+    return logits.softmax(-1)
+
+
+def score_prompt(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Importance of a prompt's tokens: attention that its last queries paid to each.
+
+    Args:
+        queries: ``[n, heads, head_dim]``, of the last ``n`` tokens, causal.
+        keys: ``[tokens, kv_heads, head_dim]``.
+        sinks: ``[heads]`` or None.
+
+    Returns:
+        ``[kv_heads, tokens]``: weights summed over queries and over the query heads of a KV head.
+    """
+    num_queries, num_heads, _ = queries.shape
+    tokens, kv_heads, _ = keys.shape
+    group = num_heads // kv_heads
+    positions = torch.arange(tokens - num_queries, tokens)
+    mask = torch.arange(tokens)[None] <= positions[:, None]
+    scores = torch.zeros(kv_heads, tokens)
+    for head in range(num_heads):
+        sink = None if sinks is None else sinks[head].expand(num_queries)
+        weights = attention_weights(
+            queries[:, head], keys[:, head // group], scale, softcap, sink, mask
+        )
+        scores[head // group] += weights.sum(0)
+    return scores
