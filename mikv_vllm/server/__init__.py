@@ -1,0 +1,1 @@
+"""MiKV as a server: command line, HTTP, metrics and the offline class."""
