@@ -1,0 +1,166 @@
+"""The block manager that gives a request's pages two precision tiers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
+from mikv_vllm.tiers.plan import TierPlanner, TierState
+
+if TYPE_CHECKING:
+    from mikv_vllm.engine.spec import TieredAttentionSpec
+
+
+@dataclass
+class TieredRequest:
+    """The tiers of one compressed request; its pages are in ``req_to_blocks``."""
+
+    planner: TierPlanner
+    state: TierState
+
+
+class TieredBlockManager(FullAttentionManager):
+    """A ``FullAttentionManager`` whose requests are native or tiered.
+
+    A native request is vLLM's own in every respect. For a tiered request the number of pages
+    follows from :class:`TierPlanner`; vLLM is given no new pages for it, since the workers take
+    them from the plan, and its pages never enter the prefix cache.
+    """
+
+    kv_cache_spec: "TieredAttentionSpec"
+
+    def __init__(self, kv_cache_spec: "TieredAttentionSpec", **kwargs) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.tiered: dict[str, TieredRequest] = {}
+        self.num_compressed = 0
+        self.num_compressed_in_place = 0
+        self.num_demoted = 0
+        self._decode_steps: dict[str, DecodeStep] = {}
+        self._released: list[KVCacheBlock] = []
+        self._planners: dict[float, TierPlanner] = {}
+
+    @cached_property
+    def geometry(self):
+        """Sizes of the tiers (:class:`~mikv_vllm.tiers.formats.TierGeometry`)."""
+        return self.kv_cache_spec.geometry
+
+    def planner(self, ratio: float) -> TierPlanner:
+        """The planner of all requests with this ratio."""
+        if ratio not in self._planners:
+            recent = self.kv_cache_spec.compression.recent
+            self._planners[ratio] = TierPlanner(self.geometry, ratio, recent)
+        return self._planners[ratio]
+
+    # What vLLM calls.
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args,
+        **kwargs,
+    ) -> int:
+        tiered = self.tiered.get(request_id)
+        if tiered is None:
+            return super().get_num_blocks_to_allocate(
+                request_id, num_tokens, new_computed_blocks, *args, **kwargs
+            )
+        if num_tokens <= tiered.state.num_tokens:
+            return 0
+        return tiered.planner.append(tiered.state).new_pages
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        tiered = self.tiered.get(request_id)
+        if tiered is None:
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        before = tiered.state
+        assert num_tokens == before.num_tokens + 1, (
+            f"request {request_id} holds {before.num_tokens} tokens in its tiers "
+            f"and takes one at a time, but {num_tokens} were asked for"
+        )
+        append = tiered.planner.append(before)
+        blocks = self.block_pool.get_new_blocks(append.new_pages)
+        self.req_to_blocks[request_id].extend(blocks)
+        tiered.state = append.state
+        self.num_demoted += append.demoted_chunks
+        self._decode_steps[request_id] = DecodeStep(
+            before,
+            append,
+            tuple(block.block_id for block in blocks),
+            tiered.planner.low_format,
+        )
+        return []
+
+    def cache_blocks(self, request: Request, *args, **kwargs) -> None:
+        if request.request_id not in self.tiered:
+            super().cache_blocks(request, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.tiered.pop(request_id, None)
+        self._decode_steps.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    # What our scheduler calls.
+
+    def take_decode_steps(self) -> dict[str, DecodeStep]:
+        """Drain the steps of the tiered requests that were scheduled since the last call."""
+        steps, self._decode_steps = self._decode_steps, {}
+        return steps
+
+    def compress(self, request_id: str, ratio: float, num_tokens: int) -> CompressStep | None:
+        """Move a native request into tiers; None if that saves no page or no page is to be had.
+
+        The request's native pages stay allocated until :meth:`release_native_pages`: other
+        requests of the same step must not write to them before the workers have read them.
+        """
+        planner = self.planner(ratio)
+        state = planner.compress(num_tokens)
+        if state is None:
+            return None
+        native = self.req_to_blocks[request_id]
+        targets = self._take_targets(native, state.pages)
+        if targets is None:
+            return None
+        kept = {block.block_id for block in targets}
+        in_place = any(block.block_id in kept for block in native)
+        step = CompressStep(
+            tuple(block.block_id for block in native),
+            tuple(block.block_id for block in targets),
+            state,
+            planner.low_format,
+            in_place,
+        )
+        self._released.extend(b for b in reversed(native) if b.block_id not in kept)
+        self.req_to_blocks[request_id] = targets
+        self.tiered[request_id] = TieredRequest(planner, state)
+        self.num_compressed += 1
+        self.num_compressed_in_place += in_place
+        return step
+
+    def _take_targets(
+        self, native: list[KVCacheBlock], num_pages: int
+    ) -> list[KVCacheBlock] | None:
+        """Pages to compress into: free ones, or the request's own where too few are free."""
+        num_free = self.block_pool.get_num_free_blocks()
+        if num_pages <= num_free:
+            return self.block_pool.get_new_blocks(num_pages)
+        # Nobody else may read a page that we write to: neither a request that shares it
+        # (ref_cnt) nor, later, one that finds it in the prefix cache (evict).
+        own = [b for b in reversed(native) if b.ref_cnt == 1 and not b.is_null][:num_pages]
+        if len(own) + num_free < num_pages:
+            return None
+        self.block_pool.evict_blocks({block.block_id for block in own})
+        return own + self.block_pool.get_new_blocks(num_pages - len(own))
+
+    def release_native_pages(self) -> None:
+        """Return the native pages of this step's compressed requests to the pool."""
+        self.block_pool.free_blocks(self._released)
+        self._released = []

@@ -1,0 +1,228 @@
+"""The scheduler: vLLM's own, plus one plan a step."""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from mikv_vllm.config import (
+    ADDITIONAL_CONFIG_KEY,
+    RATIO_FIELD,
+    REPORT_FIELD,
+    CompressionConfig,
+    RatioError,
+    parse_ratio,
+)
+from mikv_vllm.engine.block_manager import TieredBlockManager
+from mikv_vllm.engine.step_plan import (
+    CompressStep,
+    ScoreStep,
+    StepPlan,
+    TieredSchedulerOutput,
+    TierStats,
+)
+from mikv_vllm.tiers.plan import largest_ratio
+
+logger = init_logger(__name__)
+
+
+class TieredScheduler(AsyncScheduler):
+    """Schedules as vLLM does, then plans which requests to score, compress and demote.
+
+    Compression is planned in the step that computes a prompt's last token, or, for a request that
+    was too short then, in the decode step in which it first saves a page.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
+        assert config is not None, (
+            f"TieredScheduler needs additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
+        )
+        self.compression = config
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.tiers = next(m for m in managers if isinstance(m, TieredBlockManager))
+        group = self.kv_cache_config.kv_cache_groups[self.tiers.kv_cache_group_id]
+        self.largest_ratio = largest_ratio(self.tiers.geometry.head_dim, config.high_bits)
+        self._heads = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
+        self._heads *= self.parallel_config.tensor_parallel_size
+        self._ratios: dict[str, float] = {}
+        self._scoring: set[str] = set()
+
+    # Requests come and go.
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        ratio = self._requested_ratio(request)
+        if ratio > 1.0:
+            self._ratios[request.request_id] = ratio
+
+    def _requested_ratio(self, request: Request) -> float:
+        # A resumable request gets new prompt tokens later; they need native pages.
+        if request.sampling_params is None or request.resumable:
+            return 1.0
+        value = (request.sampling_params.extra_args or {}).get(RATIO_FIELD)
+        if value is None:
+            return self.compression.ratio
+        try:
+            return parse_ratio(value, self.largest_ratio)
+        except RatioError as error:
+            # The front ends answer this with an error; here it would stop the engine.
+            logger.warning("request %s stays uncompressed: %s", request.request_id, error)
+            return 1.0
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        report = self._report(request)
+        _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
+        self._ratios.pop(request.request_id, None)
+        self._scoring.discard(request.request_id)
+        return {REPORT_FIELD: report}, ec_transfer_params
+
+    def _preempt_request(self, request: Request, *args, **kwargs) -> None:
+        self._scoring.discard(request.request_id)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _report(self, request: Request) -> dict[str, Any]:
+        """What a finished request took, true to the page."""
+        geometry = self.tiers.geometry
+        tiered = self.tiers.tiered.get(request.request_id)
+        tokens = tiered.state.num_tokens if tiered else request.num_computed_tokens
+        uncompressed = tokens * geometry.token_bytes * self._heads
+        stored = tiered.state.pages * geometry.page_bytes * self._heads if tiered else uncompressed
+        return {
+            "requested_ratio": self._ratios.get(request.request_id, 1.0),
+            "achieved_ratio": round(uncompressed / stored, 4) if stored else 1.0,
+            "kv_tokens": tokens,
+            "high_tokens": tiered.state.high_tokens if tiered else 0,
+            "low_tokens": tiered.state.low_tokens if tiered else 0,
+            "kv_bytes": stored,
+            "uncompressed_kv_bytes": uncompressed,
+            "low_format": tiered.planner.low_format.name if tiered else None,
+        }
+
+    # A prompt's last queries have to be computed in one step: they score it.
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        hit = super()._get_local_prefix_cache_hit(request)
+        blocks, num_tokens, boundary, diverged = hit
+        if request.request_id not in self._ratios:
+            return hit
+        limit = 0
+        if self.compression.importance == "window":
+            limit = max(0, request.num_tokens - self.compression.window)
+            limit -= limit % self.block_size
+        if num_tokens <= limit:
+            return hit
+        blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
+        return blocks, limit, boundary, diverged
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        if request.request_id in self._ratios and self.compression.importance == "window":
+            left = request.num_tokens - num_computed_tokens
+            before_window = left - self.compression.window
+            if 0 < before_window < num_new_tokens < left:
+                return before_window
+        return num_new_tokens
+
+    # One step.
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        output = super().schedule(throttle_prefills)
+        values = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
+        return TieredSchedulerOutput(**values, plan=self._plan(output.num_scheduled_tokens))
+
+    def _plan(self, num_scheduled_tokens: dict[str, int]) -> StepPlan:
+        decode = self.tiers.take_decode_steps()
+        score: dict[str, ScoreStep] = {}
+        compress: dict[str, CompressStep] = {}
+        for request_id, ratio in self._ratios.items():
+            num_new = num_scheduled_tokens.get(request_id, 0)
+            if not num_new or request_id in self.tiers.tiered:
+                continue
+            request = self.requests[request_id]
+            if step := self._score(request, num_new):
+                score[request_id] = step
+            if request.is_prefill_chunk or request.num_computed_tokens < self._least_tokens:
+                continue
+            if done := self.tiers.compress(request_id, ratio, request.num_computed_tokens):
+                compress[request_id] = done
+                self._scoring.discard(request_id)
+        self.tiers.release_native_pages()
+        return StepPlan(score, compress, decode, self._tier_stats())
+
+    @property
+    def _least_tokens(self) -> int:
+        return self.compression.min_tokens
+
+    def _score(self, request: Request, num_new: int) -> ScoreStep | None:
+        """How this step adds to the request's scores, if it does."""
+        num_tokens, window = request.num_computed_tokens, self.compression.window
+        if self.compression.importance == "h2o":
+            num_queries, reset = num_new, num_tokens == num_new
+        else:
+            if request.is_prefill_chunk or num_tokens < self._least_tokens - window:
+                return None
+            num_queries = min(window, num_new)
+            reset = num_new > 1 or request.request_id not in self._scoring
+        self._scoring.add(request.request_id)
+        capacity = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        return ScoreStep(num_queries, num_tokens, max(capacity, num_tokens), reset)
+
+    # What it holds.
+
+    def _tier_stats(self) -> TierStats:
+        pool, geometry = self.tiers.block_pool, self.tiers.geometry
+        pages = high = low = high_bytes = low_bytes = 0
+        for tiered in self.tiers.tiered.values():
+            state = tiered.state
+            pages += state.pages
+            high += state.high_tokens
+            low += state.low_tokens
+            high_bytes += geometry.high_bytes(state.high_tokens)
+            low_bytes += state.low_chunks * geometry.low(tiered.planner.low_format).num_bytes
+        total, free = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
+        computed = sum(r.num_computed_tokens for r in self.running)
+        num_tiered = len(self.tiers.tiered)
+        unused = pages * geometry.page_bytes - high_bytes - low_bytes
+        return TierStats(
+            pages={
+                "total": total,
+                "free": free,
+                "native": total - free - pages,
+                "tiered": pages,
+            },
+            tokens={"native": max(0, computed - high - low), "high": high, "low": low},
+            bytes={
+                "high": high_bytes * self._heads,
+                "low": low_bytes * self._heads,
+                "unused": unused * self._heads,
+            },
+            operations={
+                "compress": self.tiers.num_compressed,
+                "compress_in_place": self.tiers.num_compressed_in_place,
+                "demote": self.tiers.num_demoted,
+            },
+            requests={"native": len(self.running) - num_tiered, "tiered": num_tiered},
+        )
+
+    def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            # The one field of vLLM's statistics that takes any dictionary; it is free, since
+            # KV connectors are refused.
+            stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: asdict(self._tier_stats())}
+        return stats

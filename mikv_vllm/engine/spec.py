@@ -1,0 +1,51 @@
+"""The KV cache spec of a layer whose requests may be compressed."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+
+from mikv_vllm.config import CompressionConfig
+from mikv_vllm.engine.block_manager import TieredBlockManager
+from mikv_vllm.tiers.formats import NATIVE_BYTES, TierGeometry
+
+LEAST_HEAD_DIM, LARGEST_HEAD_DIM = 64, 256
+
+
+@register_kv_cache_spec(
+    manager_class=TieredBlockManager, uniform_type_base_spec=FullAttentionSpec
+)
+@dataclass(frozen=True, kw_only=True)
+class TieredAttentionSpec(FullAttentionSpec):
+    """vLLM's full attention, native pages unchanged, under :class:`TieredBlockManager`."""
+
+    compression: CompressionConfig
+
+    @property
+    def geometry(self) -> TierGeometry:
+        """Sizes of the tiers in this spec's pages."""
+        return TierGeometry(self.head_size, self.block_size, self.compression.high_bits)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Join the specs of a group's layers, which have to be equal."""
+        if any(spec != specs[0] for spec in specs):
+            # vLLM takes this error as "these layers form no single group".
+            raise AssertionError("all layers of a tiered group need the same spec")
+        return replace(specs[0])
+
+
+def tiered_spec(spec: AttentionSpec, compression: CompressionConfig) -> AttentionSpec:
+    """The tiered form of ``spec``, or ``spec`` itself where its layer has to stay native."""
+    if (
+        type(spec) is not FullAttentionSpec
+        or spec.sliding_window is not None
+        or spec.attention_chunk_size is not None
+        or spec.head_size != spec.head_size_v
+        or not LEAST_HEAD_DIM <= spec.head_size <= LARGEST_HEAD_DIM
+        or spec.head_size % 16
+        or spec.dtype.itemsize != NATIVE_BYTES
+    ):
+        return spec
+    return replace_as(spec, TieredAttentionSpec, compression=compression)

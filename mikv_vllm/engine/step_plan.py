@@ -1,0 +1,82 @@
+"""The plan: what the scheduler decides for one step. Workers obey it and decide nothing."""
+
+from dataclasses import dataclass, field
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierState
+
+
+@dataclass(frozen=True)
+class ScoreStep:
+    """Add to a native request's importance scores, from its last queries of this step."""
+
+    num_queries: int
+    num_tokens: int
+    """Tokens of the request, those of this step included."""
+    capacity: int
+    """Most tokens that the request can come to hold before it is compressed or ends."""
+    reset: bool
+    """Start from zero."""
+
+
+@dataclass(frozen=True)
+class CompressStep:
+    """Move a whole native request into tiered pages, after this step's attention."""
+
+    native_pages: tuple[int, ...]
+    tiered_pages: tuple[int, ...]
+    state: TierState
+    low_format: LowFormat
+    in_place: bool
+    """Whether some of ``tiered_pages`` are among ``native_pages``."""
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One decode step of a compressed request."""
+
+    before: TierState
+    append: AppendStep
+    new_pages: tuple[int, ...]
+    """Pages that join the request's table, ``append.new_pages`` of them."""
+    low_format: LowFormat
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """What the tiers hold, and what was done so far, at the end of a step's scheduling."""
+
+    pages: dict[str, int] = field(default_factory=dict)
+    """Pages of the pool: ``total``, ``free``, ``native``, ``tiered``."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens held: ``native``, ``high``, ``low``."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes of tiered pages over all layers and heads: ``high``, ``low``, ``unused``."""
+    operations: dict[str, int] = field(default_factory=dict)
+    """Totals since the start: ``compress`` (of these ``in_place``), ``demote``."""
+    requests: dict[str, int] = field(default_factory=dict)
+    """Running requests: ``native``, ``tiered``."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The plan of one step; each map is by request id."""
+
+    score: dict[str, ScoreStep] = field(default_factory=dict)
+    compress: dict[str, CompressStep] = field(default_factory=dict)
+    decode: dict[str, DecodeStep] = field(default_factory=dict)
+    stats: TierStats = field(default_factory=TierStats)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the step touches no tier: stock vLLM runs it."""
+        return not (self.score or self.compress or self.decode)
+
+
+@dataclass
+class TieredSchedulerOutput(SchedulerOutput):
+    """vLLM's ``SchedulerOutput`` with the plan."""
+
+    plan: StepPlan = field(default_factory=StepPlan)

@@ -1,0 +1,38 @@
+"""Workers that hand the plan to the attention backend."""
+
+from dataclasses import asdict
+from typing import Any
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from mikv_vllm.config import CompressionConfig
+from mikv_vllm.engine.step_plan import TieredSchedulerOutput
+from mikv_vllm.engine.worker_context import context
+
+
+class TieredCPUWorker(CPUWorker):
+    """vLLM's CPU worker with the two-tier attention backend."""
+
+    def init_device(self) -> None:
+        context.compression = CompressionConfig.from_additional_config(
+            self.vllm_config.additional_config
+        )
+        # On CPU vLLM always takes CPU_ATTN, but honours an override of it.
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN,
+            "mikv_vllm.engine.cpu_backend.TieredCPUAttentionBackend",
+        )
+        super().init_device()
+        context.request_ids = lambda: self.model_runner.input_batch.req_ids
+
+    def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
+        """Run one step under its plan."""
+        context.begin_step(scheduler_output)
+        result = super().execute_model(scheduler_output)
+        context.end_step()
+        return result
+
+    def mikv_stats(self) -> dict[str, Any]:
+        """The scheduler's figures as of the last step, for ``collective_rpc``."""
+        return asdict(context.plan.stats)
