@@ -1,0 +1,104 @@
+"""MiKV in vLLM's API server: the middleware, ``GET /mikv/stats``, reports and metrics."""
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from starlette.datastructures import State
+from vllm import envs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from mikv_vllm.config import RATIO_FIELD, CompressionConfig, parse_ratio
+from mikv_vllm.server.metrics import install_metrics
+from mikv_vllm.server.middleware import RatioMiddleware
+from mikv_vllm.server.reports import collect_reports
+from mikv_vllm.tiers.plan import largest_ratio
+
+STATS_METHOD = "mikv_stats"
+"""Worker method that returns the scheduler's statistics."""
+
+
+class MiKVEndpoint:
+    """Entry point of ``vllm.endpoint_plugins``; does nothing in a vLLM that is not MiKV."""
+
+    name = "mikv"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route and the middleware.
+
+        vLLM adds its own middleware after this, and what is added later is further out: requests
+        are authenticated before ours sees them.
+        """
+        if CompressionConfig.from_additional_config(app.state.args.additional_config) is None:
+            return
+        app.add_middleware(RatioMiddleware)
+        app.include_router(_router(app.state.args))
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Collect reports and metrics from this process's engine client."""
+        config = CompressionConfig.from_additional_config(args.additional_config)
+        if config is None or engine_client is None:
+            return
+        vllm_config = engine_client.vllm_config
+        head_dim = vllm_config.model_config.get_head_size()
+        state.mikv_largest_ratio = largest_ratio(head_dim, config.high_bits)
+        engine: Any = engine_client
+        check_ratios(engine, state.mikv_largest_ratio)
+        collect_reports(engine.output_processor)
+        install_metrics(engine.logger_manager, vllm_config)
+
+
+def check_ratios(engine: Any, largest: float) -> None:
+    """Make an ``AsyncLLM`` refuse a wrong ratio on whatever route it came."""
+    add_request = engine.add_request
+
+    async def check_and_add(request_id: str, prompt: Any, params: Any, *args, **kwargs) -> Any:
+        ratio = (getattr(params, "extra_args", None) or {}).get(RATIO_FIELD)
+        if ratio is not None:
+            parse_ratio(ratio, largest)
+        return await add_request(request_id, prompt, params, *args, **kwargs)
+
+    engine.add_request = check_and_add
+
+
+def _router(args: Namespace) -> APIRouter:
+    """The routes under ``/mikv``, behind the API key if there is one.
+
+    vLLM guards only the path prefixes that it knows, so these guard themselves by its own check.
+    """
+    tokens = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+
+    def authorize(request: Request) -> None:
+        guard = AuthenticationMiddleware(request.app, tokens)
+        if tokens and not guard.verify_token(request.headers):
+            raise HTTPException(401, "Unauthorized")
+
+    router = APIRouter(prefix="/mikv", dependencies=[Depends(authorize)])
+
+    @router.get("/stats")
+    async def stats(request: Request) -> dict[str, dict[str, int]]:
+        """Pool pages, tokens, bytes and requests by tier, and totals of operations."""
+        return await engine_stats(request.app.state.engine_client)
+
+    return router
+
+
+async def engine_stats(engine: Any) -> dict[str, dict[str, int]]:
+    """The statistics of all engines of an ``AsyncLLM``, summed.
+
+    Every worker of one engine has the same figures, so its first one answers for it.
+    """
+    per_engine = await engine.engine_core.call_utility_all_async(
+        "collective_rpc", STATS_METHOD, None, (), None
+    )
+    total: dict[str, dict[str, int]] = {}
+    for workers in per_engine:
+        for section, figures in workers[0].items():
+            sums = total.setdefault(section, {})
+            for key, value in figures.items():
+                sums[key] = sums.get(key, 0) + value
+    return total

@@ -1,0 +1,68 @@
+"""The command line of ``mikv-serve``: all of ``vllm serve``, and a group of its own."""
+
+from argparse import Namespace
+
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from mikv_vllm.server.options import GROUP, add_options
+
+EPILOG = (
+    "For every flag:           mikv-serve --help=all\n"
+    "For a section:            mikv-serve --help=ModelConfig    (case-insensitive)\n"
+    "For a flag:               mikv-serve --help=max-model-len  (_ or - accepted)\n"
+)
+
+
+class ServeParser(FlexibleArgumentParser):
+    """vLLM's parser, whose short help also shows our own group in full."""
+
+    def format_help(self) -> str:
+        """Help as vLLM prints it; without a search word, our own options come after it."""
+        text = super().format_help()
+        if self._search_keyword is not None:
+            return text
+        group = next(group for group in self._action_groups if group.title == GROUP)
+        formatter = self._get_formatter()
+        formatter.start_section(GROUP)
+        formatter.add_text(group.description)
+        formatter.add_arguments(group._group_actions)
+        formatter.end_section()
+        return f"{text}\n{formatter.format_help()}"
+
+    def parse_args(  # type: ignore[override]
+        self, args: list[str] | None = None, namespace: Namespace | None = None
+    ) -> Namespace:
+        """Parse; ``--config=FILE`` means ``--config FILE``, which vLLM alone would overlook."""
+        split: list[str] = []
+        for arg in args or []:
+            split += arg.split("=", 1) if arg.startswith("--config=") else [arg]
+        return super().parse_args(split, namespace)
+
+    def load_config_file(self, file_path: str) -> list[str]:
+        """Read a YAML file of flags, ours among them; an empty file has none."""
+        with open(file_path) as file:
+            has_flags = any(line.strip() and line.lstrip()[0] != "#" for line in file)
+        return super().load_config_file(file_path) if has_flags else []
+
+
+def make_parser() -> ServeParser:
+    """The parser of ``mikv-serve``.
+
+    ``model`` and ``enforce_eager`` are None where the user names none, so that the embedded model
+    can bring its own.
+    """
+    parser = ServeParser(
+        prog="mikv-serve",
+        usage="mikv-serve [model] [--kv-compression-ratio R] [--config FILE] [options]",
+        description=(
+            "Serve a model over OpenAI's API as `vllm serve` does, with a KV cache of two "
+            "precisions and a compression ratio per request. Without a model it serves the "
+            "embedded SmolLM2-135M-Instruct."
+        ),
+        epilog=EPILOG,
+    )
+    make_arg_parser(parser)
+    add_options(parser)
+    parser.set_defaults(model=None, enforce_eager=None)
+    return parser

@@ -1,0 +1,146 @@
+"""What MiKV does not serve, said in one sentence before an engine starts."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+NATIVE_CACHE_DTYPES = ("auto", "bfloat16", "float16")
+HEAD_DIMS = range(64, 257, 16)
+
+
+class Refusal(ValueError):
+    """A flag, model or device that MiKV does not serve; the message is one sentence."""
+
+
+def _unsupported(subject: str, why: str, remedy: str = "leave it out") -> Refusal:
+    return Refusal(f"{subject} is not supported by MiKV ({why}); {remedy}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_flags(engine_args: Mapping[str, Any]) -> None:
+    """Refuse engine arguments that MiKV cannot serve or sets itself.
+
+    Args:
+        engine_args: vLLM's engine arguments by field name, as the user gave them; a missing one
+            is at its default.
+
+    Raises:
+        Refusal: naming the flag.
+    """
+    for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
+        if engine_args.get(name):
+            raise _unsupported(_flag(name), "speculative decoding")
+    for name in ("kv_transfer_config", "kv_offloading_size"):
+        if engine_args.get(name):
+            raise _unsupported(_flag(name), "KV connectors move native pages only")
+    if engine_args.get("kv_sharing_fast_prefill"):
+        raise _unsupported("--kv-sharing-fast-prefill", "it skips queries that score the prompt")
+    if engine_args.get("diffusion_config"):
+        raise _unsupported("--diffusion-config", "diffusion models rewrite cached tokens")
+    dtype = engine_args.get("kv_cache_dtype") or "auto"
+    if dtype not in NATIVE_CACHE_DTYPES:
+        raise _unsupported(
+            f"--kv-cache-dtype {dtype}",
+            "the native tier is 16-bit",
+            "use auto, and --kv-compression-ratio for a smaller cache",
+        )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := engine_args.get(name) or 1) != 1:
+            raise _unsupported(f"{_flag(name)} {size}", "context parallelism", "use 1")
+    if engine_args.get("runner") == "pooling":
+        raise _unsupported("--runner pooling", "pooling models do not decode")
+    if (convert := engine_args.get("convert") or "auto") not in ("auto", "none"):
+        raise _unsupported(f"--convert {convert}", "pooling models do not decode")
+    _check_wiring(engine_args)
+
+
+def _check_wiring(engine_args: Mapping[str, Any]) -> None:
+    """Refuse flags that contradict what MiKV sets itself."""
+    attention_config = engine_args.get("attention_config")
+    if isinstance(attention_config, Mapping):
+        attention_backend = attention_config.get("backend")
+    else:
+        attention_backend = getattr(attention_config, "backend", None)
+    given = {
+        "--scheduler-cls": engine_args.get("scheduler_cls"),
+        "--worker-cls": engine_args.get("worker_cls"),
+        "--attention-backend": engine_args.get("attention_backend") or attention_backend,
+    }
+    for flag, value in given.items():
+        if value not in (None, "auto"):
+            shown = getattr(value, "__name__", None) or getattr(value, "name", value)
+            raise Refusal(f"{flag} {shown} contradicts MiKV, which sets it itself; leave it out.")
+
+
+def check_frontend(args: Mapping[str, Any]) -> None:
+    """Refuse frontends of ``vllm serve`` that pass MiKV's request handling by.
+
+    Raises:
+        Refusal: naming the flag or environment variable.
+    """
+    if args.get("grpc"):
+        raise _unsupported("--grpc", "requests come over HTTP")
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").lower() not in ("", "0", "false"):
+        raise Refusal(
+            "VLLM_USE_RUST_FRONTEND is set, but MiKV needs vLLM's Python frontend; unset it."
+        )
+
+
+def check(vllm_config: "VllmConfig") -> None:
+    """Refuse what is known only once the model's config is read.
+
+    Raises:
+        Refusal: naming the model or the flag.
+    """
+    if why := _why_not(vllm_config.model_config):
+        model = f"--model {vllm_config.model_config.model}"
+        raise _unsupported(model, why, "serve it with `vllm serve`")
+    if vllm_config.speculative_config is not None:
+        raise _unsupported("--speculative-config", "speculative decoding, here asked by the model")
+    if vllm_config.kv_transfer_config is not None:
+        raise _unsupported("--kv-transfer-config", "KV connectors move native pages only")
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in NATIVE_CACHE_DTYPES:
+        raise _unsupported(
+            f"--kv-cache-dtype {cache_dtype}", "the native tier is 16-bit", "use bfloat16"
+        )
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if dtype not in NATIVE_CACHE_DTYPES:
+        raise _unsupported(
+            f"--dtype {dtype}", "the native tier is 16-bit", "use bfloat16 or float16"
+        )
+
+
+def _why_not(model: "ModelConfig") -> str | None:
+    """What about this model MiKV cannot serve, or None."""
+    if model.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if model.runner_type != "generate":
+        return f"it is a {model.runner_type} model"
+    if model.use_mla:
+        return "it uses multi-head latent attention, MLA"
+    if model.is_attention_free or model.is_hybrid:
+        return "it has state-space layers"
+    if not _has_full_attention(model):
+        return "all its layers use a sliding window"
+    head_dim = model.get_head_size()
+    if head_dim not in HEAD_DIMS:
+        return (
+            f"its head size is {head_dim}; allowed are multiples of {HEAD_DIMS.step} "
+            f"from {HEAD_DIMS.start} to {HEAD_DIMS[-1]}"
+        )
+    return None
+
+
+def _has_full_attention(model: "ModelConfig") -> bool:
+    """Whether any layer attends to the whole context."""
+    layer_types = getattr(model.hf_text_config, "layer_types", None)
+    if layer_types:
+        return any(layer_type != "sliding_attention" for layer_type in layer_types)
+    return model.get_sliding_window() is None

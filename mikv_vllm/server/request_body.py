@@ -1,0 +1,53 @@
+"""The ratio in a request's JSON body: found, checked, and put where vLLM passes it on."""
+
+import json
+from typing import Any
+
+from mikv_vllm.config import RATIO_FIELD, RatioError, parse_ratio
+
+XARGS_FIELD = "vllm_xargs"
+"""vLLM's field for extra sampling arguments; its entries reach ``SamplingParams.extra_args``."""
+
+
+def move_ratio(body: bytes, largest: float) -> bytes:
+    """Move a top-level ``kv_compression_ratio`` into ``vllm_xargs``.
+
+    A body without the field, or that is no JSON object, comes back as it is: what is wrong with
+    it is vLLM's to say. A null means that there is no such field.
+
+    Args:
+        body: of a request, as received.
+        largest: the largest ratio of the served model.
+
+    Raises:
+        RatioError: the ratio is no number, out of range, or given twice with different values.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(request, dict):
+        return body
+    xargs = request.get(XARGS_FIELD)
+    in_xargs = isinstance(xargs, dict) and RATIO_FIELD in xargs
+    if RATIO_FIELD not in request and not in_xargs:
+        return body
+    ratio = _checked(request.pop(RATIO_FIELD, None), largest, RATIO_FIELD)
+    if in_xargs:
+        inner_field = f"{XARGS_FIELD}.{RATIO_FIELD}"
+        inner = _checked(xargs.pop(RATIO_FIELD), largest, inner_field)
+        if None not in (ratio, inner) and ratio != inner:
+            raise RatioError(
+                f"{RATIO_FIELD} is {ratio:g}, but {inner_field} is {inner:g}; give one of them."
+            )
+        ratio = inner if ratio is None else ratio
+    if ratio is not None:
+        if xargs is None:
+            xargs = request[XARGS_FIELD] = {}
+        if isinstance(xargs, dict):  # vLLM says what is wrong with any other
+            xargs[RATIO_FIELD] = ratio
+    return json.dumps(request).encode()
+
+
+def _checked(value: Any, largest: float, field: str) -> float | None:
+    return None if value is None else parse_ratio(value, largest, field)

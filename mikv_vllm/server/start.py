@@ -1,0 +1,34 @@
+"""What the server and the offline class do alike once the model's config is known."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from mikv_vllm.config import CompressionConfig, parse_ratio
+from mikv_vllm.server import refusals
+from mikv_vllm.tiers.plan import largest_ratio
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.mikv")
+
+
+def check_and_echo(vllm_config: "VllmConfig", config: CompressionConfig, ratio_name: str) -> float:
+    """Refuse what MiKV cannot serve, log the settings, and return the largest ratio.
+
+    Args:
+        vllm_config: vLLM's whole configuration, before an engine starts.
+        config: MiKV's settings.
+        ratio_name: what the user calls the default ratio, for the message.
+
+    Raises:
+        Refusal: the model or the configuration is not supported.
+        RatioError: the default ratio is out of this model's range.
+    """
+    refusals.check(vllm_config)
+    head_dim = vllm_config.model_config.get_head_size()
+    largest = largest_ratio(head_dim, config.high_bits)
+    parse_ratio(config.ratio, largest, ratio_name)
+    settings = ", ".join(f"{name} {value}" for name, value in config.model_dump().items())
+    logger.info("MiKV: %s; largest ratio %g (head size %d).", settings, largest, head_dim)
+    return largest
