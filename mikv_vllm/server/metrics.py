@@ -18,7 +18,7 @@ GAUGES = {
         "mikv_kv_cache_pages",
         "state",
         "Pages of vLLM's block pool, by what they hold (pages). Free ones may still serve the "
-        "prefix cache; total is all that requests can take.",
+        "prefix cache.",
     ),
     "tokens": ("mikv_kv_cache_tokens", "tier", "Tokens in the KV cache, by tier (tokens)."),
     "bytes": (
@@ -81,7 +81,8 @@ class TierMetrics(AggregateStatLoggerBase):
         engine = str(engine_idx)
         for section, gauge in self._gauges.items():
             for key, value in stats[section].items():
-                gauge.labels(self._model, engine, key).set(value)
+                if key != "total":  # the sum of the others
+                    gauge.labels(self._model, engine, key).set(value)
         for kind, total in stats["operations"].items():
             self._operations.set(self._model, engine, kind, total)
 
