@@ -117,3 +117,19 @@ def test_a_short_prompt_is_compressed_once_it_is_long_enough(vllm_configs):
     assert report["kv_tokens"] == 949
     assert report["high_tokens"] + report["low_tokens"] == 949
     assert report["achieved_ratio"] > 3.2
+
+
+def test_shared_pages_are_not_compressed_in_place(vllm_configs):
+    """Too few free pages, and the request's own are shared: it waits until they are not."""
+    simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 26))
+    simulation.add("reader", [7] * 640 + [1] * 20, 60, 1.0)
+    for _ in range(6):
+        simulation.step()
+    simulation.add("compressed", [7] * 640 + [2] * 20, 100, 3.3)
+    for _ in range(10):
+        simulation.step()
+    assert simulation.most_running == 2
+    assert not simulation.scheduler.tiers.tiered
+    simulation.run()
+    assert simulation.preemptions == 0
+    assert simulation.reports["compressed"]["low_tokens"] > 300
