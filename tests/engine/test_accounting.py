@@ -122,7 +122,7 @@ def test_a_short_prompt_is_compressed_once_it_is_long_enough(vllm_configs):
 def test_shared_pages_are_not_compressed_in_place(vllm_configs):
     """Too few free pages, and the request's own are shared: it waits until they are not."""
     simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 26))
-    simulation.add("reader", [7] * 640 + [1] * 20, 60, 1.0)
+    simulation.add("reader", [7] * 640 + [1] * 20, 25, 1.0)
     for _ in range(6):
         simulation.step()
     simulation.add("compressed", [7] * 640 + [2] * 20, 100, 3.3)
