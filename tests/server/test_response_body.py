@@ -1,0 +1,119 @@
+"""The report in JSON bodies and event streams."""
+
+import json
+
+import pytest
+
+from mikv_vllm.server.response_body import EventStream, rewrite_json
+
+REPORT = {"requested_ratio": 4.0, "achieved_ratio": 3.9, "kv_tokens": 10}
+
+
+def event(**content) -> bytes:
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+def token(text: str, finish: str | None = None) -> bytes:
+    return event(choices=[{"index": 0, "text": text, "finish_reason": finish}])
+
+
+def contents(stream: bytes) -> list:
+    parts = [part for part in stream.split(b"\n\n") if part.startswith(b"data: {")]
+    return [json.loads(part.removeprefix(b"data: ")) for part in parts]
+
+
+USAGE = event(choices=[], usage={"total_tokens": 3})
+DONE = b"data: [DONE]\n\n"
+
+
+def run(events: list[bytes], report: dict | None = REPORT) -> tuple[list[bytes], EventStream]:
+    stream = EventStream(lambda: report)
+    return [stream.feed(data) for data in events], stream
+
+
+def test_json_body_gets_the_report_and_loses_the_carrier():
+    body = json.dumps({"id": "a", "kv_transfer_params": {"kv_compression": {"kv_tokens": 1}}})
+    assert json.loads(rewrite_json(body.encode(), REPORT)) == {
+        "id": "a",
+        "kv_transfer_params": None,
+        "kv_compression": REPORT,
+    }
+
+
+def test_json_body_without_a_group_takes_the_carried_report():
+    body = json.dumps({"kv_transfer_params": {"kv_compression": REPORT, "other": 1}})
+    assert json.loads(rewrite_json(body.encode(), None)) == {
+        "kv_transfer_params": {"other": 1},
+        "kv_compression": REPORT,
+    }
+
+
+@pytest.mark.parametrize("body", [b'{"id":  "a"}', b"[1]", b"no json", b""])
+def test_json_body_without_a_report_is_not_touched(body):
+    assert rewrite_json(body, None) is body
+
+
+def test_tokens_are_not_held_back():
+    out, _ = run([token("a"), token("b")])
+    assert out == [token("a"), token("b")]
+
+
+def test_report_is_in_the_last_event_before_done():
+    out, _ = run([token("a"), token("b", "stop"), DONE])
+    assert out[1] == b""
+    assert contents(out[2])[0]["kv_compression"] == REPORT
+    assert out[2].endswith(DONE)
+
+
+def test_report_is_in_the_usage_and_nowhere_else():
+    out, _ = run([token("a", "stop"), USAGE, DONE])
+    events = contents(b"".join(out))
+    assert [REPORT == e.get("kv_compression") for e in events] == [False, True]
+
+
+def test_report_is_only_in_the_last_of_several_choices():
+    out, _ = run([token("a", "stop"), token("b"), token("c", "length"), DONE])
+    events = contents(b"".join(out))
+    assert [REPORT == e.get("kv_compression") for e in events] == [False, False, True]
+
+
+def test_stream_without_a_report_is_not_touched():
+    events = [token("a"), token("b", "stop"), USAGE, DONE]
+    out, _ = run(events, report=None)
+    assert b"".join(out) == b"".join(events)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_events_may_come_in_any_pieces(size):
+    whole = token("é") + token("b", "stop") + DONE
+    out, stream = run([whole[i : i + size] for i in range(0, len(whole), size)])
+    assert stream.end() == b""
+    assert [e.get("kv_compression") for e in contents(b"".join(out))] == [None, REPORT]
+
+
+def test_stream_that_breaks_off_loses_nothing():
+    out, stream = run([token("a", "stop"), b"data: {"])
+    assert b"".join(out) + stream.end() == token("a", "stop") + b"data: {"
+
+
+def test_keep_alive_passes_a_held_event():
+    out, _ = run([token("a", "stop"), b": keep-alive\n\n", DONE])
+    assert out[1] == b": keep-alive\n\n"
+    assert contents(out[2])[0]["kv_compression"] == REPORT
+
+
+def test_error_event_before_done_is_not_touched():
+    error = event(error={"message": "x"})
+    out, _ = run([token("a"), error, DONE])
+    assert out[1:] == [error, DONE]
+
+
+@pytest.mark.parametrize("kind", ["completed", "incomplete", "failed"])
+def test_responses_stream_has_the_report_in_its_last_event(kind):
+    head = f"event: response.{kind}\n".encode()
+    last = head + event(type=f"response.{kind}", response={"kv_transfer_params": None})
+    out, _ = run([b"event: response.created\n" + event(response={}), last])
+    assert "kv_compression" not in contents(out[0])
+    assert out[1].startswith(head)
+    content = json.loads(out[1].partition(b"data: ")[2])
+    assert content["response"]["kv_compression"] == content["kv_compression"] == REPORT
