@@ -1,0 +1,1 @@
+"""Measuring what compression does to a model's answers, through the real engine."""

@@ -1,0 +1,85 @@
+"""Force an engine through a known text, and compare its predictions with a stored run.
+
+A logits processor in the worker sees the whole vocabulary, so no logits leave the process: one run
+stores its log-probabilities in a file, the others are measured against it there.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+FIELD = "forced_decoding"
+"""Entry of ``SamplingParams.extra_args`` that carries a :class:`Forced`."""
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One request's forced continuation.
+
+    Attributes:
+        tokens: token ids that the request has to produce.
+        log_probs: file of float32 log-probabilities ``[tokens, vocabulary]``.
+        measured: file for the comparison, float64 ``[tokens, 2]``: KL divergence in nats from
+            ``log_probs`` to the request's own, and whether the likeliest token is the same. None
+            to write ``log_probs`` instead.
+    """
+
+    tokens: list[int]
+    log_probs: str
+    measured: str | None
+
+    def sampling_params(self, **extra_args) -> SamplingParams:
+        """Parameters of a request that is forced so."""
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=len(self.tokens),
+            ignore_eos=True,
+            extra_args={FIELD: asdict(self), **extra_args},
+        )
+
+
+class ForcedDecoding(AdapterLogitsProcessor):
+    """vLLM logits processor: ``LLM(logits_processors=[ForcedDecoding])``."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams):
+        settings = (params.extra_args or {}).get(FIELD)
+        if settings is None:
+            return None
+        forced = Forced(**settings)
+
+        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            step = len(output_ids)
+            _store(forced, step, logits.float().log_softmax(-1))
+            only = torch.full_like(logits, -torch.inf)
+            only[forced.tokens[step]] = 0.0
+            return only
+
+        return force
+
+
+def _store(forced: Forced, step: int, log_probs: torch.Tensor) -> None:
+    rows = np.memmap(
+        forced.log_probs,
+        dtype=np.float32,
+        mode="r+" if Path(forced.log_probs).exists() else "w+",
+        shape=(len(forced.tokens), len(log_probs)),
+    )
+    if forced.measured is None:
+        rows[step] = log_probs.numpy()
+        return
+    reference = torch.from_numpy(np.array(rows[step]))
+    divergence = (reference.double().exp() * (reference.double() - log_probs.double())).sum()
+    measured = np.memmap(
+        forced.measured,
+        dtype=np.float64,
+        mode="r+" if Path(forced.measured).exists() else "w+",
+        shape=(len(forced.tokens), 2),
+    )
+    measured[step] = divergence.item(), float(reference.argmax() == log_probs.argmax())

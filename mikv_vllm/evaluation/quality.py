@@ -1,0 +1,83 @@
+"""KL divergence and agreement of compressed requests to uncompressed ones."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from vllm import LLM
+
+from mikv_vllm.config import RATIO_FIELD, REPORT_FIELD
+from mikv_vllm.evaluation.forced_decoding import Forced
+from mikv_vllm.evaluation.windows import Window
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one ratio does, over all windows."""
+
+    ratio: float
+    achieved_ratio: float
+    divergence: float
+    """Mean KL divergence to the uncompressed next-token distribution, nats."""
+    divergence_error: float
+    """Standard error of that mean, over windows."""
+    agreement: float
+    """Share of tokens whose likeliest token is the same."""
+    low_format: str | None
+
+
+class QualityRun:
+    """Reference run of some windows, against which ratios are measured.
+
+    Args:
+        llm: an engine with ``logits_processors=[ForcedDecoding]``.
+        windows: prompts and continuations; all run in one batch.
+    """
+
+    def __init__(self, llm: LLM, windows: list[Window]) -> None:
+        self._llm = llm
+        self._windows = windows
+        self._folder = tempfile.TemporaryDirectory(prefix="mikv-quality-")
+        self._generate(1.0, None)
+
+    def _path(self, name: str, window: int) -> str:
+        return str(Path(self._folder.name) / f"{name}-{window}")
+
+    def _generate(self, ratio: float, measured: str | None) -> list[dict]:
+        forced = [
+            Forced(
+                window.continuation,
+                self._path("reference", i),
+                None if measured is None else self._path(measured, i),
+            )
+            for i, window in enumerate(self._windows)
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": window.prompt} for window in self._windows],
+            [one.sampling_params(**{RATIO_FIELD: ratio}) for one in forced],
+            use_tqdm=False,
+        )
+        return [output.kv_transfer_params[REPORT_FIELD] for output in outputs]
+
+    def measure(self, ratio: float) -> Quality:
+        """Run all windows at ``ratio`` and compare."""
+        name = "measured"
+        reports = self._generate(ratio, name)
+        paths = [Path(self._path(name, i)) for i in range(len(self._windows))]
+        rows = np.stack([np.fromfile(path).reshape(-1, 2) for path in paths])
+        for path in paths:
+            path.unlink()
+        per_window = rows[..., 0].mean(1)
+        return Quality(
+            ratio=ratio,
+            achieved_ratio=float(np.mean([r["achieved_ratio"] for r in reports])),
+            divergence=float(per_window.mean()),
+            divergence_error=float(per_window.std(ddof=1) / len(per_window) ** 0.5),
+            agreement=float(rows[..., 1].mean()),
+            low_format=reports[0]["low_format"],
+        )
+
+    def close(self) -> None:
+        """Delete the stored log-probabilities."""
+        self._folder.cleanup()
