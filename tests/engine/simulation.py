@@ -25,9 +25,8 @@ from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.step_plan import TieredSchedulerOutput
 from mikv_vllm.engine.worker_context import WorkerContext
 
-BLOCK_SIZE = 32
 HEAD_DIM = 64
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 8192
 
 
 def write_model_config(folder: Path) -> None:
@@ -49,7 +48,11 @@ def write_model_config(folder: Path) -> None:
 
 
 def engine_config(
-    folder: Path, settings: CompressionConfig, max_num_seqs: int = 6, batched_tokens: int = 192
+    folder: Path,
+    settings: CompressionConfig,
+    block_size: int = 32,
+    max_num_seqs: int = 6,
+    batched_tokens: int = 192,
 ):
     """A ``VllmConfig`` for schedulers."""
     return EngineArgs(
@@ -59,7 +62,7 @@ def engine_config(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=batched_tokens,
         max_model_len=MAX_MODEL_LEN,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         enable_prefix_caching=True,
         kv_cache_memory_bytes=1 << 20,
         additional_config=settings.to_additional_config(),
@@ -69,8 +72,9 @@ def engine_config(
 def make_scheduler(vllm_config, settings: CompressionConfig, num_pages: int) -> TieredScheduler:
     """A scheduler over a pool of ``num_pages`` pages, the null page not counted."""
     init_none_hash(sha256)
+    block_size = vllm_config.cache_config.block_size
     spec = TieredAttentionSpec(
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         num_kv_heads=1,
         head_size=HEAD_DIM,
         dtype=torch.bfloat16,
@@ -85,7 +89,7 @@ def make_scheduler(vllm_config, settings: CompressionConfig, num_pages: int) -> 
             kv_cache_groups=[KVCacheGroupSpec(["layer.0", "layer.1"], spec)],
         ),
         structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         log_stats=True,
     )
 
@@ -106,7 +110,8 @@ class Simulation:
         self.most_running = 0
         self._fingerprints: dict[str, list[int]] = {}
         self.preemptions = 0
-        self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+        self.block_size = scheduler.block_size
+        self._hasher = get_request_block_hasher(self.block_size, sha256)
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int, ratio: float) -> None:
         params = SamplingParams(
@@ -208,7 +213,7 @@ class Simulation:
         # A request that is compressed in this step has given its native pages back already.
         own = {b.block_id for b in self.scheduler.tiers.req_to_blocks.get(request_id, ())}
         for position in range(start, start + count):
-            page, slot = self.native_tables[request_id][position // BLOCK_SIZE], position % BLOCK_SIZE
+            page, slot = self._slot(request_id, position)
             slots = self.memory.get(page)
             if not isinstance(slots, dict):
                 assert page in own or page not in self._tiered_pages(), "a tiered page was written"
@@ -222,10 +227,14 @@ class Simulation:
     def _read_native(self, request_id: str, count: int) -> None:
         prefixes = self._prefixes(request_id, count)
         for position in range(count):
-            slots = self.memory[self.native_tables[request_id][position // BLOCK_SIZE]]
+            page, slot = self._slot(request_id, position)
+            slots = self.memory[page]
             assert isinstance(slots, dict), "a native page was overwritten by a tier"
-            written = slots[position % BLOCK_SIZE]
-            assert written == prefixes[position], "a native page was overwritten"
+            assert slots[slot] == prefixes[position], "a native page was overwritten"
+
+    def _slot(self, request_id: str, position: int) -> tuple[int, int]:
+        index, slot = divmod(position, self.block_size)
+        return self.native_tables[request_id][index], slot
 
     def _prefixes(self, request_id: str, count: int) -> list[int]:
         """A fingerprint of the first ``i + 1`` tokens for each ``i`` below ``count``."""

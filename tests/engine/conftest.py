@@ -1,0 +1,65 @@
+"""Engines, each started once."""
+
+import gc
+
+import pytest
+
+from mikv_vllm.config import RATIO_FIELD, CompressionConfig
+
+BLOCK_SIZE = 64
+ENGINE = {
+    "enforce_eager": True,
+    "max_model_len": 8192,
+    "block_size": BLOCK_SIZE,
+    "max_logprobs": 20,
+}
+
+
+def start(model, compression: CompressionConfig | None, **kwargs):
+    """A real engine; stock vLLM without ``compression``."""
+    from vllm import LLM
+
+    settings = {**ENGINE, "kv_cache_memory_bytes": 512 << 20, **kwargs}
+    if compression is not None:
+        settings.setdefault("worker_cls", "tests.engine.mutants.MutableWorker")
+        settings["scheduler_cls"] = "mikv_vllm.engine.scheduler.TieredScheduler"
+        settings["additional_config"] = compression.to_additional_config()
+    return LLM(model=str(model), **settings)
+
+
+def stop(llm) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def engine(model_path):
+    """MiKV with default settings, a forced-decoding processor and a worker that can be mutated."""
+    from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
+
+    llm = start(model_path, CompressionConfig(), logits_processors=[ForcedDecoding])
+    yield llm
+    stop(llm)
+
+
+@pytest.fixture(scope="session")
+def windows(engine):
+    """Eight windows of 1,536 + 256 tokens."""
+    from mikv_vllm.evaluation.windows import cut_windows
+
+    return cut_windows(engine.get_tokenizer(), 8, 1536, 256)
+
+
+@pytest.fixture
+def all_pages_free(engine):
+    """Afterwards the engine holds no page."""
+    yield
+    stats = engine.collective_rpc("mikv_stats")[0]
+    assert stats["pages"]["free"] == stats["pages"]["total"]
+    assert stats["requests"] == {"native": 0, "tiered": 0}
+
+
+def ratio(value: float, **extra) -> dict:
+    """``extra_args`` of a request at this ratio."""
+    return {RATIO_FIELD: value, **extra}

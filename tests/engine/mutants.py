@@ -1,0 +1,52 @@
+"""A worker that can be told to do its work wrong: the tests have to notice."""
+
+import torch
+
+from mikv_vllm.engine.worker import TieredCPUWorker
+from mikv_vllm.kernels.cpu import LayerOps
+from mikv_vllm.tiers.formats import TierGeometry
+
+MUTATIONS = ("zeroed low tier", "shuffled heads", "wrong scale")
+
+_compress, _decode = LayerOps.compress, LayerOps.decode
+
+
+def _page_bytes(cache: torch.Tensor) -> torch.Tensor:
+    return cache.view(torch.uint8).reshape(cache.shape[0], cache.shape[1], -1)
+
+
+def _zeroed_low_tier(self, cache, native_table, tiered_table, state, low_format, scores):
+    _compress(self, cache, native_table, tiered_table, state, low_format, scores)
+    geometry = TierGeometry(cache.shape[-1] // 2, cache.shape[2])
+    first = state.low_end - state.low_chunks * geometry.low(low_format).num_bytes
+    pages = _page_bytes(cache)
+    for i, page in enumerate(tiered_table.tolist()):
+        pages[page, :, max(0, first - i * geometry.page_bytes) :] = 0
+
+
+def _shuffled_heads(self, cache, native_table, tiered_table, state, low_format, scores):
+    _compress(self, cache, native_table, tiered_table, state, low_format, scores)
+    pages = _page_bytes(cache)
+    index = tiered_table.long()
+    pages[index] = pages[index].roll(1, dims=1)
+
+
+def _wrong_scale(self, cache, batch, query, key, value, output):
+    _decode(self, cache, batch, query * 1.25, key, value, output)
+
+
+class MutableWorker(TieredCPUWorker):
+    """The real worker, and on request a wrong one."""
+
+    def mutate(self, mutation: str | None) -> None:
+        """Do one thing wrong from now on; None for nothing."""
+        LayerOps.compress, LayerOps.decode = _compress, _decode
+        match mutation:
+            case "zeroed low tier":
+                LayerOps.compress = _zeroed_low_tier
+            case "shuffled heads":
+                LayerOps.compress = _shuffled_heads
+            case "wrong scale":
+                LayerOps.decode = _wrong_scale
+            case _:
+                assert mutation is None, mutation

@@ -1,0 +1,52 @@
+"""Compressed answers are as good as promised, and the test would notice if they were not."""
+
+import pytest
+
+from mikv_vllm.evaluation.quality import QualityRun
+
+from .mutants import MUTATIONS
+
+pytestmark = pytest.mark.engine
+
+MOST_DIVERGENCE = {3.0: 0.003, 4.0: 0.008, 5.0: 0.04}
+
+
+@pytest.fixture(scope="module")
+def run(engine, windows):
+    quality = QualityRun(engine, windows)
+    yield quality
+    quality.close()
+
+
+@pytest.fixture(scope="module")
+def measured(run):
+    return {ratio: run.measure(ratio) for ratio in MOST_DIVERGENCE}
+
+
+@pytest.mark.parametrize("ratio", MOST_DIVERGENCE)
+def test_divergence_is_within_bounds(measured, ratio):
+    quality = measured[ratio]
+    print(quality)
+    assert quality.divergence <= MOST_DIVERGENCE[ratio]
+    assert quality.achieved_ratio >= 0.85 * ratio
+
+
+def test_divergence_grows_with_the_ratio(measured):
+    divergences = [measured[ratio].divergence for ratio in sorted(measured)]
+    assert divergences == sorted(divergences)
+
+
+def test_a_repeated_run_is_identical(run):
+    assert run.measure(1.0).divergence == 0.0
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_kernel_is_noticed(engine, run, mutation):
+    engine.reset_prefix_cache()
+    engine.collective_rpc("mutate", args=(mutation,))
+    try:
+        divergence = run.measure(4.0).divergence
+    finally:
+        engine.collective_rpc("mutate", args=(None,))
+        engine.reset_prefix_cache()
+    assert divergence > 2 * MOST_DIVERGENCE[4.0]

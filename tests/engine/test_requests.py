@@ -1,0 +1,134 @@
+"""What a user can ask of a compressed request works as it does in stock vLLM."""
+
+import json
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from .conftest import ratio
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("all_pages_free")]
+
+
+def prompt(windows, length: int, which: int = 0) -> dict:
+    tokens = windows[which].prompt + windows[which].continuation
+    assert length <= len(tokens)
+    return {"prompt_token_ids": tokens[:length]}
+
+
+def report(output) -> dict:
+    return output.kv_transfer_params["kv_compression"]
+
+
+@pytest.mark.parametrize("requested", [2.0, 3.0, 4.0, 5.0])
+def test_ratio_is_achieved_from_two_thousand_tokens_on(engine, windows, requested):
+    tokens = windows[0].prompt + windows[1].prompt[:464]
+    (output,) = engine.generate(
+        [{"prompt_token_ids": tokens}],
+        SamplingParams(
+            temperature=0, max_tokens=200, ignore_eos=True, extra_args=ratio(requested)
+        ),
+        use_tqdm=False,
+    )
+    result = report(output)
+    print(result)
+    assert result["requested_ratio"] == requested
+    assert 0.9 * requested <= result["achieved_ratio"] <= 1.1 * requested
+    assert result["kv_tokens"] == 2199
+    assert result["high_tokens"] + result["low_tokens"] == 2199
+    assert result["uncompressed_kv_bytes"] == 2199 * 2 * 2 * 64 * 3 * 30
+    assert result["kv_bytes"] % (64 * 2 * 2 * 64 * 3 * 30) == 0
+
+
+def test_ratio_one_reports_an_untouched_cache(engine, windows):
+    (output,) = engine.generate(
+        [prompt(windows, 600)], SamplingParams(max_tokens=5, extra_args=ratio(1.0)), use_tqdm=False
+    )
+    result = report(output)
+    assert result["achieved_ratio"] == result["requested_ratio"] == 1.0
+    assert result["high_tokens"] == result["low_tokens"] == 0
+    assert result["low_format"] is None
+
+
+def test_a_cached_prefix_gives_the_same_answer(engine, windows):
+    params = SamplingParams(temperature=0, max_tokens=30, logprobs=1, extra_args=ratio(4.0))
+    engine.reset_prefix_cache()
+    first, second = (
+        engine.generate([prompt(windows, 1500, 1)], params, use_tqdm=False)[0] for _ in range(2)
+    )
+    assert not first.num_cached_tokens
+    assert second.num_cached_tokens >= 1400
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+
+
+def test_mixed_batch_with_several_samples_and_logprobs(engine, windows):
+    requests = [(1.0, 1), (4.0, 2), (2.0, 1), (5.0, 2), (1.0, 2), (3.0, 1)]
+    outputs = engine.generate(
+        [prompt(windows, 500 + 150 * i, i) for i in range(len(requests))],
+        [
+            SamplingParams(
+                temperature=0.8, seed=1, n=n, max_tokens=40, logprobs=3, extra_args=ratio(r)
+            )
+            for r, n in requests
+        ],
+        use_tqdm=False,
+    )
+    for (_, n), output in zip(requests, outputs, strict=True):
+        assert len(output.outputs) == n
+        for sample in output.outputs:
+            assert len(sample.logprobs) == len(sample.token_ids)
+
+
+def test_stop_strings_and_structured_output(engine, windows):
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}}
+    stopped, structured = engine.generate(
+        [prompt(windows, 900, 2), prompt(windows, 900, 3)],
+        [
+            SamplingParams(temperature=0, max_tokens=200, stop=["e"], extra_args=ratio(4.0)),
+            SamplingParams(
+                temperature=0,
+                max_tokens=80,
+                structured_outputs=StructuredOutputsParams(json=schema),
+                extra_args=ratio(4.0),
+            ),
+        ],
+        use_tqdm=False,
+    )
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert "e" not in stopped.outputs[0].text
+    text = structured.outputs[0].text
+    if structured.outputs[0].finish_reason == "stop":
+        json.loads(text)
+    assert text.lstrip().startswith("{")
+
+
+def test_aborts_return_every_page(engine, windows):
+    core = engine.llm_engine
+    for i in range(6):
+        core.add_request(
+            f"abort-{i}",
+            prompt(windows, 700 + 100 * i, i),
+            SamplingParams(max_tokens=300, ignore_eos=True, extra_args=ratio(1.0 + i)),
+        )
+    for step in range(60):
+        core.step()
+        if step % 8 == 7:
+            core.abort_request([f"abort-{step // 8}"])
+    core.abort_request([f"abort-{i}" for i in range(6)])
+    while core.has_unfinished_requests():
+        core.step()
+    engine.generate(["done"], SamplingParams(max_tokens=2), use_tqdm=False)
+
+
+def test_a_long_answer_demotes_and_stays_in_its_budget(engine, windows):
+    before = engine.collective_rpc("mikv_stats")[0]["operations"]
+    (output,) = engine.generate(
+        [prompt(windows, 200, 4)],
+        SamplingParams(temperature=0, max_tokens=900, ignore_eos=True, extra_args=ratio(4.0)),
+        use_tqdm=False,
+    )
+    after = engine.collective_rpc("mikv_stats")[0]["operations"]
+    assert after["compress"] == before["compress"] + 1
+    assert after["demote"] > before["demote"] + 15
+    assert report(output)["achieved_ratio"] > 3.2
