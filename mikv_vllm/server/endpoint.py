@@ -56,7 +56,9 @@ def check_ratios(engine: Any, largest: float) -> None:
     """Make an ``AsyncLLM`` refuse a wrong ratio on whatever route it came."""
     add_request = engine.add_request
 
-    async def check_and_add(request_id: str, prompt: Any, params: Any, *args, **kwargs) -> Any:
+    async def check_and_add(
+        request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         ratio = (getattr(params, "extra_args", None) or {}).get(RATIO_FIELD)
         if ratio is not None:
             parse_ratio(ratio, largest)

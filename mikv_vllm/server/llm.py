@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import vllm
 from vllm import RequestOutput, SamplingParams
@@ -20,7 +20,7 @@ from mikv_vllm.server.reports import collect_reports
 from mikv_vllm.server.start import check_and_echo
 from mikv_vllm.server.wiring import allow_plugin, wire
 
-Params = SamplingParams | Sequence[SamplingParams] | None
+Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM(vllm.LLM):

@@ -62,7 +62,7 @@ def allowed(name: str) -> str:
 def _parser_of(name: str) -> Callable[[str], Any]:
     """How argparse reads one setting."""
     field = CompressionConfig.model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])
+    adapter = TypeAdapter[Any](Annotated[field.annotation, field])  # type: ignore[arg-type]
 
     def parse(text: str) -> Any:
         try:

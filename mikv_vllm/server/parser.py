@@ -30,7 +30,7 @@ class ServeParser(FlexibleArgumentParser):
         formatter.end_section()
         return f"{text}\n{formatter.format_help()}"
 
-    def parse_args(  # type: ignore[override]
+    def parse_args(
         self, args: list[str] | None = None, namespace: Namespace | None = None
     ) -> Namespace:
         """Parse; ``--config=FILE`` means ``--config FILE``, which vLLM alone would overlook."""

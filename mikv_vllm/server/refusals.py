@@ -119,23 +119,20 @@ def check(vllm_config: "VllmConfig") -> None:
 
 def _why_not(model: "ModelConfig") -> str | None:
     """What about this model MiKV cannot serve, or None."""
-    if model.is_encoder_decoder:
-        return "it is an encoder-decoder model"
-    if model.runner_type != "generate":
-        return f"it is a {model.runner_type} model"
-    if model.use_mla:
-        return "it uses multi-head latent attention, MLA"
-    if model.is_attention_free or model.is_hybrid:
-        return "it has state-space layers"
-    if not _has_full_attention(model):
-        return "all its layers use a sliding window"
     head_dim = model.get_head_size()
-    if head_dim not in HEAD_DIMS:
-        return (
+    reasons = (
+        (model.is_encoder_decoder, "it is an encoder-decoder model"),
+        (model.runner_type != "generate", f"it is a {model.runner_type} model"),
+        (model.use_mla, "it uses multi-head latent attention, MLA"),
+        (model.is_attention_free or model.is_hybrid, "it has state-space layers"),
+        (not _has_full_attention(model), "all its layers use a sliding window"),
+        (
+            head_dim not in HEAD_DIMS,
             f"its head size is {head_dim}; allowed are multiples of {HEAD_DIMS.step} "
-            f"from {HEAD_DIMS.start} to {HEAD_DIMS[-1]}"
-        )
-    return None
+            f"from {HEAD_DIMS.start} to {HEAD_DIMS[-1]}",
+        ),
+    )
+    return next((why for applies, why in reasons if applies), None)
 
 
 def _has_full_attention(model: "ModelConfig") -> bool:

@@ -85,5 +85,5 @@ def collect_reports(processor: "OutputProcessor") -> None:
                 output.kv_transfer_params = params | {REPORT_FIELD: group.total()}
         return process_outputs(outputs, *args, **kwargs)
 
-    processor.add_request = add_and_group  # type: ignore[method-assign]
-    processor.process_outputs = collect_and_process  # type: ignore[method-assign]
+    processor.add_request = add_and_group
+    processor.process_outputs = collect_and_process

@@ -29,14 +29,14 @@ def move_ratio(body: bytes, largest: float) -> bytes:
     if not isinstance(request, dict):
         return body
     xargs = request.get(XARGS_FIELD)
-    in_xargs = isinstance(xargs, dict) and RATIO_FIELD in xargs
-    if RATIO_FIELD not in request and not in_xargs:
+    inner_args = xargs if isinstance(xargs, dict) else {}
+    if RATIO_FIELD not in request and RATIO_FIELD not in inner_args:
         return body
     ratio = _checked(request.pop(RATIO_FIELD, None), largest, RATIO_FIELD)
-    if in_xargs:
+    if RATIO_FIELD in inner_args:
         inner_field = f"{XARGS_FIELD}.{RATIO_FIELD}"
-        inner = _checked(xargs.pop(RATIO_FIELD), largest, inner_field)
-        if None not in (ratio, inner) and ratio != inner:
+        inner = _checked(inner_args.pop(RATIO_FIELD), largest, inner_field)
+        if ratio is not None and inner is not None and ratio != inner:
             raise RatioError(
                 f"{RATIO_FIELD} is {ratio:g}, but {inner_field} is {inner:g}; give one of them."
             )

@@ -68,13 +68,13 @@ def test_report_is_in_the_last_event_before_done():
 def test_report_is_in_the_usage_and_nowhere_else():
     out, _ = run([token("a", "stop"), USAGE, DONE])
     events = contents(b"".join(out))
-    assert [REPORT == e.get("kv_compression") for e in events] == [False, True]
+    assert [e.get("kv_compression") == REPORT for e in events] == [False, True]
 
 
 def test_report_is_only_in_the_last_of_several_choices():
     out, _ = run([token("a", "stop"), token("b"), token("c", "length"), DONE])
     events = contents(b"".join(out))
-    assert [REPORT == e.get("kv_compression") for e in events] == [False, False, True]
+    assert [e.get("kv_compression") == REPORT for e in events] == [False, False, True]
 
 
 def test_stream_without_a_report_is_not_touched():

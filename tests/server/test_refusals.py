@@ -1,0 +1,124 @@
+"""What MiKV refuses before an engine starts."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mikv_vllm.server import refusals
+from mikv_vllm.server.cli import main, parse
+from mikv_vllm.server.refusals import Refusal
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ('--speculative-config {"method":"ngram"}', "--speculative-config"),
+        ("--spec-method ngram", "--spec-method"),
+        ('--kv-transfer-config {"kv_connector":"X","kv_role":"kv_both"}', "--kv-transfer-config"),
+        ("--kv-offloading-size 4", "--kv-offloading-size"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8"),
+        ("--decode-context-parallel-size 2", "--decode-context-parallel-size 2"),
+        ("--prefill-context-parallel-size 2", "--prefill-context-parallel-size 2"),
+        ("--runner pooling", "--runner pooling"),
+        ("--convert embed", "--convert embed"),
+        ("--scheduler-cls a.B", "--scheduler-cls a.B contradicts MiKV"),
+        ("--worker-cls a.B", "--worker-cls a.B contradicts MiKV"),
+        ("--attention-backend TORCH_SDPA", "--attention-backend TORCH_SDPA contradicts MiKV"),
+        ('--attention-config {"backend":"CPU_ATTN"}', "--attention-backend CPU_ATTN contradicts"),
+        ("--kv-sharing-fast-prefill", "--kv-sharing-fast-prefill"),
+    ],
+)
+def test_flag_is_refused_by_name(flags, said):
+    args, _ = parse(flags.split())
+    with pytest.raises(Refusal) as refusal:
+        refusals.check_flags(vars(args))
+    assert str(refusal.value).startswith(said)
+    assert str(refusal.value).count(". ") == 0
+
+
+def test_defaults_and_native_dtypes_pass():
+    for flags in ([], ["--kv-cache-dtype", "bfloat16"], ["--attention-backend", "auto"]):
+        args, _ = parse(flags)
+        refusals.check_flags(vars(args))
+
+
+def test_refused_flag_ends_with_code_2(capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "mikv")
+    with pytest.raises(SystemExit) as end:
+        main(["--kv-cache-dtype", "fp8"])
+    assert end.value.code == 2
+    assert "mikv-serve: error: --kv-cache-dtype fp8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--grpc"])
+def test_frontend_that_bypasses_us_is_refused(flag):
+    args, _ = parse([flag])
+    with pytest.raises(Refusal, match=flag):
+        refusals.check_frontend(vars(args))
+
+
+def test_rust_frontend_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(Refusal, match="VLLM_USE_RUST_FRONTEND"):
+        refusals.check_frontend({})
+
+
+def config(cache_dtype: str = "auto", speculative=None, transfer=None, **model) -> SimpleNamespace:
+    """As much of a VllmConfig as the check reads; a plain model unless told otherwise."""
+    fields = {
+        "model": "some/model",
+        "is_encoder_decoder": False,
+        "runner_type": "generate",
+        "use_mla": False,
+        "is_attention_free": False,
+        "is_hybrid": False,
+        "dtype": "torch.bfloat16",
+        "hf_text_config": SimpleNamespace(layer_types=model.pop("layer_types", None)),
+    }
+    window, head_dim = model.pop("window", None), model.pop("head_dim", 64)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            **(fields | model),
+            get_sliding_window=lambda: window,
+            get_head_size=lambda: head_dim,
+        ),
+        speculative_config=speculative,
+        kv_transfer_config=transfer,
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("differs", "said"),
+    [
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"runner_type": "pooling"}, "pooling"),
+        ({"use_mla": True}, "MLA"),
+        ({"is_hybrid": True}, "state-space"),
+        ({"layer_types": ["sliding_attention"]}, "sliding window"),
+        ({"window": 4096}, "sliding window"),
+        ({"head_dim": 32}, "head size is 32"),
+        ({"head_dim": 320}, "head size is 320"),
+        ({"head_dim": 100}, "head size is 100"),
+        ({"dtype": "torch.float32"}, "--dtype float32"),
+        ({"cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
+        ({"speculative": object()}, "--speculative-config"),
+        ({"transfer": object()}, "--kv-transfer-config"),
+    ],
+)
+def test_model_is_refused_in_one_sentence(differs, said):
+    with pytest.raises(Refusal, match=said) as refusal:
+        refusals.check(config(**differs))
+    assert str(refusal.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {},
+        {"head_dim": 128, "dtype": "torch.float16"},
+        {"layer_types": ["sliding_attention", "full_attention"], "window": 4096},
+    ],
+)
+def test_model_with_full_attention_passes(differs):
+    refusals.check(config(**differs))
