@@ -1,0 +1,1 @@
+"""Measurements against stock vLLM, all in one run: ``python -m benchmarks``."""

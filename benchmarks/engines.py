@@ -1,0 +1,104 @@
+"""The engines that a run compares, all alive at once so that it can take them in turn."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vllm import LLM, SamplingParams
+
+from mikv_vllm.config import RATIO_FIELD
+from mikv_vllm.models import embedded_model
+
+BLOCK_SIZE = 64
+"""Tokens a page, the same in every engine: MiKV's default on CPU."""
+MAX_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One column of the tables."""
+
+    name: str
+    engine: str
+    """``stock``, ``stock fp8`` or ``mikv``."""
+    ratio: float | None = None
+
+    @property
+    def extra_args(self) -> dict[str, float] | None:
+        return None if self.ratio is None else {RATIO_FIELD: self.ratio}
+
+
+STOCK = Contender("stock bf16", "stock")
+STOCK_FP8 = Contender("stock fp8", "stock fp8")
+RATIOS = tuple(Contender(f"ratio {r:g}", "mikv", r) for r in (1.0, 2.0, 3.0, 4.0, 5.0))
+
+
+@contextmanager
+def engines(names: set[str], pool_bytes: int, **settings) -> Iterator[dict[str, LLM]]:
+    """Start engines by name, each with a pool of ``pool_bytes``; stop them afterwards."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from mikv_vllm import LLM as TieredLLM
+
+    common = {
+        "model": str(embedded_model()),
+        "enforce_eager": True,
+        "block_size": BLOCK_SIZE,
+        "max_model_len": MAX_MODEL_LEN,
+        "kv_cache_memory_bytes": pool_bytes,
+        **settings,
+    }
+    started: dict[str, LLM] = {}
+    try:
+        for name in sorted(names):
+            print(f"starting {name} …", flush=True)
+            if name == "mikv":
+                started[name] = TieredLLM(**common)
+            else:
+                cache = "fp8" if name == "stock fp8" else "auto"
+                started[name] = LLM(**common, kv_cache_dtype=cache)
+        yield started
+    finally:
+        for llm in started.values():
+            llm.llm_engine.engine_core.shutdown()
+
+
+_counter = iter(range(1 << 60))
+
+
+def step_times(
+    llm: LLM, prompts: list[list[int]], new_tokens: int, extra_args: dict | None
+) -> tuple[float, list[float], list[dict | None]]:
+    """Run prompts together.
+
+    Returns:
+        Seconds until every prompt has its first token; seconds of each later step, with all
+        requests in it; the requests' compression reports.
+    """
+    engine = llm.llm_engine
+    params = SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, ignore_eos=True, extra_args=extra_args
+    )
+    waiting = set()
+    start = time.perf_counter()
+    for prompt in prompts:
+        request_id = f"bench-{next(_counter)}"
+        waiting.add(request_id)
+        engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+    running: dict[str, int] = {}
+    first_tokens, times, reports = 0.0, [], []
+    last = start
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            running[output.request_id] = len(output.outputs[0].token_ids)
+            if output.finished:
+                reports.append((output.kv_transfer_params or {}).get("kv_compression"))
+        if first_tokens and len(outputs) == len(prompts):
+            times.append(now - last)
+        if not first_tokens and len(running) == len(prompts):
+            first_tokens = now - start
+        last = now
+    return first_tokens, times, reports

@@ -1,0 +1,17 @@
+"""Prompts of real text, no two alike from the first token on."""
+
+from typing import Any
+
+from mikv_vllm.evaluation.windows import topics_text
+
+
+def distinct_prompts(tokenizer: Any, count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """``count`` prompts of ``length`` tokens each; a longer one starts with a shorter one."""
+    tokens = tokenizer(topics_text()).input_ids
+    stride = len(tokens) // count
+    prompts = []
+    for i in range(count):
+        start = (i * stride + 7919 * seed) % len(tokens)
+        rolled = tokens[start:] + tokens[:start]
+        prompts.append(([1000 + 37 * i + seed] + rolled)[:length])
+    return prompts

@@ -1,0 +1,24 @@
+"""KL divergence to the uncompressed model, by ratio."""
+
+from dataclasses import asdict
+
+from benchmarks.engines import engines
+from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
+from mikv_vllm.evaluation.quality import QualityRun
+from mikv_vllm.evaluation.windows import cut_windows
+
+RATIOS = (1.5, 2.0, 3.0, 4.0, 4.5, 5.0, 6.0)
+
+
+def measure(num_windows: int = 8, prompt: int = 1536, continuation: int = 256) -> list[dict]:
+    """Forced decoding of the Python reference, full vocabulary."""
+    with engines({"mikv"}, 1 << 30, logits_processors=[ForcedDecoding]) as llms:
+        llm = llms["mikv"]
+        run = QualityRun(llm, cut_windows(llm.get_tokenizer(), num_windows, prompt, continuation))
+        rows = []
+        for ratio in RATIOS:
+            row = asdict(run.measure(ratio))
+            rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+            print(rows[-1], flush=True)
+        run.close()
+    return rows

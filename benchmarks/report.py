@@ -1,0 +1,62 @@
+"""Results as Markdown tables and as one picture."""
+
+from pathlib import Path
+
+
+def _table(rows: list[dict]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = ("" if row[name] is None else str(row[name]) for name in names)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(result: dict) -> str:
+    """All parts of a result, one Markdown table each."""
+    parts = [f"{result['date']}, {result['machine']}"]
+    for name, rows in result.items():
+        if isinstance(rows, list):
+            parts.append(f"## {name}\n\n{_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Decode time against context, one panel a batch, and quality against ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result.get("decode", [])
+    batches = sorted({row["sequences"] for row in rows})
+    panels = len(batches) + ("quality" in result)
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=False):
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            points = [
+                (row["context"], row["ms_per_step"])
+                for row in rows
+                if row["sequences"] == batch and row["contender"] == name
+            ]
+            style = "--" if name.startswith("stock") else "-"
+            axis.plot(*zip(*points, strict=True), style, marker="o", label=name)
+        axis.set(title=f"{batch} sequences", xlabel="context, tokens", ylabel="ms per decode step")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+    if "quality" in result:
+        axis = axes[0][-1]
+        quality = result["quality"]
+        axis.errorbar(
+            [row["achieved_ratio"] for row in quality],
+            [row["divergence"] for row in quality],
+            [row["divergence_error"] for row in quality],
+            marker="o",
+        )
+        axis.set(title="quality", xlabel="achieved ratio", ylabel="KL divergence, nats")
+        axis.set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
