@@ -18,7 +18,10 @@ def works(package: str) -> bool:
         f"if importlib.util.find_spec({package!r}) is None: sys.exit(0)\n"
         f"import {package}"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode
+        == 0
+    )
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ class _Operations:
 
 
 def _unregister() -> None:
-    """Forget the metrics of an engine that ran in this process before, as vLLM does with its own."""
+    """Forget the metrics of an earlier engine in this process, as vLLM does with its own."""
     for collector in list(REGISTRY._collector_to_names):
         if getattr(collector, "_name", "").startswith("mikv_"):
             REGISTRY.unregister(collector)

@@ -1,0 +1,226 @@
+"""The HTTP interface of a real server with the embedded model."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from .serving import RunningServer
+
+pytestmark = pytest.mark.engine
+
+KEY = "a-key-for-tests"
+MODEL = "smollm2-135m-instruct"
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 200  # about 2,000 tokens
+FLAGS = [
+    *("--max-model-len", "4096"),
+    *("--kv-cache-memory-bytes", str(400 << 20)),
+    *("--api-key", KEY),
+    *("--kv-compression-ratio", "2.0"),
+]
+REPORT_FIELDS = {
+    "requested_ratio",
+    "achieved_ratio",
+    "kv_tokens",
+    "high_tokens",
+    "low_tokens",
+    "kv_bytes",
+    "uncompressed_kv_bytes",
+    "low_format",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, model_path):
+    running = RunningServer(FLAGS, tmp_path_factory.mktemp("server") / "log.txt", KEY)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.stop()
+
+
+def completion(server: RunningServer, **fields) -> dict:
+    body = {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 8, "temperature": 0} | fields
+    response = server.client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events(response: httpx.Response) -> list[dict]:
+    lines = (line for line in response.text.splitlines() if line.startswith("data: {"))
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def request_of(route: str) -> dict:
+    """A small request for each of the three routes."""
+    if route == "/v1/completions":
+        return {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 4}
+    if route == "/v1/responses":
+        return {"model": MODEL, "input": LONG_PROMPT, "max_output_tokens": 4}
+    messages = [{"role": "user", "content": LONG_PROMPT}]
+    return {"model": MODEL, "messages": messages, "max_tokens": 4}
+
+
+ROUTES = ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
+
+
+@pytest.mark.parametrize("ratio", [3, 4.0, 5.0])
+def test_ratio_is_achieved_within_a_tenth(server, ratio):
+    report = completion(server, kv_compression_ratio=ratio)["kv_compression"]
+    assert set(report) == REPORT_FIELDS
+    assert report["requested_ratio"] == ratio
+    assert report["achieved_ratio"] == pytest.approx(ratio, rel=0.1)
+    assert report["high_tokens"] + report["low_tokens"] == report["kv_tokens"]
+    exact = report["uncompressed_kv_bytes"] / report["kv_bytes"]
+    assert report["achieved_ratio"] == pytest.approx(exact, abs=1e-3)
+    assert report["low_format"].startswith("K")
+
+
+def test_ratio_1_is_untouched(server):
+    report = completion(server, kv_compression_ratio=1.0)["kv_compression"]
+    assert (report["requested_ratio"], report["achieved_ratio"]) == (1.0, 1.0)
+    assert (report["high_tokens"], report["low_tokens"], report["low_format"]) == (0, 0, None)
+
+
+def test_default_comes_from_the_command_line(server):
+    for fields in ({}, {"kv_compression_ratio": None}):
+        assert completion(server, **fields)["kv_compression"]["requested_ratio"] == 2.0
+
+
+def test_ratio_in_xargs(server):
+    fields = {"vllm_xargs": {"kv_compression_ratio": 3.0}}
+    assert completion(server, **fields)["kv_compression"]["requested_ratio"] == 3.0
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("value", ["NaN", '"4"', "true", "[4]", "0.5", "1e9"])
+def test_wrong_ratio_is_400_on_every_route(server, route, value):
+    body = json.dumps(request_of(route) | {"kv_compression_ratio": "@"}).replace('"@"', value)
+    headers = {"Content-Type": "application/json"}
+    response = server.client.post(route, content=body, headers=headers)
+    error = response.json()["error"]
+    assert response.status_code == error["code"] == 400
+    assert (error["type"], error["param"]) == ("BadRequestError", "kv_compression_ratio")
+    assert error["message"].startswith("kv_compression_ratio is ")
+    assert "from 1.0" in error["message"]
+
+
+def test_wrong_ratio_on_another_route_is_400(server):
+    ids = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 1}}
+    ids["sampling_params"]["extra_args"] = {"kv_compression_ratio": 1e9}
+    body = {"model": MODEL, "prompt": "a", "vllm_xargs": {"kv_compression_ratio": 1e9}}
+    response = server.client.post("/invocations", json=body)
+    assert response.status_code == 400
+    assert "kv_compression_ratio is" in response.text
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_body_of_every_route_has_the_report(server, route):
+    body = server.client.post(route, json=request_of(route) | {"kv_compression_ratio": 4}).json()
+    assert set(body["kv_compression"]) == REPORT_FIELDS
+    assert body["kv_transfer_params"] is None
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize("usage", [False, True])
+def test_last_chunk_of_a_stream_has_the_report(server, route, usage):
+    body = request_of(route) | {"stream": True, "kv_compression_ratio": 4}
+    response = server.client.post(route, json=body | {"stream_options": {"include_usage": usage}})
+    *others, last = events(response)
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert set(last["kv_compression"]) == REPORT_FIELDS
+    assert last["kv_compression"]["requested_ratio"] == 4.0
+    assert not any("kv_compression" in other for other in others)
+
+
+def test_last_event_of_a_responses_stream_has_the_report(server):
+    body = request_of("/v1/responses") | {"stream": True, "kv_compression_ratio": 4}
+    last = events(server.client.post("/v1/responses", json=body))[-1]
+    assert last["type"] == "response.completed"
+    assert set(last["response"]["kv_compression"]) == REPORT_FIELDS
+
+
+def test_stream_is_not_held_back(server):
+    body = request_of("/v1/completions") | {"stream": True, "max_tokens": 50, "ignore_eos": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        arrivals = [time.monotonic() for line in response.iter_lines() if line]
+    assert len(arrivals) == 51
+    assert arrivals[-1] - arrivals[0] > 0.1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_report_of_several_choices_and_prompts_is_their_sum(server, stream):
+    fields = {"max_tokens": 4, "ignore_eos": True, "kv_compression_ratio": 4.0}
+    one = completion(server, **fields)["kv_compression"]
+    body = {"model": MODEL, "prompt": [LONG_PROMPT] * 2, "n": 2, "stream": stream} | fields
+    response = server.client.post("/v1/completions", json=body)
+    total = (events(response)[-1] if stream else response.json())["kv_compression"]
+    assert total["kv_tokens"] == 4 * one["kv_tokens"]
+    assert total["uncompressed_kv_bytes"] == 4 * one["uncompressed_kv_bytes"]
+    assert total["requested_ratio"] == 4.0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_that_ends_at_a_stop_string_has_a_report(server, stream):
+    fields = {"stop": ["fox"], "max_tokens": 64, "kv_compression_ratio": 4.0, "temperature": 0}
+    body = {"model": MODEL, "prompt": LONG_PROMPT, "stream": stream} | fields
+    response = server.client.post("/v1/completions", json=body)
+    last = events(response)[-1] if stream else response.json()
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert set(last["kv_compression"]) == REPORT_FIELDS
+
+
+def test_client_of_openai_asks_and_reads(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=16,
+        temperature=0,
+        extra_body={"kv_compression_ratio": 4.0},
+    )
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.model_extra["kv_compression"]["requested_ratio"] == 4.0
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+def test_without_the_key_it_is_401(server, headers):
+    body = request_of("/v1/completions") | {"kv_compression_ratio": "wrong as well"}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 401
+    assert httpx.get(f"{server.url}/mikv/stats", headers=headers).status_code == 401
+    assert httpx.get(f"{server.url}/health", headers=headers).status_code == 200
+
+
+def test_stats_and_metrics_show_compressed_requests_and_then_none(server):
+    before = server.client.get("/mikv/stats").json()
+    body = request_of("/v1/completions") | {"kv_compression_ratio": 4, "max_tokens": 400}
+    body |= {"ignore_eos": True}
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(server.client.post, "/v1/completions", json=body)
+        seen = []
+        while not running.done():
+            seen.append(server.client.get("/mikv/stats").json())
+            time.sleep(0.05)
+    assert running.result().status_code == 200
+    assert any(stats["requests"]["tiered"] == 1 for stats in seen)
+    assert any(stats["tokens"]["low"] > stats["tokens"]["high"] > 0 for stats in seen)
+    for stats in seen:
+        pages = dict(stats["pages"])
+        assert pages.pop("total") == sum(pages.values())
+    after = server.client.get("/mikv/stats").json()
+    assert after["requests"] == {"native": 0, "tiered": 0}
+    assert after["pages"]["free"] == after["pages"]["total"]
+    assert after["operations"]["compress"] == before["operations"]["compress"] + 1
+    metrics = server.client.get("/metrics").text
+    assert f'mikv_operations_total{{engine="0",kind="compress",model_name="{MODEL}"}}' in metrics
+    assert "# HELP mikv_kv_cache_pages Pages of vLLM's block pool" in metrics
+
+
+def test_settings_are_in_the_log(server):
+    echo = next(line for line in server.log.read_text().splitlines() if "MiKV: ratio" in line)
+    assert "ratio 2.0, importance window, window 32" in echo
+    assert "largest ratio" in echo
