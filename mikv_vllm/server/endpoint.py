@@ -8,8 +8,9 @@ from starlette.datastructures import State
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.exceptions import VLLMValidationError
 
-from mikv_vllm.config import RATIO_FIELD, CompressionConfig, parse_ratio
+from mikv_vllm.config import RATIO_FIELD, CompressionConfig, RatioError, parse_ratio
 from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.middleware import RatioMiddleware
 from mikv_vllm.server.reports import collect_reports
@@ -61,7 +62,10 @@ def check_ratios(engine: Any, largest: float) -> None:
     ) -> Any:
         ratio = (getattr(params, "extra_args", None) or {}).get(RATIO_FIELD)
         if ratio is not None:
-            parse_ratio(ratio, largest)
+            try:
+                parse_ratio(ratio, largest)
+            except RatioError as error:
+                raise VLLMValidationError(str(error), parameter=RATIO_FIELD) from None
         return await add_request(request_id, prompt, params, *args, **kwargs)
 
     engine.add_request = check_and_add
