@@ -1,0 +1,1 @@
+"""Native kernels of the tier operations, one package per device; none of them imports vLLM."""

@@ -1,0 +1,73 @@
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        block_size: int,
+        high_bits: int,
+        dtype: int,
+        scale: float,
+        softcap: float,
+        sinks: int,
+        decay: float,
+        recent: int,
+        key_index: int,
+        value_index: int,
+        /,
+    ) -> None: ...
+    def decode(
+        self,
+        cache: int,
+        page_stride: int,
+        head_stride: int,
+        rows: int,
+        num_rows: int,
+        tables: int,
+        max_pages: int,
+        q: int,
+        q_stride: int,
+        k: int,
+        k_stride: int,
+        v: int,
+        v_stride: int,
+        out: int,
+        out_stride: int,
+        /,
+    ) -> None: ...
+    def score(
+        self,
+        cache: int,
+        page_stride: int,
+        head_stride: int,
+        table: int,
+        num_tokens: int,
+        queries: int,
+        query_stride: int,
+        num_queries: int,
+        scores: int,
+        score_stride: int,
+        /,
+    ) -> None: ...
+    def compress(
+        self,
+        cache: int,
+        page_stride: int,
+        head_stride: int,
+        native_table: int,
+        tiered_table: int,
+        num_tokens: int,
+        tiered_pages: int,
+        high_tokens: int,
+        low_chunks: int,
+        low_end: int,
+        key_bits: int,
+        value_bits: int,
+        scores: int,
+        score_stride: int,
+        /,
+    ) -> None: ...

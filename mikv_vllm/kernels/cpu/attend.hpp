@@ -1,0 +1,408 @@
+// Attention of a few query heads that share a KV head over a part of a request's two tiers.
+//
+// The high tier comes first: its weights are kept, because they become importance scores. The low
+// tier follows in blocks with an online softmax: within a block, keys of all chunks first, then one
+// pass of exponentials, then values of all chunks, so that sums stay integer for a whole block.
+#pragma once
+
+#include "codec.hpp"
+#include "dots.hpp"
+
+namespace mikv::MIKV_ISA {
+
+constexpr int kBlock = 256;  // tokens
+constexpr int kBlockChunks = kBlock / kChunk, kBlockGroups = kBlock / kGroup;
+constexpr float kNever = -1e30f;  // a logit that no token has
+
+// A range of a request's tiers.
+struct Part {
+    int group_begin, group_end, high_tokens;  // high_tokens: of the whole request
+    int chunk_begin, chunk_end, low_start;    // low_start: line of chunk 0
+};
+
+// A softmax over a part, unfinished: outputs are sums of e**(logit - top) * value.
+struct Partial {
+    float *out;   // [heads, head_dim]
+    float *top, *total, *high_top;  // [heads]; kept high weights count from high_top
+};
+
+template <int D, int G> struct AttendScratch {
+    static constexpr int P = Shape<D>::padded, V = Shape<D>::value_groups;
+    alignas(64) float query[G][P];  // scaled and divided by `top`, zero from D on
+    alignas(64) uint8_t query_high[G * P], query_low[G * P];
+    alignas(64) uint8_t tiles[kChunk * D];
+    alignas(64) float logits[G][kBlock];
+    alignas(64) float weights[V][G][kBlock];
+    alignas(64) uint8_t weights_high[V * G * kBlock], weights_low[V * G * kBlock];
+    ValueSums<D, G> sums;
+    alignas(64) float high_out[G][D], low_out[G][D];
+    F zeros[V][G];  // sums of weights x value zeros, by lane
+    float amplitude[G], center[G], top[G], total[G];
+    const uint8_t* records[kBlockGroups];
+    alignas(64) uint8_t buffer[kBlockGroups][(kGroup * D * 4 + 3 * kLine)];
+};
+
+template <int D, int G> class Attention {
+    using S = AttendScratch<D, G>;
+    static constexpr int P = S::P, V = S::V;
+
+  public:
+    Attention(const Layer& layer, const Stream& stream, const HighLayout& high,
+              const LowLayout& low, S& scratch)
+        : layer_(layer), stream_(stream), high_(high), low_(low), s_(scratch) {}
+
+    // `weights`: e**(logit - high_top) of the part's high tokens, [G] rows of `stride`.
+    void run(const uint16_t* query, const float* sinks, const Part& part, float* weights,
+             int stride, Partial partial) {
+        prepare(query);
+        for (int g = 0; g < G; ++g) {
+            s_.top[g] = sinks ? sinks[g] : kNever;
+            s_.total[g] = sinks ? 1.0f : 0.0f;
+        }
+        __builtin_memset(s_.high_out, 0, sizeof s_.high_out);
+        __builtin_memset(s_.low_out, 0, sizeof s_.low_out);
+        for (auto& row : s_.zeros) {
+            for (F& zero : row) zero = splat(0.0f);
+        }
+        if (part.group_begin < part.group_end) {
+            high_.bits == 8 ? high_keys(part, weights, stride) : full_keys(part, weights, stride);
+            high_weights(part, weights, stride);
+            high_.bits == 8 ? high_values(part, weights, stride) : full_values(part, weights, stride);
+        }
+        for (int g = 0; g < G; ++g) partial.high_top[g] = s_.top[g];
+        for (int chunk = part.chunk_begin; chunk < part.chunk_end; chunk += kBlockChunks) {
+            const int rest = part.chunk_end - chunk;
+            low_block(part.low_start + chunk * low_.num_lines,
+                      rest < kBlockChunks ? rest : kBlockChunks);
+        }
+        finish(partial);
+    }
+
+  private:
+    void prepare(const uint16_t* query) {
+        alignas(64) uint8_t header[(2 * D + 63) / 64 * 64];
+        const uint16_t* center =
+            reinterpret_cast<const uint16_t*>(stream_.view(0, lines(2 * D), header));
+        for (int g = 0; g < G; ++g) {
+            F most = splat(0.0f), product = splat(0.0f);
+            for (int c = 0; c < D; c += 16) {
+                const F q = mul(load_half(query + g * D + c, layer_.dtype), splat(layer_.scale));
+                most = vmax(most, vabs(q));
+                product = fma(q, load_fp16(center + c), product);
+                store(s_.query[g] + c, q);
+            }
+            s_.center[g] = sum(product);
+            const float largest_query = largest(most);
+            s_.amplitude[g] = largest_query > 0.0f ? largest_query : 1.0f;
+            const F inverse = splat(1.0f / s_.amplitude[g]);
+            for (int c = 0; c < P; c += 16) {
+                float* q = s_.query[g] + c;
+                store(q, c < D ? mul(load(q), inverse) : splat(0.0f));
+            }
+        }
+    }
+
+    F cap(F logit) const {
+        if (layer_.softcap == 0.0f) return logit;
+        return mul(splat(layer_.softcap), tanh(mul(logit, splat(1.0f / layer_.softcap))));
+    }
+
+    void raise(const F (&most)[G]) {
+        for (int g = 0; g < G; ++g) {
+            const float top = largest(most[g]);
+            if (top <= s_.top[g]) continue;
+            const float factor = largest(exp(splat(s_.top[g] - top)));
+            s_.top[g] = top;
+            s_.total[g] *= factor;
+            for (int v = 0; v < V; ++v) s_.zeros[v][g] = mul(s_.zeros[v][g], splat(factor));
+            for (int c = 0; c < D; c += 16) {
+                store(s_.high_out[g] + c, mul(load(s_.high_out[g] + c), splat(factor)));
+                store(s_.low_out[g] + c, mul(load(s_.low_out[g] + c), splat(factor)));
+            }
+        }
+    }
+
+    int tokens_of(const Part& part, int group) const {
+        const int rest = part.high_tokens - group * kGroup;
+        return rest < kGroup ? rest : kGroup;
+    }
+
+    const uint8_t* group(int g, uint8_t* buffer) const {
+        return stream_.view(high_.group_line(g), high_.num_lines, buffer);
+    }
+
+    void high_keys(const Part& part, float* weights, int stride) {
+        constexpr float top = 16383.0f;
+        F step[G];
+        I offset[G];
+        for (int g = 0; g < G; ++g) {
+            I total = splat_i(0);
+            for (int c = 0; c < P; c += 64) {
+                I x[4];
+                for (int i = 0; i < 4; ++i) {
+                    x[i] = to_int(mul(load(s_.query[g] + c + 16 * i), splat(top)));
+                    total = add_i(total, x[i]);
+                }
+                split_signed(x, s_.query_high + g * P + c, s_.query_low + g * P + c);
+            }
+            step[g] = splat(s_.amplitude[g] / top);
+            offset[g] = splat_i(sum_i(total) * 128);
+        }
+        for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
+            const uint8_t* record = group(at, s_.buffer[0]);
+            I products[G][1];
+            key_dots<D, G, 1, false>(record, s_.query_high, s_.query_low, products);
+            const F scale = load_fp16(reinterpret_cast<const uint16_t*>(record + high_.key_scales));
+            for (int g = 0; g < G; ++g) {
+                const F product = to_float(sub_i(products[g][0], offset[g]));
+                const F logit = cap(mul(product, mul(scale, step[g])));
+                store(weights + g * stride, first_lanes(logit, tokens_of(part, at), splat(kNever)));
+            }
+        }
+    }
+
+    void full_keys(const Part& part, float* weights, int stride) {
+        for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
+            const uint8_t* record = group(at, s_.buffer[0]);
+            alignas(64) float logits[G][kGroup];
+            for (auto& row : logits) {
+                for (float& logit : row) logit = 0.0f;
+            }
+            for (int t = 0; t < tokens_of(part, at); ++t) {
+                const uint16_t* key = reinterpret_cast<const uint16_t*>(record) + t * D;
+                F product[G];
+                for (int g = 0; g < G; ++g) product[g] = splat(0.0f);
+                for (int c = 0; c < D; c += 16) {
+                    const F k = load_half(key + c, layer_.dtype);
+                    for (int g = 0; g < G; ++g) {
+                        product[g] = fma(k, load(s_.query[g] + c), product[g]);
+                    }
+                }
+                for (int g = 0; g < G; ++g) logits[g][t] = sum(product[g]) * s_.amplitude[g];
+            }
+            for (int g = 0; g < G; ++g) {
+                store(weights + g * stride,
+                      first_lanes(cap(load(logits[g])), tokens_of(part, at), splat(kNever)));
+            }
+        }
+    }
+
+    // Logits of all high tokens of the part -> weights; adds them to the totals.
+    void high_weights(const Part& part, float* weights, int stride) {
+        const int count = (part.group_end - part.group_begin) * kGroup;
+        F most[G];
+        for (int g = 0; g < G; ++g) {
+            most[g] = splat(kNever);
+            for (int t = 0; t < count; t += 16) most[g] = vmax(most[g], load(weights + g * stride + t));
+        }
+        raise(most);
+        for (int g = 0; g < G; ++g) {
+            F total = splat(0.0f);
+            for (int t = 0; t < count; t += 16) {
+                float* w = weights + g * stride + t;
+                const F e = exp(sub(load(w), splat(s_.top[g])));
+                total = add(total, e);
+                store(w, e);
+            }
+            s_.total[g] += sum(total);
+        }
+    }
+
+    void high_values(const Part& part, const float* weights, int stride) {
+        for (int at = part.group_begin; at < part.group_end; at += kBlockGroups) {
+            const int rest = part.group_end - at;
+            const int count = rest < kBlockGroups ? rest : kBlockGroups;
+            F most[1][G];
+            for (int g = 0; g < G; ++g) most[0][g] = splat(0.0f);
+            for (int i = 0; i < count; ++i, weights += kGroup) {
+                const uint8_t* record = s_.records[i] = group(at + i, s_.buffer[i]);
+                const uint16_t* p = reinterpret_cast<const uint16_t*>(record + high_.value_scales);
+                // Unused slots hold anything, NaN included.
+                const F scale = first_lanes(load_fp16(p), tokens_of(part, at + i), splat(0.0f));
+                for (int g = 0; g < G; ++g) {
+                    const F w = mul(load(weights + g * stride), scale);
+                    most[0][g] = vmax(most[0][g], w);
+                    store(s_.weights[0][g] + i * kGroup, w);
+                }
+            }
+            float steps[1][G];
+            split_weights<1>(most, count * kGroup, steps);
+            s_.sums.clear();
+            for (int i = 0; i < count; ++i) {
+                const int place = i / 4 * 64 + i % 4 * 4;
+                value_dots<D, G, kGroup / 4, false>(s_.records[i] + high_.values,
+                                                    s_.weights_high + place,
+                                                    s_.weights_low + place, kBlock, s_.sums);
+            }
+            flush<1>(steps, s_.high_out);
+        }
+    }
+
+    void full_values(const Part& part, const float* weights, int stride) {
+        for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
+            const uint8_t* record = group(at, s_.buffer[0]);
+            for (int t = 0; t < tokens_of(part, at); ++t) {
+                const uint16_t* value =
+                    reinterpret_cast<const uint16_t*>(record + high_.values) + t * D;
+                for (int c = 0; c < D; c += 16) {
+                    const F v = load_half(value + c, layer_.dtype);
+                    for (int g = 0; g < G; ++g) {
+                        float* out = s_.high_out[g] + c;
+                        store(out, fma(v, splat(weights[g * stride + t]), load(out)));
+                    }
+                }
+            }
+        }
+    }
+
+    // s_.weights -> pairs of bytes; steps[v][g] is what one unit of them stands for.
+    template <int Slices>
+    void split_weights(const F (&most)[Slices][G], int tokens, float (&steps)[Slices][G]) {
+        for (int v = 0; v < Slices; ++v) {
+            for (int g = 0; g < G; ++g) {
+                const float top = largest(most[v][g]);
+                const F inverse = splat(top > 0.0f ? 65535.0f / top : 0.0f);
+                steps[v][g] = top / 65535.0f;
+                const int at = (v * G + g) * kBlock;
+                // The last vectors may lie behind the tokens: their bytes are never read.
+                for (int t = 0; t < tokens; t += 64) {
+                    I x[4];
+                    for (int i = 0; i < 4; ++i) {
+                        x[i] = to_int(mul(load(s_.weights[v][g] + t + 16 * i), inverse));
+                    }
+                    split_unsigned(x, s_.weights_high + at + t, s_.weights_low + at + t);
+                }
+            }
+        }
+    }
+
+    template <int Slices> void flush(const float (&steps)[Slices][G], float (&out)[G][D]) {
+        for (int g = 0; g < G; ++g) {
+            for (int c = 0; c < D; c += 16) {
+                const F step = splat(steps[c * Slices / D][g]);
+                const F high = to_float(load_i(s_.sums.high[g] + c));
+                const F low = to_float(load_i(s_.sums.low[g] + c));
+                store(out[g] + c,
+                      fma(fma(high, splat(256.0f), low), step, load(out[g] + c)));
+            }
+        }
+    }
+
+    void low_block(int line, int count) {
+        F most[G];
+        for (int g = 0; g < G; ++g) most[g] = splat(kNever);
+        for (int i = 0; i < count; ++i) {
+            s_.records[i] = stream_.view(line + i * low_.num_lines, low_.num_lines, s_.buffer[2 * i]);
+            low_keys(s_.records[i], i * kChunk, most);
+        }
+        raise(most);
+        float steps[V][G];
+        low_weights(count, steps);
+        s_.sums.clear();
+        for (int i = 0; i < count; ++i) {
+            unpack(s_.records[i] + low_.values, low_.value_bits, kChunk * D / kLine, s_.tiles);
+            const int place = i / 2 * 64 + i % 2 * 8;
+            value_dots<D, G, kChunk / 4, true>(s_.tiles, s_.weights_high + place,
+                                               s_.weights_low + place, kBlock, s_.sums);
+        }
+        flush<V>(steps, s_.low_out);
+    }
+
+    // Logits of one chunk. The channels' scales are folded into the query, which is then rounded
+    // to 15 bits; one amplitude serves all heads, so that one reduction over the channels does.
+    void low_keys(const uint8_t* record, int token, F (&most)[G]) {
+        constexpr int vectors = D / 16;
+        F scales[vectors], folded[G][vectors], zero[G], largest_one = splat(0.0f);
+        for (int i = 0; i < vectors; ++i) {
+            scales[i] = decode_scale(load_u8(record + low_.key_scales + 16 * i));
+        }
+        for (int g = 0; g < G; ++g) {
+            zero[g] = splat(0.0f);
+            for (int i = 0; i < vectors; ++i) {
+                folded[g][i] = mul(load(s_.query[g] + 16 * i), scales[i]);
+                largest_one = vmax(largest_one, vabs(folded[g][i]));
+            }
+        }
+        for (int i = 0; i < vectors; ++i) {
+            const F z = to_float(load_s8(record + low_.key_zeros + 16 * i));
+            for (int g = 0; g < G; ++g) zero[g] = fma(folded[g][i], z, zero[g]);
+        }
+        const float amplitude = largest(largest_one);
+        const F inverse = splat(amplitude > 0.0f ? 16383.0f / amplitude : 0.0f);
+        for (int g = 0; g < G; ++g) {
+            for (int c = 0; c < P; c += 64) {
+                I x[4];
+                for (int i = 0; i < 4; ++i) {
+                    x[i] = c / 16 + i < vectors ? to_int(mul(folded[g][c / 16 + i], inverse))
+                                                : splat_i(0);
+                }
+                split_signed(x, s_.query_high + g * P + c, s_.query_low + g * P + c);
+            }
+        }
+        unpack(record, low_.key_bits, kChunk * D / kLine, s_.tiles);
+        I products[G][2];
+        key_dots<D, G, 2, true>(s_.tiles, s_.query_high, s_.query_low, products);
+        for (int g = 0; g < G; ++g) {
+            const F step = splat(amplitude * s_.amplitude[g] / 16383.0f);
+            const F constant = splat(s_.center[g] + sum(zero[g]) * s_.amplitude[g]);
+            for (int half = 0; half < 2; ++half) {
+                const F logit = cap(fma(to_float(products[g][half]), step, constant));
+                most[g] = vmax(most[g], logit);
+                store(s_.logits[g] + token + 16 * half, logit);
+            }
+        }
+    }
+
+    // Logits of a block -> weights times value scales; adds to totals and zeros.
+    void low_weights(int count, float (&steps)[V][G]) {
+        F most[V][G], total[G];
+        for (int g = 0; g < G; ++g) {
+            total[g] = splat(0.0f);
+            for (int v = 0; v < V; ++v) most[v][g] = splat(0.0f);
+        }
+        for (int i = 0; i < 2 * count; ++i) {
+            const uint8_t* record = s_.records[i / 2] + i % 2 * 16;
+            F e[G];
+            for (int g = 0; g < G; ++g) {
+                e[g] = exp(sub(load(s_.logits[g] + 16 * i), splat(s_.top[g])));
+                total[g] = add(total[g], e[g]);
+            }
+            for (int v = 0; v < V; ++v) {
+                const F scale = decode_scale(load_u8(record + low_.value_scales + v * kChunk));
+                const F zero = to_float(load_s8(record + low_.value_zeros + v * kChunk));
+                for (int g = 0; g < G; ++g) {
+                    const F w = mul(e[g], scale);
+                    s_.zeros[v][g] = fma(w, zero, s_.zeros[v][g]);
+                    most[v][g] = vmax(most[v][g], w);
+                    store(s_.weights[v][g] + 16 * i, w);
+                }
+            }
+        }
+        for (int g = 0; g < G; ++g) s_.total[g] += sum(total[g]);
+        split_weights<V>(most, count * kChunk, steps);
+    }
+
+    void finish(Partial partial) {
+        for (int g = 0; g < G; ++g) {
+            float* low = s_.low_out[g];
+            for (int c = 0; c < D; c += 16) {
+                const float zero = sum(s_.zeros[c / Shape<D>::group_channels][g]);
+                store(low + c, add(load(low + c), splat(zero)));
+            }
+            rotate(low, D);
+            for (int c = 0; c < D; c += 16) {
+                store(partial.out + g * D + c, add(load(low + c), load(s_.high_out[g] + c)));
+            }
+            partial.top[g] = s_.top[g];
+            partial.total[g] = s_.total[g];
+        }
+    }
+
+    const Layer& layer_;
+    const Stream& stream_;
+    const HighLayout& high_;
+    const LowLayout& low_;
+    S& s_;
+};
+
+}  // namespace mikv::MIKV_ISA

@@ -1,0 +1,130 @@
+// Quantization, bit for bit as in tiers/codec.py.
+#pragma once
+
+#include "packing.hpp"
+
+namespace mikv::MIKV_ISA {
+
+constexpr int kScaleOffset = (127 - 22) << 3;
+
+inline I encode_scale(F scale) {
+    const I code = sub_i(sar_i<20>(add_i(bits_of(scale), splat_i((1 << 20) - 1))),
+                         splat_i(kScaleOffset));
+    return min_i(max_i(code, splat_i(0)), splat_i(255));
+}
+
+inline F decode_scale(I code) { return float_of(shl_i<20>(add_i(code, splat_i(kScaleOffset)))); }
+
+// Quantizes 16 slices at once: element i of slice l is x[i * stride + l]. Writes codes and zeros of
+// the 16 slices, and integers at integers[i * stride + l].
+inline void quantize(const float* x, int count, int stride, int bits, uint8_t* codes,
+                     uint8_t* zeros, uint8_t* integers) {
+    F low = load(x), high = low;
+    for (int i = 1; i < count; ++i) {
+        const F v = load(x + i * stride);
+        low = vmin(low, v);
+        high = vmax(high, v);
+    }
+    const float top = static_cast<float>((1 << bits) - 1);
+    // The second term keeps the zero point within an int8 where a slice lies far from its centre.
+    const F wanted = vmax(div(sub(high, low), splat(top)), div(vabs(low), splat(127.0f)));
+    const I code = encode_scale(wanted);
+    const F scale = decode_scale(code);
+    const F zero = vmin(vmax(round_even(div(low, scale)), splat(-128.0f)), splat(127.0f));
+    store_u8(codes, code);
+    store_u8(zeros, to_int(zero));
+    for (int i = 0; i < count; ++i) {
+        const F v = sub(round_even(div(load(x + i * stride), scale)), zero);
+        store_u8(integers + i * stride, to_int(vmin(vmax(v, splat(0.0f)), splat(top))));
+    }
+}
+
+// Orthonormal Hadamard rotation, in blocks, of `head_dim` rows of 16 numbers: x[c * stride ..].
+inline void rotate_columns(float* x, int head_dim, int stride) {
+    const int size = head_dim & -head_dim;
+    for (int half = 1; half < size; half *= 2) {
+        for (int c = 0; c < head_dim; ++c) {
+            if (c & half) continue;
+            const F a = load(x + c * stride), b = load(x + (c + half) * stride);
+            store(x + c * stride, add(a, b));
+            store(x + (c + half) * stride, sub(a, b));
+        }
+    }
+    const F norm = splat(1.0f / __builtin_sqrtf(static_cast<float>(size)));
+    for (int c = 0; c < head_dim; ++c) store(x + c * stride, mul(load(x + c * stride), norm));
+}
+
+// The same rotation of one vector.
+inline void rotate(float* x, int head_dim) {
+    const int size = head_dim & -head_dim;
+    for (int half = 1; half < size; half *= 2) {
+        for (int start = 0; start < head_dim; start += 2 * half) {
+            for (int c = start; c < start + half; ++c) {
+                const float a = x[c], b = x[c + half];
+                x[c] = a + b;
+                x[c + half] = a - b;
+            }
+        }
+    }
+    const float norm = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+    for (int c = 0; c < head_dim; ++c) x[c] *= norm;
+}
+
+// Scratch of one chunk's quantization.
+struct ChunkScratch {
+    alignas(64) float keys[kChunk * 256];       // [token][channel], without the centre
+    alignas(64) float values[256 * kChunk];     // [channel][token]
+    alignas(64) uint8_t integers[kChunk * 256];
+    alignas(64) uint8_t tiles[kChunk * 256];
+};
+
+// Quantizes the keys and values in `s` (values not yet rotated) into `record`.
+inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, uint8_t* record) {
+    const int d = layout.head_dim, num_tiles = kChunk * d / kLine;
+    for (int c = 0; c < d; c += 16) {
+        quantize(s.keys + c, kChunk, d, layout.key_bits, record + layout.key_scales + c,
+                 record + layout.key_zeros + c, s.integers + c);
+    }
+    for (int quad = 0; quad < d / 4; ++quad) {
+        for (int t = 0; t < kChunk; ++t) {
+            copy4(s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4, s.integers + t * d + 4 * quad);
+        }
+    }
+    pack(s.tiles, layout.key_bits, num_tiles, record);
+
+    const int groups = LowLayout::value_groups(d), channels = d / groups;
+    for (int half = 0; half < kChunk; half += 16) {
+        rotate_columns(s.values + half, d, kChunk);
+        for (int g = 0; g < groups; ++g) {
+            const int at = g * channels * kChunk + half;
+            quantize(s.values + at, channels, kChunk, layout.value_bits,
+                     record + layout.value_scales + g * kChunk + half,
+                     record + layout.value_zeros + g * kChunk + half, s.integers + at);
+        }
+    }
+    for (int quad = 0; quad < kChunk / 4; ++quad) {
+        for (int c = 0; c < d; ++c) {
+            copy4(s.tiles + (quad * (d / 16) + c / 16) * kLine + c % 16 * 4,
+                  s.integers + c * kChunk + 4 * quad);
+        }
+    }
+    pack(s.tiles, layout.value_bits, num_tiles, record + layout.values);
+}
+
+// One token's channels as int8 + 128; returns the fp16 scale's bits.
+inline uint16_t quantize_high(const float* x, int head_dim, uint8_t* integers) {
+    F top = splat(0.0f);
+    for (int c = 0; c < head_dim; c += 16) top = vmax(top, vabs(load(x + c)));
+    const float wanted = largest(top) / 127.0f;
+    alignas(64) uint16_t half[16];
+    store_fp16(half, splat(wanted < 6.2e-5f ? 6.2e-5f : wanted));
+    const F scale = load_fp16(half);
+    for (int c = 0; c < head_dim; c += 16) {
+        const F v = round_even(div(load(x + c), scale));
+        const F bounded = vmin(vmax(v, splat(-127.0f)), splat(127.0f));
+        store_u8(integers + c, add_i(to_int(bounded), splat_i(128)));
+    }
+    return half[0];
+}
+
+}  // namespace mikv::MIKV_ISA

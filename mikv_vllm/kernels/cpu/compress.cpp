@@ -1,0 +1,176 @@
+// Moves a whole request of one layer from native pages into its two tiers.
+//
+// The target pages may be the native ones: a head's keys and values are all read before its first
+// record is written. Heads go in waves, as many as there are threads, so that scratch is bounded.
+#include <omp.h>
+
+#include "high_tier.hpp"
+#include "kernels.hpp"
+#include "native.hpp"
+
+namespace mikv::MIKV_ISA {
+namespace {
+
+// What is known of one head during its wave.
+struct Head {
+    uint16_t *keys, *values;   // [tokens, head_dim]
+    double* page_sums;         // [pages, head_dim], of keys
+    float* center;             // [head_dim]
+    uint64_t* sort_keys;       // [tokens]
+    uint8_t* chosen;           // [tokens]
+    int32_t *high, *low;       // positions, ascending
+
+    static size_t bytes(int tokens, int pages, int head_dim) {
+        return static_cast<size_t>(tokens) * (4 * head_dim + 8 + 1 + 4 + 4) +
+               static_cast<size_t>(pages) * head_dim * 8 + head_dim * 4 + 16 * kLine;
+    }
+    static Head make(Arena& arena, int tokens, int pages, int d) {
+        const size_t n = static_cast<size_t>(tokens);
+        return {arena.take<uint16_t>(n * d), arena.take<uint16_t>(n * d),
+                arena.take<double>(static_cast<size_t>(pages) * d), arena.take<float>(d),
+                arena.take<uint64_t>(n), arena.take<uint8_t>(n),
+                arena.take<int32_t>(n), arena.take<int32_t>(n)};
+    }
+};
+
+struct Compressor {
+    const Layer& layer;
+    const Cache& cache;
+    const Compression& job;
+    NativePages pages;
+    HighLayout high;
+    LowLayout low;
+
+    int page_tokens(int page) const {
+        const int rest = job.num_tokens - page * layer.block_size;
+        return rest < layer.block_size ? rest : layer.block_size;
+    }
+
+    void gather(const Head& h, int head, int page) const {
+        const int d = layer.head_dim, tokens = page_tokens(page);
+        const int64_t at = static_cast<int64_t>(page) * layer.block_size * d;
+        pages.rows(page, head, tokens, layer.key_index, layer.key_runs, h.keys + at);
+        pages.rows(page, head, tokens, layer.value_index, layer.value_runs, h.values + at);
+        for (int c = 0; c < d; c += 16) {
+            F total = splat(0.0f);
+            for (int t = 0; t < tokens; ++t) {
+                total = add(total, load_half(h.keys + at + t * d + c, layer.dtype));
+            }
+            alignas(64) float lanes[16];
+            store(lanes, total);
+            for (int i = 0; i < 16; ++i) h.page_sums[page * d + c + i] = lanes[i];
+        }
+    }
+
+    // Centre, header and choice of one head.
+    void choose(const Head& h, int head, int num_pages) const {
+        const int d = layer.head_dim;
+        alignas(64) uint8_t header[512] = {};
+        for (int c = 0; c < d; ++c) {
+            double total = 0;
+            for (int page = 0; page < num_pages; ++page) total += h.page_sums[page * d + c];
+            const float mean = static_cast<float>(total / job.num_tokens);
+            h.center[c] = mean < -65504.0f ? -65504.0f : mean > 65504.0f ? 65504.0f : mean;
+        }
+        for (int c = 0; c < d; c += 16) {
+            uint16_t* half = reinterpret_cast<uint16_t*>(header) + c;
+            store_fp16(half, load(h.center + c));
+            store(h.center + c, load_fp16(half));
+        }
+        Stream(cache, layer, head, job.tiered_table).write(0, lines(2 * d), header);
+        select_high(job.scores + head * job.score_stride, job.num_tokens, job.high_tokens,
+                    layer.recent, h.sort_keys, h.chosen);
+        int32_t *to_high = h.high, *to_low = h.low;
+        for (int t = 0; t < job.num_tokens; ++t) {
+            if (h.chosen[t]) {
+                *to_high++ = t;
+            } else {
+                *to_low++ = t;
+            }
+        }
+    }
+
+    void write_group(const Head& h, int head, int group, uint8_t* record) const {
+        const int d = layer.head_dim, first = group * kGroup;
+        const int rest = job.high_tokens - first, count = rest < kGroup ? rest : kGroup;
+        const size_t bytes = static_cast<size_t>(high.num_lines) * kLine;
+        if (count < kGroup) __builtin_memset(record, 0, bytes);
+        const HighSlot slots{high};
+        for (int i = 0; i < count; ++i) {
+            const int64_t token = h.high[first + i];
+            slots.write(record, i, h.keys + token * d, h.values + token * d,
+                        job.scores[head * job.score_stride + token], layer.dtype);
+        }
+        Stream(cache, layer, head, job.tiered_table)
+            .write(high.group_line(group), high.num_lines, record);
+    }
+
+    void write_chunk(const Head& h, int head, int chunk, ChunkScratch& s, uint8_t* record) const {
+        const int d = layer.head_dim;
+        const int32_t* tokens = h.low + chunk * kChunk;
+        alignas(64) float lanes[16];
+        for (int t = 0; t < kChunk; ++t) {
+            const int64_t at = static_cast<int64_t>(tokens[t]) * d;
+            for (int c = 0; c < d; c += 16) {
+                store(s.keys + t * d + c,
+                      sub(load_half(h.keys + at + c, layer.dtype), load(h.center + c)));
+                store(lanes, load_half(h.values + at + c, layer.dtype));
+                for (int i = 0; i < 16; ++i) s.values[(c + i) * kChunk + t] = lanes[i];
+            }
+        }
+        __builtin_memset(record, 0, static_cast<size_t>(low.num_lines) * kLine);
+        quantize_chunk(s, low, record);
+        Stream(cache, layer, head, job.tiered_table)
+            .write(job.low_end - (job.low_chunks - chunk) * low.num_lines, low.num_lines, record);
+    }
+};
+
+}  // namespace
+
+void compress(const Layer& layer, const Cache& cache, const Compression& job) {
+    const int d = layer.head_dim, heads = layer.num_kv_heads;
+    const int threads = omp_get_max_threads(), wave = threads < heads ? threads : heads;
+    const int num_pages = (job.num_tokens + layer.block_size - 1) / layer.block_size;
+    const int groups = (job.high_tokens + kGroup - 1) / kGroup, records = groups + job.low_chunks;
+    const Compressor c{layer,
+                       cache,
+                       job,
+                       {layer, cache, job.native_table},
+                       HighLayout(d, layer.high_bits),
+                       LowLayout(d, job.key_bits, job.value_bits)};
+    const size_t head_bytes = (Head::bytes(job.num_tokens, num_pages, d) + 4095) / 4096 * 4096;
+    const size_t change_bytes = (ChangeScratch::bytes(0) + 4095) / 4096 * 4096;
+    uint8_t* memory = workspace(wave * head_bytes + threads * change_bytes);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Arena arena{memory + wave * head_bytes +
+                    static_cast<size_t>(omp_get_thread_num()) * change_bytes};
+        ChangeScratch* scratch = ChangeScratch::make(arena, 0);
+        const auto head_of = [&](int index) {
+            Arena own{memory + static_cast<size_t>(index) * head_bytes};
+            return Head::make(own, job.num_tokens, num_pages, d);
+        };
+        for (int first = 0; first < heads; first += wave) {
+            const int count = heads - first < wave ? heads - first : wave;
+#pragma omp for schedule(static)
+            for (int i = 0; i < count * num_pages; ++i) {
+                c.gather(head_of(i / num_pages), first + i / num_pages, i % num_pages);
+            }
+#pragma omp for schedule(static)
+            for (int i = 0; i < count; ++i) c.choose(head_of(i), first + i, num_pages);
+#pragma omp for schedule(dynamic, 8)
+            for (int i = 0; i < count * records; ++i) {
+                const Head h = head_of(i / records);
+                const int record = i % records, head = first + i / records;
+                if (record < groups) {
+                    c.write_group(h, head, record, scratch->target);
+                } else {
+                    c.write_chunk(h, head, record - groups, scratch->chunk, scratch->target);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace mikv::MIKV_ISA

@@ -1,0 +1,251 @@
+// The fused decode step of one layer: change each request's tiers, attend, update importance.
+#include <omp.h>
+
+#include "attend.hpp"
+#include "high_tier.hpp"
+#include "kernels.hpp"
+
+namespace mikv::MIKV_ISA {
+namespace {
+
+constexpr int kHeadsAtOnce = 4;      // query heads whose sums fit the registers
+constexpr int kLeastPartTokens = 512;  // below this a part costs more to merge than it saves
+
+// One request and KV head of a step.
+struct Item {
+    const Row* row;
+    int head;
+    Stream stream;
+    LowLayout low;
+    Sizes sizes;  // after the changes
+    int groups() const { return (sizes.high_tokens + kGroup - 1) / kGroup; }
+};
+
+struct Step {
+    const Layer& layer;
+    const Cache& cache;
+    const Batch& batch;
+    const DecodeTensors& tensors;
+    HighLayout high;
+    int parts;
+    int stride;  // of the kept high weights
+
+    Item item(int index) const {
+        const Row* row = batch.rows + index / layer.num_kv_heads;
+        const int head = index % layer.num_kv_heads;
+        const int32_t* table =
+            batch.tables + static_cast<int64_t>(row - batch.rows) * batch.max_pages;
+        return {row,
+                head,
+                Stream(cache, layer, head, table),
+                LowLayout(layer.head_dim, row->key_bits, row->value_bits),
+                {row->high_tokens - kChunk * row->demoted_chunks + 1,
+                 row->low_chunks + row->demoted_chunks, row->low_end_after}};
+    }
+
+    size_t weights_bytes() const { return static_cast<size_t>(layer.group() * stride) * 4; }
+    size_t partial_bytes() const {
+        return static_cast<size_t>(layer.group()) * (layer.head_dim * 4 + 64);
+    }
+    Partial partial(uint8_t* memory, int part) const {
+        const int group = layer.group();
+        float* out = reinterpret_cast<float*>(memory + part * partial_bytes());
+        float* top = out + group * layer.head_dim;
+        return {out, top, top + group, top + 2 * group};
+    }
+
+    void change(const Item& item, ChangeScratch& scratch) const {
+        const Row& row = *item.row;
+        Sizes sizes{row.high_tokens, row.low_chunks, row.low_end};
+        move_chunks(item.stream, item.low, sizes, row.moved_chunks, row.low_end_after,
+                    scratch.source);
+        for (int i = 0; i < row.demoted_chunks; ++i) {
+            demote(layer, item.stream, high, item.low, sizes, scratch);
+        }
+        const int64_t at = static_cast<int64_t>(item.head) * layer.head_dim;
+        append(layer, item.stream, high, sizes, tensors.k.at(row.token) + at,
+               tensors.v.at(row.token) + at, scratch.source);
+    }
+
+    Part range(const Item& item, int part) const {
+        const int groups = item.groups(), chunks = item.sizes.low_chunks;
+        return {groups * part / parts,
+                groups * (part + 1) / parts,
+                item.sizes.high_tokens,
+                chunks * part / parts,
+                chunks * (part + 1) / parts,
+                item.sizes.low_end - chunks * item.low.num_lines};
+    }
+
+    template <int D, int G>
+    void attend_heads(const Item& item, int part, int first, float* weights, Partial partial,
+                      uint8_t* scratch) const {
+        const int head = item.head * layer.group() + first;
+        const Part range = this->range(item, part);
+        const float* sinks = layer.sinks && part == 0 ? layer.sinks + head : nullptr;
+        Attention<D, G> attention(layer, item.stream, high, item.low,
+                                  *reinterpret_cast<AttendScratch<D, G>*>(scratch));
+        attention.run(tensors.q.at(item.row->token) + head * D, sinks, range,
+                      weights + first * stride + range.group_begin * kGroup, stride,
+                      {partial.out + first * D, partial.top + first, partial.total + first,
+                       partial.high_top + first});
+    }
+
+    template <int D>
+    void attend(const Item& item, int part, float* weights, Partial partial,
+                uint8_t* scratch) const {
+        const int group = layer.group();
+        for (int first = 0; first < group;) {
+            // Even shares: 5 heads run as 3 + 2, not 4 + 1.
+            const int runs = (group - first + kHeadsAtOnce - 1) / kHeadsAtOnce;
+            const int count = (group - first + runs - 1) / runs;
+            switch (count) {
+                case 1: attend_heads<D, 1>(item, part, first, weights, partial, scratch); break;
+                case 2: attend_heads<D, 2>(item, part, first, weights, partial, scratch); break;
+                case 3: attend_heads<D, 3>(item, part, first, weights, partial, scratch); break;
+                default: attend_heads<D, 4>(item, part, first, weights, partial, scratch);
+            }
+            first += count;
+        }
+    }
+
+    void attend(const Item& item, int part, float* weights, Partial partial,
+                uint8_t* scratch) const {
+        switch (layer.head_dim) {
+            case 64: return attend<64>(item, part, weights, partial, scratch);
+            case 80: return attend<80>(item, part, weights, partial, scratch);
+            case 96: return attend<96>(item, part, weights, partial, scratch);
+            case 128: return attend<128>(item, part, weights, partial, scratch);
+            default: return attend<256>(item, part, weights, partial, scratch);
+        }
+    }
+
+    // Merges the parts, writes the output and adds the normalized weights to the scores.
+    void finish(const Item& item, const float* weights, uint8_t* partials) const {
+        const int group = layer.group(), d = layer.head_dim;
+        for (int g = 0; g < group; ++g) {
+            float top = kNever, total = 0.0f;
+            for (int p = 0; p < parts; ++p) {
+                const float other = partial(partials, p).top[g];
+                top = other > top ? other : top;
+            }
+            for (int p = 0; p < parts; ++p) {
+                const Partial x = partial(partials, p);
+                total += x.total[g] * __builtin_expf(x.top[g] - top);
+            }
+            uint16_t* out =
+                tensors.out.at(item.row->token) + (item.head * group + g) * static_cast<int64_t>(d);
+            alignas(64) float merged[256];
+            for (int p = 0; p < parts; ++p) {
+                const Partial x = partial(partials, p);
+                const F share = splat(__builtin_expf(x.top[g] - top) / total);
+                for (int c = 0; c < d; c += 16) {
+                    const F before = p ? load(merged + c) : splat(0.0f);
+                    store(merged + c, fma(load(x.out + g * d + c), share, before));
+                }
+                // From now on: what a kept weight of this part counts.
+                x.high_top[g] = __builtin_expf(x.high_top[g] - top) / total;
+            }
+            for (int c = 0; c < d; c += 16) store_half(out + c, load(merged + c), layer.dtype);
+        }
+        for (int p = 0; p < parts; ++p) {
+            const Partial x = partial(partials, p);
+            const Part range = this->range(item, p);
+            for (int at = range.group_begin; at < range.group_end; ++at) {
+                int rest;
+                float* scores = reinterpret_cast<float*>(
+                    item.stream.at(high.group_line(at) + high.num_lines - 1, &rest));
+                F score = mul(load(scores), splat(layer.decay));
+                for (int g = 0; g < group; ++g) {
+                    const F w = load(weights + g * stride + at * kGroup);
+                    score = fma(w, splat(x.high_top[g]), score);
+                }
+                store(scores, score);
+            }
+        }
+    }
+};
+
+template <int D> constexpr size_t attend_bytes() { return sizeof(AttendScratch<D, kHeadsAtOnce>); }
+
+size_t attend_bytes(int head_dim) {
+    switch (head_dim) {
+        case 64: return attend_bytes<64>();
+        case 80: return attend_bytes<80>();
+        case 96: return attend_bytes<96>();
+        case 128: return attend_bytes<128>();
+        default: return attend_bytes<256>();
+    }
+}
+
+}  // namespace
+
+void decode(const Layer& layer, const Cache& cache, const Batch& batch,
+            const DecodeTensors& tensors) {
+    const int threads = omp_get_max_threads(), items = batch.num_rows * layer.num_kv_heads;
+    int max_high = 0, max_tokens = 0;
+    for (int r = 0; r < batch.num_rows; ++r) {
+        const Row& row = batch.rows[r];
+        const int tokens = row.high_tokens + kChunk * row.low_chunks;
+        max_high = row.high_tokens > max_high ? row.high_tokens : max_high;
+        max_tokens = tokens > max_tokens ? tokens : max_tokens;
+    }
+    // With few items, each is cut into parts, so that the threads finish together.
+    int parts = 1;
+    if (threads > 1 && items < 4 * threads) {
+        parts = (4 * threads + items - 1) / items;
+        const int most = 1 + max_tokens / kLeastPartTokens;
+        parts = parts < most ? parts : most;
+    }
+    const Step step{layer,
+                    cache,
+                    batch,
+                    tensors,
+                    HighLayout(layer.head_dim, layer.high_bits),
+                    parts,
+                    (max_high + 1 + kGroup - 1) / kGroup * kGroup};
+
+    const size_t item_bytes = step.weights_bytes() + parts * step.partial_bytes();
+    const size_t change_bytes = ChangeScratch::bytes(max_high);
+    const size_t thread_bytes =
+        (change_bytes + attend_bytes(layer.head_dim) + item_bytes + 4095) / 4096 * 4096;
+    const size_t shared_bytes = parts > 1 ? items * item_bytes : 0;
+    uint8_t* memory = workspace(threads * thread_bytes + shared_bytes);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Arena arena{memory + static_cast<size_t>(omp_get_thread_num()) * thread_bytes};
+        ChangeScratch* change = ChangeScratch::make(arena, max_high);
+        uint8_t* scratch = arena.take<uint8_t>(attend_bytes(layer.head_dim));
+        uint8_t* own = arena.take<uint8_t>(item_bytes);
+        if (parts == 1) {
+#pragma omp for schedule(dynamic, 1)
+            for (int i = 0; i < items; ++i) {
+                const Item item = step.item(i);
+                step.change(item, *change);
+                float* weights = reinterpret_cast<float*>(own);
+                uint8_t* partials = own + step.weights_bytes();
+                step.attend(item, 0, weights, step.partial(partials, 0), scratch);
+                step.finish(item, weights, partials);
+            }
+        } else {
+            uint8_t* shared = memory + threads * thread_bytes;
+#pragma omp for schedule(dynamic, 1)
+            for (int i = 0; i < items; ++i) step.change(step.item(i), *change);
+#pragma omp for schedule(dynamic, 1)
+            for (int i = 0; i < items * parts; ++i) {
+                uint8_t* mine = shared + static_cast<size_t>(i / parts) * item_bytes;
+                step.attend(step.item(i / parts), i % parts, reinterpret_cast<float*>(mine),
+                            step.partial(mine + step.weights_bytes(), i % parts), scratch);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (int i = 0; i < items; ++i) {
+                uint8_t* mine = shared + static_cast<size_t>(i) * item_bytes;
+                step.finish(step.item(i), reinterpret_cast<float*>(mine),
+                            mine + step.weights_bytes());
+            }
+        }
+    }
+}
+
+}  // namespace mikv::MIKV_ISA

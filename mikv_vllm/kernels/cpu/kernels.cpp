@@ -1,0 +1,12 @@
+// The table of one ISA's kernels.
+#include "kernels.hpp"
+
+#define MIKV_STRING_(x) #x
+#define MIKV_STRING(x) MIKV_STRING_(x)
+
+namespace mikv::MIKV_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels{MIKV_STRING(MIKV_ISA), decode, score, compress};
+
+}  // namespace mikv::MIKV_ISA

@@ -1,0 +1,101 @@
+// Tiles and bit planes of tiers/packing.py: between packed lines and lines of one byte a number.
+#pragma once
+
+#include "layout.hpp"
+
+namespace mikv::MIKV_ISA {
+
+// Tiles `0 .. num_tiles-1` of a plane set of `Bits` bits; num_tiles is a multiple of 8.
+template <int Bits>
+inline void unpack(const uint8_t* packed, int num_tiles, uint8_t* tiles) {
+    if constexpr (Bits == 4) {
+        const B mask = splat_b(15);
+        for (int i = 0; i < num_tiles; i += 2, packed += kLine, tiles += 2 * kLine) {
+            const B line = load_b(packed);
+            store_b(tiles, and_b(line, mask));
+            store_b(tiles + kLine, and_b(shr_b<4>(line), mask));
+        }
+    } else if constexpr (Bits == 2) {
+        const B mask = splat_b(3);
+        for (int i = 0; i < num_tiles; i += 4, packed += kLine, tiles += 4 * kLine) {
+            const B line = load_b(packed);
+            store_b(tiles, and_b(line, mask));
+            store_b(tiles + kLine, and_b(shr_b<2>(line), mask));
+            store_b(tiles + 2 * kLine, and_b(shr_b<4>(line), mask));
+            store_b(tiles + 3 * kLine, and_b(shr_b<6>(line), mask));
+        }
+    } else {
+        static_assert(Bits == 3);
+        const uint8_t* top = packed + num_tiles / 4 * kLine;
+        const B mask = splat_b(3), bit = splat_b(4);
+        for (int i = 0; i < num_tiles; i += 8, packed += 2 * kLine, top += kLine) {
+            const B first = load_b(packed), second = load_b(packed + kLine), high = load_b(top);
+            const auto tile = [&](B low, B third) {
+                store_b(tiles, or_b(and_b(low, mask), and_b(third, bit)));
+                tiles += kLine;
+            };
+            tile(first, shl_b<2>(high));
+            tile(shr_b<2>(first), shl_b<1>(high));
+            tile(shr_b<4>(first), high);
+            tile(shr_b<6>(first), shr_b<1>(high));
+            tile(second, shr_b<2>(high));
+            tile(shr_b<2>(second), shr_b<3>(high));
+            tile(shr_b<4>(second), shr_b<4>(high));
+            tile(shr_b<6>(second), shr_b<5>(high));
+        }
+    }
+}
+
+inline void unpack(const uint8_t* packed, int bits, int num_tiles, uint8_t* tiles) {
+    switch (bits) {
+        case 2: return unpack<2>(packed, num_tiles, tiles);
+        case 3: return unpack<3>(packed, num_tiles, tiles);
+        default: return unpack<4>(packed, num_tiles, tiles);
+    }
+}
+
+// Bits `Shift .. Shift+Plane-1` of every number, as a plane of `Plane` bits.
+template <int Plane, int Shift>
+inline uint8_t* pack_plane(const uint8_t* tiles, int num_tiles, uint8_t* packed) {
+    const B mask = splat_b((1 << Plane) - 1);
+    for (int i = 0; i < num_tiles; i += 8 / Plane, packed += kLine) {
+        const auto part = [&](int j) {
+            return and_b(shr_b<Shift>(load_b(tiles + (i + j) * kLine)), mask);
+        };
+        B line = part(0);
+        if constexpr (Plane == 4) {
+            line = or_b(line, shl_b<4>(part(1)));
+        } else if constexpr (Plane == 2) {
+            line = or_b(or_b(line, shl_b<2>(part(1))),
+                        or_b(shl_b<4>(part(2)), shl_b<6>(part(3))));
+        } else {
+            line = or_b(or_b(line, shl_b<1>(part(1))),
+                        or_b(shl_b<2>(part(2)), shl_b<3>(part(3))));
+            line = or_b(line, or_b(or_b(shl_b<4>(part(4)), shl_b<5>(part(5))),
+                                   or_b(shl_b<6>(part(6)), shl_b<7>(part(7)))));
+        }
+        store_b(packed, line);
+    }
+    return packed;
+}
+
+inline void pack(const uint8_t* tiles, int bits, int num_tiles, uint8_t* packed) {
+    if (bits == 4) {
+        pack_plane<4, 0>(tiles, num_tiles, packed);
+    } else {
+        packed = pack_plane<2, 0>(tiles, num_tiles, packed);
+        if (bits == 3) pack_plane<1, 2>(tiles, num_tiles, packed);
+    }
+}
+
+inline void copy4(uint8_t* to, const uint8_t* from) { __builtin_memcpy(to, from, 4); }
+
+// Byte of the tiles of a 16-token record at which channel c of token t lies.
+inline int key_place(int token, int channel) {
+    return channel / 4 * kLine + token * 4 + channel % 4;
+}
+inline int value_place(int token, int channel, int head_dim) {
+    return (token / 4 * (head_dim / 16) + channel / 16) * kLine + channel % 16 * 4 + token % 4;
+}
+
+}  // namespace mikv::MIKV_ISA

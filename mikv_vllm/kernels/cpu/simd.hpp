@@ -1,0 +1,80 @@
+// The vector types of the ISA that this translation unit is compiled for, and what is built on them.
+//
+//   F  16 floats      I  16 int32      B  64 bytes
+//
+// Every primitive has the same meaning on every ISA:
+//   first_lanes(x, n, other)        lanes below n of x, the rest of other
+//   zero_below(x, limit, result)    result where x >= limit, else 0
+//   to_int, round_even              nearest, ties to even, as torch.round
+//   gather_u16(base, index)         16 numbers of 2 bytes by their index
+//   shr_b, shl_b                    shifts; bits may come in from the neighbouring byte: mask them
+//   dot_keys<Small>(acc, k, q)      acc[i] += sum_j k[4i+j] * q[j], k unsigned, q 4 signed bytes
+//   dot_values<Small>(acc, v, w)    acc[i] += sum_j v[4i+j] * w[j], v signed, w 4 unsigned bytes;
+//                                   Small promises keys or values of at most 4 bits
+//   split_signed(x, high, low)      64 integers below 2**14 as high * 128 + low, bytes
+//   split_unsigned(x, high, low)    64 integers below 2**16 as high * 256 + low, bytes;
+//                                   both put 4 consecutive integers at split_place(i / 4)
+#pragma once
+
+#if defined(MIKV_USE_AVX512)
+#include "simd_avx512.hpp"
+#elif defined(MIKV_USE_AVX2)
+#include "simd_avx2.hpp"
+#else
+#include "simd_scalar.hpp"
+#endif
+
+namespace mikv::MIKV_ISA {
+
+enum Dtype { kBf16 = 0, kFp16 = 1 };
+
+// Byte offset of integers 4*quad .. 4*quad+3 in the output of split_signed and split_unsigned: the
+// packs work inside 128-bit lanes, and undoing that would cost more than looking it up here.
+constexpr int split_place(int quad) {
+    const int vector = quad % 16 / 4, lane = quad % 4;
+    return quad / 16 * 64 + (lane * 4 + vector) * 4;
+}
+
+inline F load_half(const uint16_t* p, int dtype) {
+    return dtype == kBf16 ? load_bf16(p) : load_fp16(p);
+}
+
+inline void store_bf16(uint16_t* p, F x) {
+    // Round to nearest even; NaN keeps its top bits.
+    alignas(64) uint32_t bits[16];
+    store(reinterpret_cast<float*>(bits), x);
+    for (int i = 0; i < 16; ++i) {
+        const bool nan = (bits[i] & 0x7fffffff) > 0x7f800000;
+        p[i] = static_cast<uint16_t>(
+            nan ? (bits[i] >> 16 | 64) : (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16);
+    }
+}
+
+inline void store_half(uint16_t* p, F x, int dtype) {
+    dtype == kBf16 ? store_bf16(p, x) : store_fp16(p, x);
+}
+
+// e**x for x <= 88, to 2 ulp; 0 below -87.
+inline F exp(F x) {
+    const F clamped = vmax(x, splat(-87.0f));
+    const F n = round_even(mul(clamped, splat(1.44269504f)));
+    F r = fma(n, splat(-0.693145752f), clamped);
+    r = fma(n, splat(-1.42860677e-6f), r);
+    F p = splat(1.38888889e-3f);
+    p = fma(p, r, splat(8.33333333e-3f));
+    p = fma(p, r, splat(4.16666667e-2f));
+    p = fma(p, r, splat(1.66666667e-1f));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    const F result = float_of(add_i(bits_of(p), shl_i<23>(to_int(n))));
+    return zero_below(x, -87.0f, result);
+}
+
+inline F tanh(F x) {
+    const F bounded = vmax(vmin(x, splat(20.0f)), splat(-20.0f));
+    const F e = exp(add(bounded, bounded));
+    return sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f))));
+}
+
+}  // namespace mikv::MIKV_ISA

@@ -1,0 +1,163 @@
+"""Scoring and compressing a prompt on the CPU, against the torch oracle."""
+
+import pytest
+import torch
+
+from mikv_vllm.kernels import cpu
+from mikv_vllm.tiers import reference
+from mikv_vllm.tiers.formats import LowFormat
+
+from .tiered_cache import (
+    Shape,
+    live_bytes,
+    new_pages,
+    permutation,
+    read_tiers,
+    state_of,
+    tokens,
+    write_native,
+)
+
+RECENT = 16
+
+
+@pytest.fixture(params=cpu.isas(), autouse=True)
+def isa(request):
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(cpu.isas()[0])
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def layer(shape, index, **kwargs):
+    parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None, "decay": 0.9}
+    return cpu.LayerOps(
+        shape.head_dim,
+        shape.heads,
+        shape.kv_heads,
+        shape.block_size,
+        shape.high_bits,
+        shape.dtype,
+        key_index=index[0],
+        value_index=index[1],
+        recent=RECENT,
+        **parameters | kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "low_format", "high", "chunks", "order"),
+    [
+        (Shape(), LowFormat(4, 3), 40, 9, None),
+        (Shape(64, block_size=16, group=1), LowFormat(4, 4), 16, 4, 1),
+        (Shape(80, block_size=32, dtype=torch.float16), LowFormat(3, 3), 47, 5, 2),
+        (Shape(96, block_size=32), LowFormat(3, 2), 33, 6, None),
+        (Shape(128, block_size=128), LowFormat(2, 2), 64, 12, None),
+        (Shape(128, high_bits=16), LowFormat(2, 4), 20, 7, 3),
+        (Shape(256, kv_heads=1, block_size=16), LowFormat(2, 3), 17, 5, 4),
+        (Shape(256, high_bits=16, dtype=torch.float16), LowFormat(4, 2), 31, 3, None),
+        (Shape(64, high_bits=16), LowFormat(3, 4), 130, 0, None),
+    ],
+)
+def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, order, threads):
+    state = state_of(shape, low_format, high, chunks)
+    keys, values = tokens(shape, state.num_tokens, seed=high)
+    scores = torch.rand(shape.kv_heads, state.num_tokens + 5)
+    scores[:, : state.num_tokens // 2] = scores[:, :1]  # ties
+    index = permutation(shape, order)
+    num_native = -(-state.num_tokens // shape.block_size)
+    order = torch.randperm(num_native + state.pages + 2).tolist()
+    native, tiered = order[:num_native], order[num_native : num_native + state.pages]
+    pages = new_pages(shape, len(order), poison=None)
+    write_native(pages, native, shape, keys, values, index)
+    expected, before = pages.clone(), pages.clone()
+    reference.compress(
+        expected,
+        tiered,
+        shape.geometry,
+        low_format,
+        state,
+        keys,
+        values,
+        scores[:, : state.num_tokens],
+        RECENT,
+    )
+    layer(shape, index).compress(pages, native, tiered, state, low_format, scores)
+    assert_same(pages, expected, tiered, shape, low_format, state)
+    others = [p for p in range(len(order)) if p not in tiered]
+    assert torch.equal(pages[others], before[others])
+
+    in_place = before.clone()
+    table = native[: state.pages]
+    layer(shape, index).compress(in_place, native, table, state, low_format, scores)
+    for head in range(shape.kv_heads):
+        arguments = (head, shape, low_format, state)
+        assert torch.equal(
+            live_bytes(in_place, table, *arguments), live_bytes(pages, tiered, *arguments)
+        )
+
+
+def assert_same(pages, expected, table, shape, low_format, state):
+    for head in range(shape.kv_heads):
+        arguments = (table, head, shape, low_format, state)
+        ours, theirs = live_bytes(pages, *arguments), live_bytes(expected, *arguments)
+        # A mean or a rotation may round differently in its last bit, and tip a few integers.
+        assert (ours != theirs).float().mean() < 0.002
+        ours, theirs = read_tiers(pages, *arguments), read_tiers(expected, *arguments)
+        assert torch.equal(ours.scores, theirs.scores)
+        for mine, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert (mine - other).norm() <= 0.01 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_tokens", "num_queries", "kwargs"),
+    [
+        (Shape(), 300, 32, {}),
+        (Shape(64, group=1, block_size=16), 65, 65, {"softcap": 5.0}),
+        (Shape(80, group=4, dtype=torch.float16), 129, 7, {"sinks": True}),
+        (Shape(96, group=8, kv_heads=1, block_size=32), 500, 40, {}),
+        (Shape(128, block_size=128), 257, 1, {"softcap": 3.0, "sinks": True}),
+        (Shape(256), 1025, 33, {}),
+    ],
+)
+@pytest.mark.parametrize("order", [None, 5])
+def test_scores_of_a_prompt(shape, num_tokens, num_queries, kwargs, order, threads):
+    kwargs = dict(kwargs)
+    if kwargs.get("sinks"):
+        kwargs["sinks"] = torch.randn(shape.heads)
+    keys, values = tokens(shape, num_tokens, seed=num_tokens)
+    q = torch.randn(num_queries, shape.heads + 2, shape.head_dim).to(shape.dtype)
+    q = q[:, : shape.heads]
+    index = permutation(shape, order)
+    table = torch.randperm(-(-num_tokens // shape.block_size) + 3)[:-3]
+    pages = new_pages(shape, len(table) + 3)
+    write_native(pages, table.tolist(), shape, keys, values, index)
+    ops = layer(shape, index, **kwargs)
+    scores = torch.ones(shape.kv_heads, num_tokens + 3)
+    ops.score(pages, table, num_tokens, q, scores)
+    expected = reference.score_prompt(q, keys, shape.head_dim**-0.5, **kwargs)
+    assert torch.equal(scores[:, num_tokens:], torch.ones(shape.kv_heads, 3))
+    torch.testing.assert_close(scores[:, :num_tokens] - 1, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_scores_add_up_over_the_chunks_of_a_prefill(threads):
+    shape = Shape()
+    keys, values = tokens(shape, 400, seed=0)
+    q = torch.randn(400, shape.heads, shape.head_dim).to(shape.dtype)
+    index = permutation(shape, None)
+    table = list(range(7))
+    pages = new_pages(shape, 7)
+    ops = layer(shape, index)
+    scores = torch.zeros(shape.kv_heads, 400)
+    for start, stop in ((0, 100), (100, 257), (257, 400)):
+        write_native(pages, table, shape, keys[:stop], values[:stop], index)
+        ops.score(pages, table, stop, q[start:stop], scores)
+    expected = reference.score_prompt(q, keys, shape.head_dim**-0.5)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,258 @@
+"""The fused decode step on the CPU, against the torch oracle."""
+
+import pytest
+import torch
+
+from mikv_vllm.kernels import cpu
+from mikv_vllm.tiers import reference
+from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+
+from .tiered_cache import (
+    Shape,
+    live_bytes,
+    new_pages,
+    oracle_step,
+    permutation,
+    read_tiers,
+    state_of,
+    tokens,
+)
+
+RECENT, DECAY = 16, 0.9
+
+
+@pytest.fixture(params=cpu.isas(), autouse=True)
+def isa(request):
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(cpu.isas()[0])
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def layer(shape, **kwargs):
+    index = permutation(shape, None)
+    parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None}
+    return cpu.LayerOps(
+        shape.head_dim,
+        shape.heads,
+        shape.kv_heads,
+        shape.block_size,
+        shape.high_bits,
+        shape.dtype,
+        key_index=index[0],
+        value_index=index[1],
+        decay=DECAY,
+        recent=RECENT,
+        **parameters | kwargs,
+    )
+
+
+def filled(shape, low_format, state, pages, table, seed):
+    """Compress random tokens into the pages."""
+    keys, values = tokens(shape, state.num_tokens, seed)
+    scores = torch.rand(shape.kv_heads, state.num_tokens)
+    reference.compress(
+        pages, table, shape.geometry, low_format, state, keys, values, scores, RECENT
+    )
+
+
+def expected_attention(q, tiers, scale, softcap=0.0, sinks=None):
+    """Output ``[group, head_dim]`` and summed weights, float64."""
+    logits = q.double() @ tiers.keys.T * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double()[:, None]], dim=1)
+    weights = logits.softmax(-1)[:, : len(tiers.keys)]
+    return weights @ tiers.values, weights.sum(0)
+
+
+def assert_close_attention(out, expected, dtype):
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
+    error = (out.double() - expected).abs()
+    allowed = 2e-3 * expected.norm(dim=-1, keepdim=True) / expected.shape[-1] ** 0.5
+    allowed = allowed * 3 + rounding * expected.abs()
+    assert (error <= allowed).all(), (error / allowed).max()
+    # Rounding the output aside, the whole vector is far closer than single channels need be.
+    assert error.norm() <= (2e-3 + rounding / 2) * expected.norm()
+
+
+def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs):
+    """Run a decode step of several rows; checks it against the oracle on a copy."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = len(states)
+    width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    fused = torch.randn(rows + 2, width, generator=rng).to(shape.dtype)
+    parts = fused.split([shape.heads * shape.head_dim] + [shape.kv_heads * shape.head_dim] * 2, 1)
+    q, k, v = (part.unflatten(1, (-1, shape.head_dim)) for part in parts)
+    out = torch.full((rows + 2, shape.heads, shape.head_dim), 7.0, dtype=shape.dtype)
+    places = torch.randperm(rows + 2, generator=rng).tolist()
+    batch = cpu.DecodeBatch.build(
+        [
+            (places[i], tables[i], states[i], steps[i], low_formats[i])
+            for i in range(rows)
+        ]
+    )
+    before = pages.clone()
+    oracle = pages.clone()
+    ops.decode(pages, batch, q, k, v, out)
+    assert torch.equal(out[places[rows:]], torch.full_like(out[places[rows:]], 7.0))
+    used = {page for table, step in zip(tables, steps, strict=True) for page in table[: step.state.pages]}
+    others = [p for p in range(len(pages)) if p not in used]
+    assert torch.equal(pages[others], before[others])
+    for i, (state, step) in enumerate(zip(states, steps, strict=True)):
+        low_format, token = low_formats[i], places[i]
+        oracle_step(
+            oracle, tables[i], shape, low_format, state, step, k[token], v[token], RECENT
+        )
+        for head in range(shape.kv_heads):
+            arguments = (tables[i], head, shape, low_format, step.state)
+            ours, theirs = live_bytes(pages, *arguments), live_bytes(oracle, *arguments)
+            assert (ours != theirs).float().mean() < 0.001
+            tiers = read_tiers(oracle, *arguments)
+            heads = slice(head * shape.group, (head + 1) * shape.group)
+            sinks = kwargs.get("sinks")
+            expected, mass = expected_attention(
+                q[token, heads],
+                tiers,
+                shape.head_dim**-0.5,
+                kwargs.get("softcap", 0.0),
+                None if sinks is None else sinks[heads],
+            )
+            assert_close_attention(out[token, heads], expected, shape.dtype)
+            scores = tiers.scores * DECAY + mass[: step.state.high_tokens]
+            mine = read_tiers(pages, *arguments).scores
+            torch.testing.assert_close(mine.double(), scores, rtol=2e-3, atol=1e-6)
+
+
+CASES = [
+    (Shape(), LowFormat(4, 3), {}),
+    (Shape(64, group=1, block_size=16), LowFormat(4, 4), {}),
+    (Shape(64, group=8, kv_heads=1, dtype=torch.float16), LowFormat(3, 3), {}),
+    (Shape(80, group=4, block_size=32), LowFormat(3, 2), {"softcap": 8.0}),
+    (Shape(80, group=5, dtype=torch.float16), LowFormat(2, 4), {"sinks": True}),
+    (Shape(96, group=3, block_size=128), LowFormat(2, 2), {}),
+    (Shape(96, group=2, high_bits=16), LowFormat(2, 3), {"softcap": 20.0, "sinks": True}),
+    (Shape(128, group=4, block_size=32), LowFormat(3, 4), {}),
+    (Shape(128, group=1, high_bits=16, dtype=torch.float16), LowFormat(4, 2), {}),
+    (Shape(256, group=3, block_size=16, kv_heads=1), LowFormat(4, 3), {}),
+    (Shape(256, group=7, kv_heads=1, dtype=torch.float16), LowFormat(3, 3), {"sinks": True}),
+]
+
+
+@pytest.mark.parametrize(("shape", "low_format", "kwargs"), CASES)
+def test_rows_of_different_states(shape, low_format, kwargs, threads):
+    kwargs = dict(kwargs)
+    if kwargs.get("sinks"):
+        kwargs["sinks"] = 2 * torch.randn(shape.heads)
+    other = LowFormat(3, 3)
+    geometry = shape.geometry
+    # High tokens, chunks, format; what the step does comes from the sizes.
+    wanted = [(30, 20, low_format), (17, 1, other), (47, 0, low_format), (100, 9, other)]
+    states, steps, formats, tables = [], [], [], []
+    pages = new_pages(shape, 400)
+    free = torch.randperm(len(pages)).tolist()
+    for i, (high, chunks, fmt) in enumerate(wanted):
+        before = state_of(shape, fmt, high, chunks, slack_lines=i)
+        size = geometry.low(fmt).num_bytes
+        after_pages = before.pages
+        demoted, moved, low_end = 0, 0, before.low_end
+        if i == 0:
+            # A new page: chunks move up.
+            after_pages += 2
+            moved = min(chunks, (after_pages * geometry.page_bytes - low_end) // size)
+            low_end += moved * size
+        elif i == 2:
+            after_pages += 1
+            low_end = after_pages * geometry.page_bytes
+        elif i == 3:
+            demoted = 1
+        else:
+            after_pages += 1
+            moved = min(1, (after_pages * geometry.page_bytes - low_end) // size)
+            low_end += moved * size
+        after = TierState(
+            after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end
+        )
+        states.append(before)
+        steps.append(AppendStep(after_pages - before.pages, moved, demoted, after))
+        formats.append(fmt)
+        table = [free.pop() for _ in range(after_pages)]
+        tables.append(table)
+        filled(shape, fmt, before, pages, table, seed=i)
+    run_step(shape, formats, states, steps, pages, tables, 5, layer(shape, **kwargs), kwargs)
+
+
+def test_a_long_row_is_split_between_threads(threads):
+    shape = Shape(64, kv_heads=1)
+    low_format = LowFormat(4, 3)
+    before = state_of(shape, low_format, 600, 100)
+    pages = new_pages(shape, before.pages + 1)
+    table = torch.randperm(len(pages)).tolist()
+    filled(shape, low_format, before, pages, table, seed=3)
+    after = TierState(before.pages + 1, 601, 100, before.low_end)
+    step = AppendStep(1, 0, 0, after)
+    run_step(shape, [low_format], [before], [step], pages, [table], 1, layer(shape), {})
+
+
+@pytest.mark.parametrize("ratio", [2.5, 4.0, 5.5])
+@pytest.mark.parametrize("poison", [0xFF, None])
+def test_many_steps_as_the_planner_plans_them(ratio, poison):
+    shape = Shape(64, kv_heads=2, group=2, block_size=32)
+    planner = TierPlanner(shape.geometry, ratio, RECENT)
+    state = planner.compress(300)
+    assert state is not None
+    pages = new_pages(shape, 60, poison)
+    table = torch.randperm(len(pages)).tolist()
+    filled(shape, planner.low_format, state, pages, table, seed=1)
+    ops = layer(shape)
+    seen = set()
+    for i in range(150):
+        step = planner.append(state)
+        seen |= {(step.moved_chunks > 0, step.demoted_chunks > 0)}
+        if step.moved_chunks or step.demoted_chunks or i % 10 == 0:
+            run_step(
+                shape, [planner.low_format], [state], [step], pages, [table], i, ops, {}
+            )
+        else:
+            k, v = tokens(shape, 1, seed=i)
+            q = torch.randn(1, shape.heads, shape.head_dim).to(shape.dtype)
+            batch = cpu.DecodeBatch.build([(0, table, state, step, planner.low_format)])
+            ops.decode(pages, batch, q, k, v, torch.empty_like(q))
+        state = step.state
+    assert (False, True) in seen
+    assert any(moved for moved, _ in seen)
+
+
+def test_an_outlier_query_channel_keeps_its_accuracy():
+    shape = Shape(64, kv_heads=1, group=3)
+    low_format = LowFormat(4, 4)
+    state = state_of(shape, low_format, 32, 30)
+    pages = new_pages(shape, state.pages)
+    table = list(range(state.pages))
+    keys, values = tokens(shape, state.num_tokens, seed=2)
+    keys[:, :, 5] *= 30
+    scores = torch.rand(1, state.num_tokens)
+    reference.compress(
+        pages, table, shape.geometry, low_format, state, keys, values, scores, RECENT
+    )
+    ops = layer(shape)
+    q = torch.randn(1, 3, 64)
+    q[:, 1] *= 4
+    q[:, :, 5] *= torch.tensor([0.1, 1.0, 3.0])
+    q = q.to(shape.dtype)
+    after = TierState(state.pages, 33, 30, state.low_end)
+    batch = cpu.DecodeBatch.build([(0, table, state, AppendStep(0, 0, 0, after), low_format)])
+    out = torch.empty_like(q)
+    ops.decode(pages, batch, q, keys[:1], values[:1], out)
+    tiers = read_tiers(pages, table, 0, shape, low_format, after)
+    expected, _ = expected_attention(q[0], tiers, 0.125)
+    assert_close_attention(out[0], expected, shape.dtype)

@@ -1,0 +1,185 @@
+"""Caches with random requests in them, for tests of kernels against the torch oracle."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mikv_vllm.tiers import codec, reference
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LINE_BYTES, LowFormat, TierGeometry
+from mikv_vllm.tiers.plan import AppendStep, TierState
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer looks like."""
+
+    head_dim: int = 64
+    kv_heads: int = 2
+    group: int = 3
+    block_size: int = 64
+    high_bits: int = 8
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def geometry(self) -> TierGeometry:
+        return TierGeometry(self.head_dim, self.block_size, self.high_bits)
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+
+def tokens(shape: Shape, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[count, kv_heads, head_dim]`` with outlier channels, as models have them."""
+    rng = torch.Generator().manual_seed(seed)
+    channels = torch.exp(torch.randn(shape.kv_heads, shape.head_dim, generator=rng))
+    offset = 2 * torch.randn(shape.kv_heads, shape.head_dim, generator=rng)
+    size = (count, shape.kv_heads, shape.head_dim)
+    keys = torch.randn(size, generator=rng) * channels + offset
+    return keys.to(shape.dtype), torch.randn(size, generator=rng).to(shape.dtype)
+
+
+def new_pages(shape: Shape, count: int, poison: int | None = 0xFF) -> torch.Tensor:
+    """Cache of pages full of ``poison`` bytes (0xFF: NaN in every float format) or of noise."""
+    size = (count, shape.kv_heads, shape.geometry.page_bytes)
+    if poison is None:
+        return torch.randint(0, 256, size, dtype=torch.uint8)
+    return torch.full(size, poison, dtype=torch.uint8)
+
+
+def state_of(
+    shape: Shape, low_format: LowFormat, high_tokens: int, low_chunks: int, slack_lines: int = 0
+) -> TierState:
+    """Sizes with the fewest pages that hold them, low tier ``slack_lines`` below the end."""
+    geometry = shape.geometry
+    needed = geometry.high_bytes(high_tokens) + slack_lines * LINE_BYTES
+    needed += low_chunks * geometry.low(low_format).num_bytes
+    pages = -(-needed // geometry.page_bytes)
+    return TierState(
+        pages, high_tokens, low_chunks, pages * geometry.page_bytes - slack_lines * LINE_BYTES
+    )
+
+
+@dataclass
+class Tiers:
+    """Both tiers of one head, dequantized, float64."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+
+
+def read_tiers(
+    pages: torch.Tensor,
+    table: list[int],
+    head: int,
+    shape: Shape,
+    low_format: LowFormat,
+    state: TierState,
+) -> Tiers:
+    stream = reference.Stream(pages, table, head)
+    geometry = shape.geometry
+    k, v, scores = reference.read_high(stream, geometry, state.high_tokens, shape.dtype)
+    keys, values = [k.double()], [v.double()]
+    for chunk in range(state.low_chunks):
+        offset = reference.chunk_offset(geometry, low_format, state, chunk)
+        k, v = reference.read_chunk(stream, geometry, low_format, offset)
+        keys.append(k.double())
+        values.append(v.double())
+    return Tiers(torch.cat(keys), torch.cat(values), scores)
+
+
+def live_bytes(
+    pages: torch.Tensor,
+    table: list[int],
+    head: int,
+    shape: Shape,
+    low_format: LowFormat,
+    state: TierState,
+) -> torch.Tensor:
+    """Every byte of one head's stream that means something, except for importance scores."""
+    stream, geometry = reference.Stream(pages, table, head), shape.geometry
+    layout, low = geometry.high, geometry.low(low_format)
+    parts = [stream.read(0, 2 * shape.head_dim)]
+    for group in range(-(-state.high_tokens // GROUP_TOKENS)):
+        count = min(GROUP_TOKENS, state.high_tokens - group * GROUP_TOKENS)
+        record = stream.read(reference.group_offset(geometry, group), layout.num_bytes)
+        keys, values = record[: layout.values], record[layout.values : layout.key_scales]
+        if layout.bits == 8:
+            tiles = reference.packing.key_tiles_inverse(keys.reshape(-1, 64), GROUP_TOKENS)
+            parts.append(tiles[:count].flatten())
+            tiles = reference.packing.value_tiles_inverse(values.reshape(-1, 64), GROUP_TOKENS)
+            parts.append(tiles[:count].flatten())
+            for start in (layout.key_scales, layout.value_scales):
+                parts.append(record[start : start + 2 * count])
+        else:
+            parts += [keys[: count * 2 * shape.head_dim], values[: count * 2 * shape.head_dim]]
+    for chunk in range(state.low_chunks):
+        offset = reference.chunk_offset(geometry, low_format, state, chunk)
+        record = stream.read(offset, low.num_bytes)
+        parts.append(record[: low.key_zeros + shape.head_dim])
+        parts.append(record[low.value_scales : low.value_zeros + CHUNK_TOKENS * low.value_groups])
+    return torch.cat(parts)
+
+
+def oracle_step(
+    pages: torch.Tensor,
+    table: list[int],
+    shape: Shape,
+    low_format: LowFormat,
+    before: TierState,
+    step: AppendStep,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    recent: int,
+) -> None:
+    """What a decode step changes before it attends; key and value ``[kv_heads, head_dim]``."""
+    geometry, after = shape.geometry, step.state
+    for head in range(shape.kv_heads):
+        stream, state = reference.Stream(pages, table, head), before
+        state = reference.move_chunks(stream, geometry, low_format, state, step.moved_chunks)
+        state = TierState(after.pages, state.high_tokens, state.low_chunks, after.low_end)
+        for _ in range(step.demoted_chunks):
+            state = reference.demote(stream, geometry, low_format, state, recent, shape.dtype)
+        reference.write_high(
+            stream,
+            geometry,
+            state.high_tokens,
+            key[head : head + 1],
+            value[head : head + 1],
+            torch.zeros(1),
+        )
+
+
+def permutation(shape: Shape, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Element indices of keys and values in a native page; None is vLLM's ``vec`` layout."""
+    size = shape.block_size * shape.head_dim
+    if seed is None:
+        keys = torch.arange(size).reshape(shape.head_dim, shape.block_size).T.flatten()
+        values = size + torch.arange(size)
+    else:
+        order = torch.randperm(2 * size, generator=torch.Generator().manual_seed(seed))
+        keys, values = order[:size], order[size:]
+    return keys.to(torch.int32).contiguous(), values.to(torch.int32).contiguous()
+
+
+def write_native(
+    pages: torch.Tensor,
+    table: list[int],
+    shape: Shape,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    index: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Store tokens ``[tokens, kv_heads, head_dim]`` as vLLM would."""
+    elements = pages.view(torch.int16)
+    for data, places in ((keys, index[0].long()), (values, index[1].long())):
+        for page, start in zip(table, range(0, len(data), shape.block_size), strict=False):
+            part = data[start : start + shape.block_size].contiguous().view(torch.int16)
+            part = part.movedim(1, 0).flatten(1)
+            elements[page][:, places[: part.shape[1]]] = part
+
+
+def high_noise(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as the 8-bit high tier gives it back."""
+    return codec.dequantize_high(*codec.quantize_high(tensor))
