@@ -78,11 +78,10 @@ def expected_attention(q, tiers, scale, softcap=0.0, sinks=None):
 def assert_close_attention(out, expected, dtype):
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
     error = (out.double() - expected).abs()
-    allowed = 2e-3 * expected.norm(dim=-1, keepdim=True) / expected.shape[-1] ** 0.5
-    allowed = allowed * 3 + rounding * expected.abs()
-    assert (error <= allowed).all(), (error / allowed).max()
-    # Rounding the output aside, the whole vector is far closer than single channels need be.
     assert error.norm() <= (2e-3 + rounding / 2) * expected.norm()
+    # No single channel is off either.
+    size = expected.norm(dim=-1, keepdim=True) / expected.shape[-1] ** 0.5
+    assert (error <= 1.2e-2 * size + rounding * expected.abs()).all()
 
 
 def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs):
@@ -215,7 +214,7 @@ def test_many_steps_as_the_planner_plans_them(ratio, poison):
     filled(shape, planner.low_format, state, pages, table, seed=1)
     ops = layer(shape)
     seen = set()
-    for i in range(150):
+    for i in range(180):
         step = planner.append(state)
         seen |= {(step.moved_chunks > 0, step.demoted_chunks > 0)}
         if step.moved_chunks or step.demoted_chunks or i % 10 == 0:
