@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 NATIVE_CACHE_DTYPES = ("auto", "bfloat16", "float16")
-HEAD_DIMS = range(64, 257, 16)
 
 
 class Refusal(ValueError):
@@ -119,6 +118,8 @@ def check(vllm_config: "VllmConfig") -> None:
 
 def _why_not(model: "ModelConfig") -> str | None:
     """What about this model MiKV cannot serve, or None."""
+    from mikv_vllm.kernels.cpu import HEAD_DIMS
+
     head_dim = model.get_head_size()
     reasons = (
         (model.is_encoder_decoder, "it is an encoder-decoder model"),
@@ -128,8 +129,7 @@ def _why_not(model: "ModelConfig") -> str | None:
         (not _has_full_attention(model), "all its layers use a sliding window"),
         (
             head_dim not in HEAD_DIMS,
-            f"its head size is {head_dim}; allowed are multiples of {HEAD_DIMS.step} "
-            f"from {HEAD_DIMS.start} to {HEAD_DIMS[-1]}",
+            f"its head size is {head_dim}; allowed are {', '.join(map(str, HEAD_DIMS))}",
         ),
     )
     return next((why for applies, why in reasons if applies), None)

@@ -8,7 +8,7 @@ from mikv_vllm.config import CompressionConfig
 from mikv_vllm.server import wiring
 from mikv_vllm.server.memory import EMBEDDED_LIMIT, GIB, cpu_cache_bytes
 from mikv_vllm.server.refusals import Refusal
-from mikv_vllm.server.wiring import allow_plugin, wire
+from mikv_vllm.server.wiring import CPU_BLOCK_SIZE, allow_plugin, wire
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_device_without_kernels_is_refused():
 
 
 def test_page_size_is_ours_unless_given():
-    assert wire({}, CompressionConfig(), "cpu")["block_size"] == 64
+    assert wire({}, CompressionConfig(), "cpu")["block_size"] == CPU_BLOCK_SIZE
     assert "block_size" not in wire({"block_size": 128}, CompressionConfig(), "cpu")
 
 
