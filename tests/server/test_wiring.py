@@ -1,6 +1,7 @@
 """What MiKV sets in vLLM's engine arguments and environment."""
 
 import os
+from importlib.metadata import entry_points
 
 import pytest
 
@@ -74,3 +75,9 @@ def test_allow_list_of_the_user_is_kept(monkeypatch, before, after):
     monkeypatch.setenv("VLLM_PLUGINS", before)
     allow_plugin()
     assert os.environ["VLLM_PLUGINS"] == after
+
+
+@pytest.mark.parametrize("group", ["general", "endpoint"])
+def test_entry_points_can_be_loaded(group):
+    (entry_point,) = entry_points(group=f"vllm.{group}_plugins", name=wiring.PLUGIN)
+    assert callable(entry_point.load())
