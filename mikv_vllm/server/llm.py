@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -18,7 +17,7 @@ from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.options import make_config
 from mikv_vllm.server.reports import collect_reports
 from mikv_vllm.server.start import check_and_echo
-from mikv_vllm.server.wiring import allow_plugin, wire
+from mikv_vllm.server.wiring import wire
 
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
@@ -51,8 +50,6 @@ class LLM(vllm.LLM):
         **kwargs: Any,
     ) -> None:
         config = make_config({"ratio": kv_compression_ratio} | (compression or {}))
-        if "VLLM_PLUGINS" in os.environ:  # an allow-list; without one all plugins load
-            allow_plugin()
         kwargs |= wire(kwargs, config, current_platform.device_type, embedded=model is None)
         if model is None:
             model = str(embedded_model())

@@ -20,7 +20,7 @@ CPU_BLOCK_SIZE = 64
 """Tokens of a native page on CPU, unless the user chooses."""
 
 PLUGIN = "mikv"
-"""Name of MiKV's entry points."""
+"""Name of MiKV's entry point, an endpoint plugin of vLLM."""
 
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 """General plugins of vLLM that do more when they are named, so nothing but the user names them."""
@@ -84,7 +84,7 @@ def _cpu_defaults(engine_args: Mapping[str, Any], cache_limit: int | None) -> di
 
 
 def allow_plugin() -> None:
-    """Make vLLM load MiKV's plugins in this process and its children, and no fewer of the others.
+    """Make vLLM load MiKV's endpoint plugin, here and in child processes, and all others as ever.
 
     vLLM loads an endpoint plugin only if ``VLLM_PLUGINS`` names it. That variable is also the
     allow-list of every other plugin group, where leaving it unset means all: so all are named.
