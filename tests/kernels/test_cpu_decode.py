@@ -129,7 +129,7 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
             assert_close_attention(out[token, heads], expected, shape.dtype)
             scores = tiers.scores * DECAY + mass[: step.state.high_tokens]
             mine = read_tiers(pages, *arguments).scores
-            torch.testing.assert_close(mine.double(), scores, rtol=2e-3, atol=1e-6)
+            torch.testing.assert_close(mine.double(), scores, rtol=5e-3, atol=1e-6)
 
 
 CASES = [

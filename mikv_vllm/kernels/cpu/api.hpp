@@ -80,6 +80,7 @@ namespace scalar { extern const Kernels kernels; }
 #if defined(MIKV_X86)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
 #endif
 
 // Memory that a call works in, kept for the next call of the same thread. 64-byte aligned.

@@ -10,9 +10,8 @@
 
 namespace mikv::MIKV_ISA {
 
-constexpr int kBlock = 256;  // tokens
-constexpr int kBlockChunks = kBlock / kChunk, kBlockGroups = kBlock / kGroup;
 constexpr float kNever = -1e30f;  // a logit that no token has
+constexpr float kLog2E = 1.44269504f;
 
 // A range of a request's tiers.
 struct Part {
@@ -20,7 +19,8 @@ struct Part {
     int chunk_begin, chunk_end, low_start;    // low_start: line of chunk 0
 };
 
-// A softmax over a part, unfinished: outputs are sums of e**(logit - top) * value.
+// A softmax over a part, unfinished: outputs are sums of 2**(logit - top) * value. Logits count in
+// powers of two, so that the exponentials need no factor.
 struct Partial {
     float *out;   // [heads, head_dim]
     float *top, *total, *high_top;  // [heads]; kept high weights count from high_top
@@ -28,35 +28,44 @@ struct Partial {
 
 template <int D, int G> struct AttendScratch {
     static constexpr int P = Shape<D>::padded, V = Shape<D>::value_groups;
-    alignas(64) float query[G][P];  // scaled and divided by `top`, zero from D on
-    alignas(64) uint8_t query_high[G * P], query_low[G * P];
-    alignas(64) uint8_t tiles[kChunk * D];
+    static constexpr int kBlock = Shape<D>::block;
+    alignas(64) float query[G][P];    // scaled and divided by `amplitude`, zero from D on
+    alignas(64) float magnitude[P];   // the largest of all heads' queries, without signs
+    QueryBytes<D, G> queries[Shape<D>::block_chunks];
+    KeyProducts<G> products[Shape<D>::block_chunks];
+    alignas(64) uint8_t tiles[Shape<D>::tiles_bytes];
     alignas(64) float logits[G][kBlock];
     alignas(64) float weights[V][G][kBlock];
-    alignas(64) uint8_t weights_high[V * G * kBlock], weights_low[V * G * kBlock];
+    WeightBytes<D, G> weight_bytes;
+    alignas(64) uint8_t value_zeros[V * kBlock];
     ValueSums<D, G> sums;
     alignas(64) float high_out[G][D], low_out[G][D];
     F zeros[V][G];  // sums of weights x value zeros, by lane
     float amplitude[G], center[G], top[G], total[G];
-    const uint8_t* records[kBlockGroups];
-    alignas(64) uint8_t buffer[kBlockGroups][(kGroup * D * 4 + 3 * kLine)];
+    const uint8_t* records[Shape<D>::block_groups];
+    alignas(64) uint8_t buffer[Shape<D>::block_groups][(kGroup * D * 4 + 3 * kLine)];
 };
 
 template <int D, int G> class Attention {
     using S = AttendScratch<D, G>;
-    static constexpr int P = S::P, V = S::V;
+    static constexpr int P = S::P, V = S::V, kBlock = S::kBlock;
+    static constexpr int kBlockChunks = Shape<D>::block_chunks;
+    static constexpr int kBlockGroups = Shape<D>::block_groups;
 
   public:
     Attention(const Layer& layer, const Stream& stream, const HighLayout& high,
               const LowLayout& low, S& scratch)
         : layer_(layer), stream_(stream), high_(high), low_(low), s_(scratch) {}
 
-    // `weights`: e**(logit - high_top) of the part's high tokens, [G] rows of `stride`.
+    // `weights`: 2**(logit - high_top) of the part's high tokens, [G] rows of `stride`.
     void run(const uint16_t* query, const float* sinks, const Part& part, float* weights,
              int stride, Partial partial) {
+#if defined(MIKV_USE_AMX)
+        const TileConfig config(2 * G);
+#endif
         prepare(query);
         for (int g = 0; g < G; ++g) {
-            s_.top[g] = sinks ? sinks[g] : kNever;
+            s_.top[g] = sinks ? sinks[g] * kLog2E : kNever;
             s_.total[g] = sinks ? 1.0f : 0.0f;
         }
         __builtin_memset(s_.high_out, 0, sizeof s_.high_out);
@@ -83,10 +92,13 @@ template <int D, int G> class Attention {
         alignas(64) uint8_t header[(2 * D + 63) / 64 * 64];
         const uint16_t* center =
             reinterpret_cast<const uint16_t*>(stream_.view(0, lines(2 * D), header));
+        for (int c = 0; c < P; c += 16) store(s_.magnitude + c, splat(0.0f));
+        // With a soft cap the logits become powers of two only behind it.
+        const F scale = splat(layer_.softcap == 0.0f ? layer_.scale * kLog2E : layer_.scale);
         for (int g = 0; g < G; ++g) {
             F most = splat(0.0f), product = splat(0.0f);
             for (int c = 0; c < D; c += 16) {
-                const F q = mul(load_half(query + g * D + c, layer_.dtype), splat(layer_.scale));
+                const F q = mul(load_half(query + g * D + c, layer_.dtype), scale);
                 most = vmax(most, vabs(q));
                 product = fma(q, load_fp16(center + c), product);
                 store(s_.query[g] + c, q);
@@ -97,21 +109,23 @@ template <int D, int G> class Attention {
             const F inverse = splat(1.0f / s_.amplitude[g]);
             for (int c = 0; c < P; c += 16) {
                 float* q = s_.query[g] + c;
-                store(q, c < D ? mul(load(q), inverse) : splat(0.0f));
+                const F unit = c < D ? mul(load(q), inverse) : splat(0.0f);
+                store(q, unit);
+                store(s_.magnitude + c, vmax(load(s_.magnitude + c), vabs(unit)));
             }
         }
     }
 
     F cap(F logit) const {
         if (layer_.softcap == 0.0f) return logit;
-        return mul(splat(layer_.softcap), tanh(mul(logit, splat(1.0f / layer_.softcap))));
+        return mul(splat(layer_.softcap * kLog2E), tanh(mul(logit, splat(1.0f / layer_.softcap))));
     }
 
     void raise(const F (&most)[G]) {
         for (int g = 0; g < G; ++g) {
             const float top = largest(most[g]);
             if (top <= s_.top[g]) continue;
-            const float factor = largest(exp(splat(s_.top[g] - top)));
+            const float factor = largest(exp2(splat(s_.top[g] - top)));
             s_.top[g] = top;
             s_.total[g] *= factor;
             for (int v = 0; v < V; ++v) s_.zeros[v][g] = mul(s_.zeros[v][g], splat(factor));
@@ -143,18 +157,21 @@ template <int D, int G> class Attention {
                     x[i] = to_int(mul(load(s_.query[g] + c + 16 * i), splat(top)));
                     total = add_i(total, x[i]);
                 }
-                split_signed(x, s_.query_high + g * P + c, s_.query_low + g * P + c);
+                split_signed(x, s_.queries[0].high[g] + c, s_.queries[0].low[g] + c);
             }
             step[g] = splat(s_.amplitude[g] / top);
             offset[g] = splat_i(sum_i(total) * 128);
         }
         for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
             const uint8_t* record = group(at, s_.buffer[0]);
-            I products[G][1];
-            key_dots<D, G, 1, false>(record, s_.query_high, s_.query_low, products);
+#if defined(MIKV_USE_AMX)
+            high_key_tiles(record, s_.queries[0], s_.products[0]);
+#else
+            key_dots<D, G, 1, false>(record, s_.queries[0], s_.products[0]);
+#endif
             const F scale = load_fp16(reinterpret_cast<const uint16_t*>(record + high_.key_scales));
             for (int g = 0; g < G; ++g) {
-                const F product = to_float(sub_i(products[g][0], offset[g]));
+                const F product = to_float(sub_i(s_.products[0].at(g, 0), offset[g]));
                 const F logit = cap(mul(product, mul(scale, step[g])));
                 store(weights + g * stride, first_lanes(logit, tokens_of(part, at), splat(kNever)));
             }
@@ -200,7 +217,7 @@ template <int D, int G> class Attention {
             F total = splat(0.0f);
             for (int t = 0; t < count; t += 16) {
                 float* w = weights + g * stride + t;
-                const F e = exp(sub(load(w), splat(s_.top[g])));
+                const F e = exp2(sub(load(w), splat(s_.top[g])));
                 total = add(total, e);
                 store(w, e);
             }
@@ -229,10 +246,8 @@ template <int D, int G> class Attention {
             split_weights<1>(most, count * kGroup, steps);
             s_.sums.clear();
             for (int i = 0; i < count; ++i) {
-                const int place = i / 4 * 64 + i % 4 * 4;
-                value_dots<D, G, kGroup / 4, false>(s_.records[i] + high_.values,
-                                                    s_.weights_high + place,
-                                                    s_.weights_low + place, kBlock, s_.sums);
+                value_dots<D, G, kGroup / 4, false>(s_.records[i] + high_.values, s_.weight_bytes,
+                                                    split_place(i * kGroup / 4), s_.sums);
             }
             flush<1>(steps, s_.high_out);
         }
@@ -263,14 +278,16 @@ template <int D, int G> class Attention {
                 const float top = largest(most[v][g]);
                 const F inverse = splat(top > 0.0f ? 65535.0f / top : 0.0f);
                 steps[v][g] = top / 65535.0f;
-                const int at = (v * G + g) * kBlock;
-                // The last vectors may lie behind the tokens: their bytes are never read.
+                for (int t = tokens; t % 64; t += 16) {
+                    store(s_.weights[v][g] + t, splat(0.0f));
+                }
                 for (int t = 0; t < tokens; t += 64) {
                     I x[4];
                     for (int i = 0; i < 4; ++i) {
                         x[i] = to_int(mul(load(s_.weights[v][g] + t + 16 * i), inverse));
                     }
-                    split_unsigned(x, s_.weights_high + at + t, s_.weights_low + at + t);
+                    split_unsigned(x, s_.weight_bytes.of[v].high[g] + t,
+                                   s_.weight_bytes.of[v].low[g] + t);
                 }
             }
         }
@@ -289,68 +306,111 @@ template <int D, int G> class Attention {
     }
 
     void low_block(int line, int count) {
-        F most[G];
-        for (int g = 0; g < G; ++g) most[g] = splat(kNever);
+        float steps[kBlockChunks], zeros[kBlockChunks][G];
         for (int i = 0; i < count; ++i) {
-            s_.records[i] = stream_.view(line + i * low_.num_lines, low_.num_lines, s_.buffer[2 * i]);
-            low_keys(s_.records[i], i * kChunk, most);
+            const int at = line + i * low_.num_lines;
+            s_.records[i] = stream_.view(at, low_.num_lines, s_.buffer[2 * i]);
+            steps[i] = fold_scales(s_.records[i], s_.queries[i], zeros[i]);
+            unpack(s_.records[i], low_.key_bits, kChunk * D / kLine, s_.tiles + i * kChunk * D);
         }
-        raise(most);
-        float steps[V][G];
-        low_weights(count, steps);
-        s_.sums.clear();
         for (int i = 0; i < count; ++i) {
-            unpack(s_.records[i] + low_.values, low_.value_bits, kChunk * D / kLine, s_.tiles);
-            const int place = i / 2 * 64 + i % 2 * 8;
-            value_dots<D, G, kChunk / 4, true>(s_.tiles, s_.weights_high + place,
-                                               s_.weights_low + place, kBlock, s_.sums);
+            const uint8_t* tiles = s_.tiles + i * kChunk * D;
+#if defined(MIKV_USE_AMX)
+            low_key_tiles<D, G>(tiles, s_.records[i] + low_.key_zeros, s_.queries[i],
+                                s_.products[i]);
+#else
+            key_dots<D, G, 2, true>(tiles, s_.queries[i], s_.products[i]);
+#endif
         }
-        flush<V>(steps, s_.low_out);
-    }
-
-    // Logits of one chunk. The channels' scales are folded into the query, which is then rounded
-    // to 15 bits; one amplitude serves all heads, so that one reduction over the channels does.
-    void low_keys(const uint8_t* record, int token, F (&most)[G]) {
-        constexpr int vectors = D / 16;
-        F scales[vectors], folded[G][vectors], zero[G], largest_one = splat(0.0f);
-        for (int i = 0; i < vectors; ++i) {
-            scales[i] = decode_scale(load_u8(record + low_.key_scales + 16 * i));
+        low_logits(count, steps, zeros);
+        float weight_steps[V][G];
+        low_weights(count, weight_steps);
+        for (int i = 0; i < count; ++i) {
+            unpack(s_.records[i] + low_.values, low_.value_bits, kChunk * D / kLine,
+                   s_.tiles + i * kChunk * D);
         }
-        for (int g = 0; g < G; ++g) {
-            zero[g] = splat(0.0f);
-            for (int i = 0; i < vectors; ++i) {
-                folded[g][i] = mul(load(s_.query[g] + 16 * i), scales[i]);
-                largest_one = vmax(largest_one, vabs(folded[g][i]));
+#if defined(MIKV_USE_AMX)
+        low_value_tiles<D, G>(s_.tiles, s_.value_zeros, count * kChunk, s_.weight_bytes, s_.sums);
+        for (int v = 0; v < V; ++v) {
+            for (int g = 0; g < G; ++g) {
+                const float zero = 256.0f * static_cast<float>(s_.sums.zero_high[v][g]) +
+                                   static_cast<float>(s_.sums.zero_low[v][g]);
+                s_.zeros[v][g] = add(s_.zeros[v][g],
+                                     first_lanes(splat(zero * weight_steps[v][g]), 1, splat(0.0f)));
             }
         }
-        for (int i = 0; i < vectors; ++i) {
-            const F z = to_float(load_s8(record + low_.key_zeros + 16 * i));
-            for (int g = 0; g < G; ++g) zero[g] = fma(folded[g][i], z, zero[g]);
+#else
+        s_.sums.clear();
+        for (int i = 0; i < count; ++i) {
+            value_dots<D, G, kChunk / 4, true>(s_.tiles + i * kChunk * D, s_.weight_bytes,
+                                               split_place(i * kChunk / 4), s_.sums);
         }
-        const float amplitude = largest(largest_one);
+#endif
+        flush<V>(weight_steps, s_.low_out);
+    }
+
+    // Folds a chunk's channel scales into the queries and rounds them to 15 bits. Returns what one
+    // unit is: one amplitude serves all heads, so that one reduction over the channels does.
+    // Without AMX also takes the products with the zero points, in these units.
+    float fold_scales(const uint8_t* record, QueryBytes<D, G>& queries, float (&zeros)[G]) {
+        constexpr int vectors = D / 16;
+        F scales[vectors], most = splat(0.0f);
+        for (int i = 0; i < vectors; ++i) {
+            scales[i] = decode_scale(load_u8(record + low_.key_scales + 16 * i));
+            most = vmax(most, mul(load(s_.magnitude + 16 * i), scales[i]));
+        }
+        const float amplitude = largest(most);
         const F inverse = splat(amplitude > 0.0f ? 16383.0f / amplitude : 0.0f);
+        F zero_points[kAmx ? 1 : vectors];
+        for (int i = 0; i < vectors; ++i) {
+            scales[i] = mul(scales[i], inverse);
+            if constexpr (!kAmx) {
+                zero_points[i] = to_float(load_s8(record + low_.key_zeros + 16 * i));
+            }
+        }
         for (int g = 0; g < G; ++g) {
+            F zero = splat(0.0f);
             for (int c = 0; c < P; c += 64) {
                 I x[4];
                 for (int i = 0; i < 4; ++i) {
-                    x[i] = c / 16 + i < vectors ? to_int(mul(folded[g][c / 16 + i], inverse))
-                                                : splat_i(0);
+                    const int at = c / 16 + i;
+                    if (at >= vectors) {
+                        x[i] = splat_i(0);
+                        continue;
+                    }
+                    const F folded = mul(load(s_.query[g] + 16 * at), scales[at]);
+                    if constexpr (!kAmx) zero = fma(folded, zero_points[at], zero);
+                    x[i] = to_int(folded);
                 }
-                split_signed(x, s_.query_high + g * P + c, s_.query_low + g * P + c);
+                split_signed(x, queries.high[g] + c, queries.low[g] + c);
+            }
+            if constexpr (!kAmx) zeros[g] = sum(zero);
+        }
+        return amplitude / 16383.0f;
+    }
+
+    // Products of a block -> logits, and the new tops.
+    void low_logits(int count, const float (&steps)[kBlockChunks],
+                    const float (&zeros)[kBlockChunks][G]) {
+        F most[G];
+        for (int g = 0; g < G; ++g) most[g] = splat(kNever);
+        for (int i = 0; i < count; ++i) {
+            const KeyProducts<G>& products = s_.products[i];
+            for (int g = 0; g < G; ++g) {
+                const float step = steps[i] * s_.amplitude[g];
+                const float zero =
+                    kAmx ? static_cast<float>(products.zero_high[g] * 128 + products.zero_low[g])
+                         : zeros[i][g];
+                const F constant = splat(s_.center[g] + zero * step);
+                for (int half = 0; half < 2; ++half) {
+                    const F logit =
+                        cap(fma(to_float(products.at(g, half)), splat(step), constant));
+                    most[g] = vmax(most[g], logit);
+                    store(s_.logits[g] + i * kChunk + 16 * half, logit);
+                }
             }
         }
-        unpack(record, low_.key_bits, kChunk * D / kLine, s_.tiles);
-        I products[G][2];
-        key_dots<D, G, 2, true>(s_.tiles, s_.query_high, s_.query_low, products);
-        for (int g = 0; g < G; ++g) {
-            const F step = splat(amplitude * s_.amplitude[g] / 16383.0f);
-            const F constant = splat(s_.center[g] + sum(zero[g]) * s_.amplitude[g]);
-            for (int half = 0; half < 2; ++half) {
-                const F logit = cap(fma(to_float(products[g][half]), step, constant));
-                most[g] = vmax(most[g], logit);
-                store(s_.logits[g] + token + 16 * half, logit);
-            }
-        }
+        raise(most);
     }
 
     // Logits of a block -> weights times value scales; adds to totals and zeros.
@@ -364,15 +424,19 @@ template <int D, int G> class Attention {
             const uint8_t* record = s_.records[i / 2] + i % 2 * 16;
             F e[G];
             for (int g = 0; g < G; ++g) {
-                e[g] = exp(sub(load(s_.logits[g] + 16 * i), splat(s_.top[g])));
+                e[g] = exp2(sub(load(s_.logits[g] + 16 * i), splat(s_.top[g])));
                 total[g] = add(total[g], e[g]);
             }
             for (int v = 0; v < V; ++v) {
                 const F scale = decode_scale(load_u8(record + low_.value_scales + v * kChunk));
-                const F zero = to_float(load_s8(record + low_.value_zeros + v * kChunk));
+                const uint8_t* zeros = record + low_.value_zeros + v * kChunk;
+                const F zero = kAmx ? splat(0.0f) : to_float(load_s8(zeros));
+                if constexpr (kAmx) {
+                    __builtin_memcpy(s_.value_zeros + v * kBlock + 16 * i, zeros, 16);
+                }
                 for (int g = 0; g < G; ++g) {
                     const F w = mul(e[g], scale);
-                    s_.zeros[v][g] = fma(w, zero, s_.zeros[v][g]);
+                    if constexpr (!kAmx) s_.zeros[v][g] = fma(w, zero, s_.zeros[v][g]);
                     most[v][g] = vmax(most[v][g], w);
                     store(s_.weights[v][g] + 16 * i, w);
                 }

@@ -1,6 +1,8 @@
 // The fused decode step of one layer: change each request's tiers, attend, update importance.
 #include <omp.h>
 
+#include <utility>
+
 #include "attend.hpp"
 #include "high_tier.hpp"
 #include "kernels.hpp"
@@ -8,7 +10,7 @@
 namespace mikv::MIKV_ISA {
 namespace {
 
-constexpr int kHeadsAtOnce = 4;      // query heads whose sums fit the registers
+constexpr int kHeadsAtOnce = kAmx ? 8 : 4;  // query heads whose sums fit the registers
 constexpr int kLeastPartTokens = 512;  // below this a part costs more to merge than it saves
 
 // One request and KV head of a step.
@@ -99,12 +101,13 @@ struct Step {
             // Even shares: 5 heads run as 3 + 2, not 4 + 1.
             const int runs = (group - first + kHeadsAtOnce - 1) / kHeadsAtOnce;
             const int count = (group - first + runs - 1) / runs;
-            switch (count) {
-                case 1: attend_heads<D, 1>(item, part, first, weights, partial, scratch); break;
-                case 2: attend_heads<D, 2>(item, part, first, weights, partial, scratch); break;
-                case 3: attend_heads<D, 3>(item, part, first, weights, partial, scratch); break;
-                default: attend_heads<D, 4>(item, part, first, weights, partial, scratch);
-            }
+            [&]<int... G>(std::integer_sequence<int, G...>) {
+                const auto run = [&]<int Count>() {
+                    attend_heads<D, Count>(item, part, first, weights, partial, scratch);
+                    return true;
+                };
+                (void)((count == G + 1 && run.template operator()<G + 1>()) || ...);
+            }(std::make_integer_sequence<int, kHeadsAtOnce>());
             first += count;
         }
     }
@@ -131,20 +134,20 @@ struct Step {
             }
             for (int p = 0; p < parts; ++p) {
                 const Partial x = partial(partials, p);
-                total += x.total[g] * __builtin_expf(x.top[g] - top);
+                total += x.total[g] * __builtin_exp2f(x.top[g] - top);
             }
             uint16_t* out =
                 tensors.out.at(item.row->token) + (item.head * group + g) * static_cast<int64_t>(d);
             alignas(64) float merged[256];
             for (int p = 0; p < parts; ++p) {
                 const Partial x = partial(partials, p);
-                const F share = splat(__builtin_expf(x.top[g] - top) / total);
+                const F share = splat(__builtin_exp2f(x.top[g] - top) / total);
                 for (int c = 0; c < d; c += 16) {
                     const F before = p ? load(merged + c) : splat(0.0f);
                     store(merged + c, fma(load(x.out + g * d + c), share, before));
                 }
                 // From now on: what a kept weight of this part counts.
-                x.high_top[g] = __builtin_expf(x.high_top[g] - top) / total;
+                x.high_top[g] = __builtin_exp2f(x.high_top[g] - top) / total;
             }
             for (int c = 0; c < d; c += 16) store_half(out + c, load(merged + c), layer.dtype);
         }

@@ -2,6 +2,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -14,6 +19,21 @@ using namespace mikv;
 
 namespace {
 
+#if defined(MIKV_X86)
+// The processor has AMX, and the kernel lets this process use it.
+bool amx_usable() {
+#if defined(__linux__)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    static const bool usable = __builtin_cpu_supports("amx-tile") &&
+                               __builtin_cpu_supports("amx-int8") &&
+                               !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+    return usable;
+#else
+    return false;
+#endif
+}
+#endif
+
 // Best first.
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> usable;
@@ -22,6 +42,7 @@ std::vector<const Kernels*> usable_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni")) {
+        if (amx_usable()) usable.push_back(&amx::kernels);
         usable.push_back(&avx512::kernels);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -105,7 +105,7 @@ struct Scoring {
         for (int r = 0; r < count; ++r) {
             F all = load(total + r * 16);
             for (int t = 0; t < kTile; t += 16) {
-                const F e = exp(sub(load(x + r * kTile + t), splat(top[r])));
+                const F e = exp2(mul(sub(load(x + r * kTile + t), splat(top[r])), splat(1.44269504f)));
                 all = add(all, e);
                 store(x + r * kTile + t, e);
             }

@@ -14,6 +14,7 @@
 //   split_signed(x, high, low)      64 integers below 2**14 as high * 128 + low, bytes
 //   split_unsigned(x, high, low)    64 integers below 2**16 as high * 256 + low, bytes;
 //                                   both put 4 consecutive integers at split_place(i / 4)
+//   exp2(x)                         2**x for x < 127, 0 for very negative x
 #pragma once
 
 #if defined(MIKV_USE_AVX512)
@@ -28,11 +29,23 @@ namespace mikv::MIKV_ISA {
 
 enum Dtype { kBf16 = 0, kFp16 = 1 };
 
+#if defined(MIKV_USE_AMX)
+constexpr bool kAmx = true;
+#else
+constexpr bool kAmx = false;
+#endif
+
 // Byte offset of integers 4*quad .. 4*quad+3 in the output of split_signed and split_unsigned: the
 // packs work inside 128-bit lanes, and undoing that would cost more than looking it up here.
+// split_place(a + b) = split_place(a) + split_place(b) if a is a multiple of 4 and b below 4, or
+// a of 8 and b below 8, or a of 16.
 constexpr int split_place(int quad) {
+#if defined(MIKV_USE_AMX)
+    return 4 * quad;
+#else
     const int vector = quad % 16 / 4, lane = quad % 4;
     return quad / 16 * 64 + (lane * 4 + vector) * 4;
+#endif
 }
 
 inline F load_half(const uint16_t* p, int dtype) {
@@ -54,26 +67,23 @@ inline void store_half(uint16_t* p, F x, int dtype) {
     dtype == kBf16 ? store_bf16(p, x) : store_fp16(p, x);
 }
 
-// e**x for x <= 88, to 2 ulp; 0 below -87.
-inline F exp(F x) {
-    const F clamped = vmax(x, splat(-87.0f));
-    const F n = round_even(mul(clamped, splat(1.44269504f)));
-    F r = fma(n, splat(-0.693145752f), clamped);
-    r = fma(n, splat(-1.42860677e-6f), r);
-    F p = splat(1.38888889e-3f);
-    p = fma(p, r, splat(8.33333333e-3f));
-    p = fma(p, r, splat(4.16666667e-2f));
-    p = fma(p, r, splat(1.66666667e-1f));
-    p = fma(p, r, splat(0.5f));
-    p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
-    const F result = float_of(add_i(bits_of(p), shl_i<23>(to_int(n))));
-    return zero_below(x, -87.0f, result);
+#if !defined(MIKV_USE_AVX512)
+inline F exp2(F x) {
+    const F clamped = vmax(x, splat(-126.0f));
+    const F n = round_even(clamped), r = sub(clamped, n);
+    F p = splat(1.3276472e-3f);
+    p = fma(p, r, splat(9.67554133e-3f));
+    p = fma(p, r, splat(5.55071327e-2f));
+    p = fma(p, r, splat(2.40221197e-1f));
+    p = fma(p, r, splat(6.93146967e-1f));
+    p = fma(p, r, splat(1.00000007f));
+    return zero_below(x, -126.0f, float_of(add_i(bits_of(p), shl_i<23>(to_int(n)))));
 }
+#endif
 
 inline F tanh(F x) {
     const F bounded = vmax(vmin(x, splat(20.0f)), splat(-20.0f));
-    const F e = exp(add(bounded, bounded));
+    const F e = exp2(mul(bounded, splat(2.0f * 1.44269504f)));
     return sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f))));
 }
 

@@ -1,4 +1,5 @@
 // Vector primitives on AVX-512 (F, BW, DQ, VL, VNNI). See simd.hpp for what each one means.
+// With AMX on top, the tile products are in dots_amx.hpp.
 #pragma once
 
 #include <immintrin.h>
@@ -105,17 +106,37 @@ template <bool Small> inline I dot_values(I acc, B values, const uint8_t* weight
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four), values);
 }
 
+// 2**x, relative error 1e-7; 0 for very negative x.
+inline F exp2(F x) {
+    const F r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+    F p = splat(1.87757667e-3f);
+    p = fma(p, r, splat(8.98934009e-3f));
+    p = fma(p, r, splat(5.58263181e-2f));
+    p = fma(p, r, splat(2.40153617e-1f));
+    p = fma(p, r, splat(6.93153073e-1f));
+    p = fma(p, r, splat(9.99999925e-1f));
+    return _mm512_scalef_ps(p, x);
+}
+
+// The packs work inside 128-bit lanes. Tile products of AMX need the natural order back.
+inline void store_packed(uint8_t* to, B x) {
+#if defined(MIKV_USE_AMX)
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    x = _mm512_permutexvar_epi32(order, x);
+#endif
+    store_b(to, x);
+}
 inline void split_signed(const I x[4], uint8_t* high, uint8_t* low) {
     const I a = _mm512_packs_epi32(x[0], x[1]), b = _mm512_packs_epi32(x[2], x[3]);
     const I mask = _mm512_set1_epi16(127);
-    store_b(high, _mm512_packs_epi16(_mm512_srai_epi16(a, 7), _mm512_srai_epi16(b, 7)));
-    store_b(low, _mm512_packus_epi16(and_b(a, mask), and_b(b, mask)));
+    store_packed(high, _mm512_packs_epi16(_mm512_srai_epi16(a, 7), _mm512_srai_epi16(b, 7)));
+    store_packed(low, _mm512_packus_epi16(and_b(a, mask), and_b(b, mask)));
 }
 inline void split_unsigned(const I x[4], uint8_t* high, uint8_t* low) {
     const I a = _mm512_packus_epi32(x[0], x[1]), b = _mm512_packus_epi32(x[2], x[3]);
     const I mask = _mm512_set1_epi16(255);
-    store_b(high, _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
-    store_b(low, _mm512_packus_epi16(and_b(a, mask), and_b(b, mask)));
+    store_packed(high, _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+    store_packed(low, _mm512_packus_epi16(and_b(a, mask), and_b(b, mask)));
 }
 
 }  // namespace mikv::MIKV_ISA
