@@ -1,6 +1,5 @@
 """Server settings and per-request settings: the only place that validates them."""
 
-import math
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -85,6 +84,6 @@ def parse_ratio(value: Any, largest: float, field: str = RATIO_FIELD) -> float:
     allowed = f"allowed is a number from 1.0 (untouched) to {largest:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RatioError(f"{field} is {value!r}, which is no number; {allowed}.")
-    if math.isnan(value) or not 1.0 <= value <= largest:
+    if not 1.0 <= value <= largest:  # NaN is in no range
         raise RatioError(f"{field} is {value!r}, which is out of range; {allowed}.")
     return float(value)

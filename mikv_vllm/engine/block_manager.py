@@ -42,6 +42,8 @@ class TieredBlockManager(FullAttentionManager):
         self.num_demoted = 0
         self._decode_steps: dict[str, DecodeStep] = {}
         self._released: list[KVCacheBlock] = []
+        self._once_tiered: set[int] = set()
+        self._to_zero: list[int] = []
         self._planners: dict[float, TierPlanner] = {}
 
     @cached_property
@@ -80,7 +82,9 @@ class TieredBlockManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         tiered = self.tiered.get(request_id)
         if tiered is None:
-            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            self._clean(blocks)
+            return blocks
         before = tiered.state
         assert num_tokens == before.num_tokens + 1, (
             f"request {request_id} holds {before.num_tokens} tokens in its tiers "
@@ -88,6 +92,7 @@ class TieredBlockManager(FullAttentionManager):
         )
         append = tiered.planner.append(before)
         blocks = self.block_pool.get_new_blocks(append.new_pages)
+        self._once_tiered.update(block.block_id for block in blocks)
         self.req_to_blocks[request_id].extend(blocks)
         tiered.state = append.state
         self.num_demoted += append.demoted_chunks
@@ -108,7 +113,23 @@ class TieredBlockManager(FullAttentionManager):
         self._decode_steps.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
+    def _clean(self, blocks: list[KVCacheBlock]) -> None:
+        """Have the last of a native request's new pages zeroed if it held tiers before.
+
+        vLLM's kernel multiplies the unwritten slots of a page by 0: bytes of a tier may read as
+        NaN there. This step's tokens fill all new pages but the last.
+        """
+        stale = self._once_tiered.intersection(block.block_id for block in blocks)
+        self._once_tiered -= stale
+        if blocks and blocks[-1].block_id in stale:
+            self._to_zero.append(blocks[-1].block_id)
+
     # What our scheduler calls.
+
+    def take_pages_to_zero(self) -> tuple[int, ...]:
+        """Drain the pages that have to be zeroed before this step's tokens are written."""
+        pages, self._to_zero = tuple(self._to_zero), []
+        return pages
 
     def take_decode_steps(self) -> dict[str, DecodeStep]:
         """Drain the steps of the tiered requests that were scheduled since the last call."""
@@ -130,6 +151,7 @@ class TieredBlockManager(FullAttentionManager):
         if targets is None:
             return None
         kept = {block.block_id for block in targets}
+        self._once_tiered |= kept
         in_place = any(block.block_id in kept for block in native)
         step = CompressStep(
             tuple(block.block_id for block in native),

@@ -7,7 +7,9 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from mikv_vllm.config import (
@@ -89,6 +91,18 @@ class TieredScheduler(AsyncScheduler):
         self._scoring.discard(request.request_id)
         super()._preempt_request(request, *args, **kwargs)
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        by_client = super().update_from_output(scheduler_output, model_runner_output)
+        for outputs in by_client.values():
+            for output in outputs.outputs:
+                request = self.requests.get(output.request_id)
+                # A stop string is found in the front end: any of these outputs may be the last.
+                if request is not None and request.sampling_params and request.sampling_params.stop:
+                    output.kv_transfer_params = {REPORT_FIELD: self._report(request)}
+        return by_client
+
     def _report(self, request: Request) -> dict[str, Any]:
         """What a finished request took, true to the page."""
         geometry = self.tiers.geometry
@@ -162,7 +176,8 @@ class TieredScheduler(AsyncScheduler):
                 compress[request_id] = done
                 self._scoring.discard(request_id)
         self.tiers.release_native_pages()
-        return StepPlan(score, compress, decode, self._tier_stats())
+        zero = self.tiers.take_pages_to_zero()
+        return StepPlan(score, compress, decode, zero, self._tier_stats())
 
     @property
     def _least_tokens(self) -> int:

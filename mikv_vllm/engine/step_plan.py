@@ -67,6 +67,8 @@ class StepPlan:
     score: dict[str, ScoreStep] = field(default_factory=dict)
     compress: dict[str, CompressStep] = field(default_factory=dict)
     decode: dict[str, DecodeStep] = field(default_factory=dict)
+    zero: tuple[int, ...] = ()
+    """Pages to zero before anything is written in this step."""
     stats: TierStats = field(default_factory=TierStats)
 
     @property

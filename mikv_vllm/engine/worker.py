@@ -29,6 +29,9 @@ class TieredCPUWorker(CPUWorker):
     def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
         """Run one step under its plan."""
         context.begin_step(scheduler_output)
+        if pages := list(context.plan.zero):
+            for cache in self.model_runner.kv_caches:
+                cache[pages] = 0
         result = super().execute_model(scheduler_output)
         context.end_step()
         return result

@@ -169,6 +169,10 @@ class Simulation:
             elif blocks is not None:
                 self.native_tables[request_id].extend(blocks[0])
         plan, scheduled = output.plan, output.num_scheduled_tokens
+        in_this_step = {page for step in plan.compress.values() for page in step.tiered_pages}
+        for page in plan.zero:
+            assert page not in self._tiered_pages() - in_this_step, "a tiered page was zeroed"
+            self.memory[page] = {}
         native = [r for r in scheduled if r not in plan.decode]
         for request_id in native:
             self._write_native(request_id, computed[request_id], scheduled[request_id])
@@ -217,6 +221,8 @@ class Simulation:
             slots = self.memory.get(page)
             if not isinstance(slots, dict):
                 assert page in own or page not in self._tiered_pages(), "a tiered page was written"
+                end = (position // self.block_size + 1) * self.block_size
+                assert slots is None or end <= start + count, "a tier's bytes stay in a native page"
                 slots = self.memory[page] = {}
             slots[slot] = prefixes[position]
 
