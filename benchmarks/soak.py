@@ -1,0 +1,307 @@
+"""Mixed requests against a server whose pool is too small for them, and what must hold after it.
+
+Right and wrong ratios, short and long prompts, streams, several choices, stop strings, clients
+that hang up: nothing may fail that was not asked to, nothing may hang, and afterwards every page
+is free and the server's memory is where it was.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from benchmarks.traffic import Request, faults_of_answer, faults_of_refusal, random_requests
+
+SMALL_POOL_FLAGS = [
+    *("--max-model-len", "2048"),
+    *("--max-num-seqs", "24"),
+    *("--kv-cache-memory-bytes", str(58 << 20)),  # about 40 pages, or 2,500 native tokens
+    *("--kv-compression-ratio", "3.0"),
+]
+"""Of a server in which 24 requests compete for the pages of two or three."""
+DEFAULT_RATIO = 3.0
+LARGEST_RATIO = 6.0
+WARM_UP = 0.3
+"""Share of the requests after which the server's memory has to stay where it is."""
+SAMPLE_SECONDS = 2.0
+SETTLE_SECONDS = 15.0
+MIB = 1 << 20
+
+
+@dataclass
+class Outcome:
+    """What came of a run."""
+
+    finished: int = 0
+    refused: int = 0
+    disconnected: int = 0
+    violations: list[str] = field(default_factory=list)
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    """Requests done, and bytes resident in the server's processes, by time."""
+    operations: dict[str, int] = field(default_factory=dict)
+    preemptions: int = 0
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> int:
+        return self.finished + self.refused + self.disconnected
+
+    def memory_growth(self) -> int | None:
+        """Bytes from the end of the warm-up to the end, by medians; None without samples."""
+        warm = [size for done, size in self.memory if done >= WARM_UP * self.done]
+        if len(warm) < 4:
+            return None
+        quarter = len(warm) // 4
+        return int(statistics.median(warm[-quarter:]) - statistics.median(warm[:quarter]))
+
+    def summary(self) -> str:
+        """The run on one line."""
+        growth = self.memory_growth()
+        memory = "memory not watched" if growth is None else f"memory {growth / MIB:+.0f} MiB"
+        operations = ", ".join(f"{total} {kind}" for kind, total in self.operations.items())
+        return (
+            f"soak: {self.done} requests in {self.seconds:.0f} s: {self.finished} finished, "
+            f"{self.refused} refused, {self.disconnected} disconnected; {operations}, "
+            f"{self.preemptions} preemptions; {memory}; {len(self.violations)} violations"
+        )
+
+
+class Soak:
+    """One run against one server.
+
+    Args:
+        url: of the server.
+        pid: its main process, for its memory; None if it is on another machine.
+        api_key: if it wants one.
+        timeout: seconds after which a request counts as hanging.
+        default_ratio: of a request that names none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        pid: int | None = None,
+        api_key: str | None = None,
+        timeout: float = 180.0,
+        default_ratio: float = DEFAULT_RATIO,
+    ) -> None:
+        self.url = url
+        self.pid = pid
+        self.timeout = timeout
+        self.default_ratio = default_ratio
+        self.outcome = Outcome()
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    async def run(self, seed: int, count: int, concurrency: int, seconds: float) -> Outcome:
+        """Send ``count`` requests, ``concurrency`` at a time, none after ``seconds``."""
+        start = time.monotonic()
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(
+            self.url, headers=self._headers, connector=connector
+        ) as self.session:
+            served = (await self._get_json("/v1/models"))["data"][0]["id"]
+            await self._first_step(served)
+            preempted = await self._metric("vllm:num_preemptions_total")
+            before = (await self._get_json("/mikv/stats"))["operations"]
+            queue = iter(random_requests(seed, count, served, LARGEST_RATIO))
+            watch = asyncio.create_task(self._watch(count, start))
+
+            async def client() -> None:
+                for request in queue:
+                    if time.monotonic() - start > seconds:
+                        return
+                    await self._send(request)
+
+            await asyncio.gather(*(client() for _ in range(concurrency)))
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            if not watch.cancelled():
+                watch.result()
+            if self.outcome.done < count:
+                self.violate(f"only {self.outcome.done} of {count} requests were done in time")
+            after = await self._settle()
+            self.outcome.operations = {
+                kind: total - before[kind] for kind, total in after["operations"].items()
+            }
+            preempted = await self._metric("vllm:num_preemptions_total") - preempted
+            self.outcome.preemptions = int(preempted)
+        self.outcome.seconds = time.monotonic() - start
+        return self.outcome
+
+    def violate(self, sentence: str) -> None:
+        """Note, and say at once, what must not be."""
+        self.outcome.violations.append(sentence)
+        print(f"violation: {sentence}", flush=True)
+
+    async def _first_step(self, model: str) -> None:
+        """Have the engine make a step: it has no statistics before."""
+        body = {"model": model, "prompt": "a", "max_tokens": 1}
+        async with self.session.post("/v1/completions", json=body) as response:
+            response.raise_for_status()
+
+    async def _send(self, request: Request) -> None:
+        """Send one request, and hang up, wait, or check the answer."""
+        limit = self.timeout if request.disconnect_after is None else request.disconnect_after
+        try:
+            async with asyncio.timeout(limit):
+                status, answer = await self._answer(request)
+        except TimeoutError:
+            self.outcome.disconnected += 1
+            if request.disconnect_after is None:
+                self.violate(f"no whole answer in {limit:.0f} s to {_brief(request)}")
+            return
+        except (aiohttp.ClientError, ValueError) as error:
+            self.outcome.finished += 1
+            self.violate(f"{type(error).__name__}: {error}, from {_brief(request)}")
+            return
+        if request.wrong:
+            self.outcome.refused += 1
+            faults = faults_of_refusal(request, status, answer)
+        elif status != 200:
+            self.outcome.finished += 1
+            faults = [f"{status} {answer} to {_brief(request)}"]
+        else:
+            self.outcome.finished += 1
+            faults = faults_of_answer(request, answer, self.default_ratio)
+        for fault in faults:
+            self.violate(fault)
+
+    async def _answer(self, request: Request) -> tuple[int, Any]:
+        """Status and JSON body, or the last event of a stream."""
+        async with self.session.post(
+            request.route, json=request.body, timeout=aiohttp.ClientTimeout(total=None)
+        ) as response:
+            if response.status != 200 or not request.stream:
+                return response.status, await response.json()
+            last = b"{}"
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    last = line.removeprefix(b"data: ")
+            return response.status, json.loads(last)
+
+    async def _watch(self, count: int, start: float) -> None:
+        """Sample the pool and the memory, and show progress, until cancelled."""
+        shown = 0
+        while True:
+            stats = await self._get_json("/mikv/stats")
+            pages = dict(stats["pages"])
+            if pages.pop("total") != sum(pages.values()):
+                self.violate(f"pages do not add up: {stats['pages']}")
+            if self.pid is not None:
+                self.outcome.memory.append((self.outcome.done, resident_bytes(self.pid)))
+            if self.outcome.done >= shown + count // 20:
+                shown = self.outcome.done
+                resident = self.outcome.memory[-1][1] if self.outcome.memory else 0
+                print(
+                    f"{shown}/{count} requests, {time.monotonic() - start:.0f} s; "
+                    f"pages {stats['pages']}, requests {stats['requests']}, "
+                    f"memory {resident / MIB:.0f} MiB",
+                    flush=True,
+                )
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def _settle(self) -> dict[str, Any]:
+        """The statistics once the server is idle; a violation if it does not get there."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            stats = await self._get_json("/mikv/stats")
+            queued = [
+                await self._metric(f"vllm:num_requests_{state}") for state in ("running", "waiting")
+            ]
+            free = stats["pages"]["free"] == stats["pages"]["total"]
+            if free and not any(stats["requests"].values()) and not any(queued):
+                return stats
+            if time.monotonic() > deadline:
+                self.violate(f"not idle at the end: {stats}, running and waiting {queued}")
+                return stats
+            await asyncio.sleep(0.5)
+
+    async def _get_json(self, path: str) -> dict[str, Any]:
+        async with self.session.get(path) as response:
+            response.raise_for_status()
+            return await response.json()
+
+    async def _metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        async with self.session.get("/metrics") as response:
+            text = await response.text()
+        return sum(float(v) for v in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident bytes of a process and all its descendants."""
+    process = psutil.Process(pid)
+    total = 0
+    for each in (process, *process.children(recursive=True)):
+        try:
+            total += each.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def _brief(request: Request) -> str:
+    """A request without its prompt."""
+    texts = ("prompt", "messages", "input")
+    return f"{request.route} { ({k: v for k, v in request.body.items() if k not in texts}) }"
+
+
+def check_memory(outcome: Outcome, most_growth: int) -> None:
+    """Note a violation if the memory grew by more than ``most_growth`` bytes."""
+    growth = outcome.memory_growth()
+    if growth is not None and growth > most_growth:
+        outcome.violations.append(f"memory grew by {growth / MIB:.0f} MiB")
+        print(f"violation: {outcome.violations[-1]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=24, help="requests at a time")
+    parser.add_argument("--minutes", type=float, default=40.0, help="no request is sent after it")
+    parser.add_argument("--timeout", type=float, default=180.0, help="seconds for one request")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-growth", type=int, default=64, help="MiB allowed after warm-up")
+    parser.add_argument("--url", help="of a running mikv-serve; without it one is started")
+    parser.add_argument("--pid", type=int, help="of the server at --url, to watch its memory")
+    parser.add_argument("--api-key", help="of the server at --url")
+    parser.add_argument(
+        "--default-ratio", type=float, default=DEFAULT_RATIO, help="of the server at --url"
+    )
+    args = parser.parse_args()
+
+    server = None
+    if args.url is None:
+        from tests.server.serving import RunningServer
+
+        log = Path(tempfile.mkdtemp(prefix="mikv-soak-")) / "server.log"
+        print(f"starting mikv-serve, log in {log} …", flush=True)
+        server = RunningServer(SMALL_POOL_FLAGS, log)
+        args.url, args.pid = server.url, server.process.pid
+    try:
+        if server is not None:
+            server.wait_until_ready()
+        soak = Soak(args.url, args.pid, args.api_key, args.timeout, args.default_ratio)
+        outcome = asyncio.run(
+            soak.run(args.seed, args.requests, args.concurrency, 60 * args.minutes)
+        )
+    finally:
+        if server is not None:
+            server.stop()
+    check_memory(outcome, args.memory_growth * MIB)
+    print(outcome.summary())
+    sys.exit(bool(outcome.violations))
+
+
+if __name__ == "__main__":
+    main()
