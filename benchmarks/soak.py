@@ -24,12 +24,12 @@ import psutil
 from benchmarks.traffic import Request, faults_of_answer, faults_of_refusal, random_requests
 
 SMALL_POOL_FLAGS = [
-    *("--max-model-len", "2048"),
+    *("--max-model-len", "1792"),
     *("--max-num-seqs", "24"),
-    *("--kv-cache-memory-bytes", str(58 << 20)),  # about 40 pages, or 2,500 native tokens
+    *("--kv-cache-memory-bytes", str(44 << 20)),  # 30 pages, or 1,900 native tokens
     *("--kv-compression-ratio", "3.0"),
 ]
-"""Of a server in which 24 requests compete for the pages of two or three."""
+"""Of a server in which 24 requests compete for the pages of one or two."""
 SMALL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 """Environment of a server whose memory is watched. oneDNN keeps 1,024 compiled matrix products,
 one for each number of tokens in a step: vLLM's worker grows by hundreds of MiB, without MiKV too,
