@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams
 from mikv_vllm.config import RATIO_FIELD
 from mikv_vllm.models import embedded_model
 
-BLOCK_SIZE = 64
+BLOCK_SIZE = 32
 """Tokens a page, the same in every engine: MiKV's default on CPU."""
 MAX_MODEL_LEN = 8192
 

@@ -269,6 +269,15 @@ def check_memory(outcome: Outcome, most_growth: int) -> None:
         print(f"violation: {outcome.violations[-1]}", flush=True)
 
 
+def check_pressure(outcome: Outcome) -> None:
+    """Note a violation if the pool was too large to show anything."""
+    if not outcome.preemptions or not outcome.operations.get("compress_in_place"):
+        outcome.violations.append(
+            "no preemption, or no compression in place: the pool is too large"
+        )
+        print(f"violation: {outcome.violations[-1]}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
@@ -310,6 +319,8 @@ def main() -> None:
         if server is not None:
             server.stop()
     check_memory(outcome, args.memory_growth * MIB)
+    if server is not None:
+        check_pressure(outcome)
     print(outcome.summary())
     sys.exit(bool(outcome.violations))
 

@@ -16,7 +16,7 @@ SCHEDULER_CLS = "mikv_vllm.engine.scheduler.TieredScheduler"
 WORKER_CLS = {"cpu": "mikv_vllm.engine.worker.TieredCPUWorker"}
 """Worker class by vLLM's device type. A device that is missing here has no kernels yet."""
 
-CPU_BLOCK_SIZE = 64
+CPU_BLOCK_SIZE = 32
 """Tokens of a native page on CPU, unless the user chooses."""
 
 PLUGIN = "mikv"

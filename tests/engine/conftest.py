@@ -6,7 +6,7 @@ import pytest
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig
 
-BLOCK_SIZE = 64
+BLOCK_SIZE = 32
 ENGINE = {
     "enforce_eager": True,
     "max_model_len": 8192,

@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from .conftest import ratio
+from .conftest import BLOCK_SIZE, ratio
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("all_pages_free")]
 
@@ -38,7 +38,7 @@ def test_ratio_is_achieved_from_two_thousand_tokens_on(engine, windows, requeste
     assert result["kv_tokens"] == 2199
     assert result["high_tokens"] + result["low_tokens"] == 2199
     assert result["uncompressed_kv_bytes"] == 2199 * 2 * 2 * 64 * 3 * 30
-    assert result["kv_bytes"] % (64 * 2 * 2 * 64 * 3 * 30) == 0
+    assert result["kv_bytes"] % (BLOCK_SIZE * 2 * 2 * 64 * 3 * 30) == 0
 
 
 def test_ratio_one_reports_an_untouched_cache(engine, windows):
