@@ -26,7 +26,7 @@ from benchmarks.traffic import Request, faults_of_answer, faults_of_refusal, ran
 SMALL_POOL_FLAGS = [
     *("--max-model-len", "1792"),
     *("--max-num-seqs", "24"),
-    *("--kv-cache-memory-bytes", str(44 << 20)),  # 30 pages, or 1,900 native tokens
+    *("--kv-cache-memory-bytes", str(44 << 20)),  # about 1,900 native tokens
     *("--kv-compression-ratio", "3.0"),
 ]
 """Of a server in which 24 requests compete for the pages of one or two."""
@@ -272,9 +272,7 @@ def check_memory(outcome: Outcome, most_growth: int) -> None:
 def check_pressure(outcome: Outcome) -> None:
     """Note a violation if the pool was too large to show anything."""
     if not outcome.preemptions or not outcome.operations.get("compress_in_place"):
-        outcome.violations.append(
-            "no preemption, or no compression in place: the pool is too large"
-        )
+        outcome.violations.append("no preemption or no compression in place: the pool is too large")
         print(f"violation: {outcome.violations[-1]}", flush=True)
 
 
