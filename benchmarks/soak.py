@@ -32,7 +32,7 @@ SMALL_POOL_FLAGS = [
 """Of a server in which 24 requests compete for the pages of one or two."""
 SMALL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 """Environment of a server whose memory is watched. oneDNN keeps 1,024 compiled matrix products,
-one for each number of tokens in a step: vLLM's worker grows by hundreds of MiB, without MiKV too,
+one for each number of tokens in a step: the worker grows by hundreds of MiB, at ratio 1.0 too,
 until they are all there. With 64 they are there after the warm-up."""
 DEFAULT_RATIO = 3.0
 LARGEST_RATIO = 6.0
