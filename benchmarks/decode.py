@@ -55,5 +55,7 @@ def measure(
                         "achieved_ratio": achieved.get(contender.name),
                     }
                 )
-                print("  {contender:>10}: {ms_per_step:8.1f} ms, {of_stock:.2f}x".format(**rows[-1]))
+                print(
+                    "  {contender:>10}: {ms_per_step:8.1f} ms, {of_stock:.2f}x".format(**rows[-1])
+                )
     return rows

@@ -20,9 +20,7 @@ class NativeLayout:
 
 
 @cache
-def native_layout(
-    isa: str, block_size: int, head_dim: int, dtype: torch.dtype
-) -> NativeLayout:
+def native_layout(isa: str, block_size: int, head_dim: int, dtype: torch.dtype) -> NativeLayout:
     """Write a ramp through vLLM's cache-write op and read the permutation back."""
     numbers = torch.arange(block_size * head_dim)
     place = torch.zeros(2, 2 * block_size * head_dim, dtype=torch.long)
@@ -44,6 +42,8 @@ def native_layout(
     index = torch.empty(2, block_size * head_dim, dtype=torch.int32)
     for which in range(2):
         where = (place[which] >= 0).nonzero().flatten()
-        assert len(where) == len(numbers), f"vLLM's native page for isa {isa!r} is not a permutation"
+        assert len(where) == len(numbers), (
+            f"vLLM's native page for isa {isa!r} is not a permutation"
+        )
         index[which, place[which][where]] = where.to(torch.int32)
     return NativeLayout(index[0].contiguous(), index[1].contiguous())

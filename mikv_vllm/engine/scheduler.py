@@ -123,9 +123,7 @@ class TieredScheduler(AsyncScheduler):
 
     # A prompt's last queries have to be computed in one step: they score it.
 
-    def _get_local_prefix_cache_hit(
-        self, request: Request
-    ) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         hit = super()._get_local_prefix_cache_hit(request)
         blocks, num_tokens, boundary, diverged = hit
         if request.request_id not in self._ratios:

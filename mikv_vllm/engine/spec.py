@@ -13,9 +13,7 @@ from mikv_vllm.tiers.formats import NATIVE_BYTES, TierGeometry
 LEAST_HEAD_DIM, LARGEST_HEAD_DIM = 64, 256
 
 
-@register_kv_cache_spec(
-    manager_class=TieredBlockManager, uniform_type_base_spec=FullAttentionSpec
-)
+@register_kv_cache_spec(manager_class=TieredBlockManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class TieredAttentionSpec(FullAttentionSpec):
     """vLLM's full attention, native pages unchanged, under :class:`TieredBlockManager`."""

@@ -29,9 +29,7 @@ def hadamard_size(head_dim: int) -> int:
 def _hadamard(size: int) -> torch.Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
-        matrix = torch.cat(
-            [torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0
-        )
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return matrix / size**0.5
 
 

@@ -164,7 +164,5 @@ class TierPlanner:
             if new_pages:
                 moved = min(low, (pages * geometry.page_bytes - low_end) // chunk)
                 low_end = pages * geometry.page_bytes if not low else low_end + moved * chunk
-        after = replace(
-            state, pages=pages, high_tokens=high + 1, low_chunks=low, low_end=low_end
-        )
+        after = replace(state, pages=pages, high_tokens=high + 1, low_chunks=low, low_end=low_end)
         return AppendStep(new_pages, moved, demoted, after)

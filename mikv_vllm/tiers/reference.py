@@ -94,9 +94,7 @@ def read_chunk(
     def part(start: int, num_bytes: int) -> torch.Tensor:
         return stream.read(offset + start, num_bytes)
 
-    tiles = packing.unpack(
-        part(layout.keys, layout.values), low_format.key_bits, num_tiles
-    )
+    tiles = packing.unpack(part(layout.keys, layout.values), low_format.key_bits, num_tiles)
     keys = codec.Quantized(
         packing.key_tiles_inverse(tiles, CHUNK_TOKENS),
         part(layout.key_scales, head_dim),

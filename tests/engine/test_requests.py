@@ -26,9 +26,7 @@ def test_ratio_is_achieved_from_two_thousand_tokens_on(engine, windows, requeste
     tokens = windows[0].prompt + windows[1].prompt[:464]
     (output,) = engine.generate(
         [{"prompt_token_ids": tokens}],
-        SamplingParams(
-            temperature=0, max_tokens=200, ignore_eos=True, extra_args=ratio(requested)
-        ),
+        SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, extra_args=ratio(requested)),
         use_tqdm=False,
     )
     result = report(output)
@@ -68,9 +66,7 @@ def test_mixed_batch_with_several_samples_and_logprobs(engine, windows):
     outputs = engine.generate(
         [prompt(windows, 500 + 150 * i, i) for i in range(len(requests))],
         [
-            SamplingParams(
-                temperature=0.8, n=n, max_tokens=40, logprobs=3, extra_args=ratio(r)
-            )
+            SamplingParams(temperature=0.8, n=n, max_tokens=40, logprobs=3, extra_args=ratio(r))
             for r, n in requests
         ],
         use_tqdm=False,

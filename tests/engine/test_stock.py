@@ -15,9 +15,7 @@ SAMPLING = {
 
 def answers(llm, windows, extra_args):
     # All prompts fit into one step: stock vLLM on CPU cannot cut the prompt of a seeded request.
-    prompts = [
-        {"prompt_token_ids": windows[i % 8].prompt[40 * i : 41 * i + 20]} for i in range(32)
-    ]
+    prompts = [{"prompt_token_ids": windows[i % 8].prompt[40 * i : 41 * i + 20]} for i in range(32)]
     result = {}
     for name, sampling in SAMPLING.items():
         llm.reset_prefix_cache()

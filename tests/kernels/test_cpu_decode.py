@@ -95,23 +95,22 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
     out = torch.full((rows + 2, shape.heads, shape.head_dim), 7.0, dtype=shape.dtype)
     places = torch.randperm(rows + 2, generator=rng).tolist()
     batch = cpu.DecodeBatch.build(
-        [
-            (places[i], tables[i], states[i], steps[i], low_formats[i])
-            for i in range(rows)
-        ]
+        [(places[i], tables[i], states[i], steps[i], low_formats[i]) for i in range(rows)]
     )
     before = pages.clone()
     oracle = pages.clone()
     ops.decode(pages, batch, q, k, v, out)
     assert torch.equal(out[places[rows:]], torch.full_like(out[places[rows:]], 7.0))
-    used = {page for table, step in zip(tables, steps, strict=True) for page in table[: step.state.pages]}
+    used = {
+        page
+        for table, step in zip(tables, steps, strict=True)
+        for page in table[: step.state.pages]
+    }
     others = [p for p in range(len(pages)) if p not in used]
     assert torch.equal(pages[others], before[others])
     for i, (state, step) in enumerate(zip(states, steps, strict=True)):
         low_format, token = low_formats[i], places[i]
-        oracle_step(
-            oracle, tables[i], shape, low_format, state, step, k[token], v[token], RECENT
-        )
+        oracle_step(oracle, tables[i], shape, low_format, state, step, k[token], v[token], RECENT)
         for head in range(shape.kv_heads):
             arguments = (tables[i], head, shape, low_format, step.state)
             ours, theirs = live_bytes(pages, *arguments), live_bytes(oracle, *arguments)
@@ -178,9 +177,7 @@ def test_rows_of_different_states(shape, low_format, kwargs, threads):
             after_pages += 1
             moved = min(1, (after_pages * geometry.page_bytes - low_end) // size)
             low_end += moved * size
-        after = TierState(
-            after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end
-        )
+        after = TierState(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end)
         states.append(before)
         steps.append(AppendStep(after_pages - before.pages, moved, demoted, after))
         formats.append(fmt)
@@ -218,9 +215,7 @@ def test_many_steps_as_the_planner_plans_them(ratio, poison):
         step = planner.append(state)
         seen |= {(step.moved_chunks > 0, step.demoted_chunks > 0)}
         if step.moved_chunks or step.demoted_chunks or i % 10 == 0:
-            run_step(
-                shape, [planner.low_format], [state], [step], pages, [table], i, ops, {}
-            )
+            run_step(shape, [planner.low_format], [state], [step], pages, [table], i, ops, {})
         else:
             k, v = tokens(shape, 1, seed=i)
             q = torch.randn(1, shape.heads, shape.head_dim).to(shape.dtype)

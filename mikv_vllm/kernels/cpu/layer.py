@@ -69,9 +69,7 @@ class LayerOps:
             raise ValueError(f"block_size is {block_size}, but must be a multiple of 16")
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")
-        index = [
-            i.to(torch.int32).contiguous().flatten() for i in (key_index, value_index)
-        ]
+        index = [i.to(torch.int32).contiguous().flatten() for i in (key_index, value_index)]
         assert all(len(i) == block_size * head_dim for i in index), "index of the wrong size"
         sinks = None if sinks is None else sinks.float().contiguous()
         self._layer = _C.Layer(
