@@ -21,6 +21,17 @@ def report(output) -> dict:
     return output.kv_transfer_params["kv_compression"]
 
 
+def first_gap(one, other) -> float:
+    """How far apart in ``one`` the two tokens are where the greedy answers part; 0 if they do not.
+
+    Another split of the prompt rounds differently in bf16, so that a near tie may tip over.
+    """
+    for step, mine, yours in zip(one.logprobs, one.token_ids, other.token_ids, strict=True):
+        if mine != yours:
+            return step[mine].logprob - step[yours].logprob if yours in step else float("inf")
+    return 0.0
+
+
 @pytest.mark.parametrize("requested", [2.0, 3.0, 4.0, 5.0])
 def test_ratio_is_achieved_from_two_thousand_tokens_on(engine, windows, requested):
     tokens = windows[0].prompt + windows[1].prompt[:464]
@@ -50,15 +61,14 @@ def test_ratio_one_reports_an_untouched_cache(engine, windows):
 
 
 def test_a_cached_prefix_gives_the_same_start_of_an_answer(engine, windows):
-    params = SamplingParams(temperature=0, max_tokens=30, logprobs=1, extra_args=ratio(4.0))
+    params = SamplingParams(temperature=0, max_tokens=30, logprobs=5, extra_args=ratio(4.0))
     engine.reset_prefix_cache()
     first, second = (
         engine.generate([prompt(windows, 1500, 1)], params, use_tqdm=False)[0] for _ in range(2)
     )
     assert not first.num_cached_tokens
     assert second.num_cached_tokens >= 1400
-    # Later tokens may differ: another split of the prompt rounds differently in bf16.
-    assert first.outputs[0].token_ids[:8] == second.outputs[0].token_ids[:8]
+    assert first_gap(first.outputs[0], second.outputs[0]) < 0.25
 
 
 def test_mixed_batch_with_several_samples_and_logprobs(engine, windows):

@@ -3,7 +3,7 @@
 import pytest
 from vllm import SamplingParams
 
-from .conftest import ratio, start, stop
+from .conftest import generate_together, ratio, start, stop
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,7 @@ def answers(llm, windows, extra_args):
     for name, sampling in SAMPLING.items():
         llm.reset_prefix_cache()
         params = SamplingParams(**sampling, max_tokens=24, logprobs=5, extra_args=extra_args)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = generate_together(llm, prompts, params)
         result[name] = [
             (
                 o.outputs[0].token_ids,
@@ -39,18 +39,6 @@ def stock_answers(model_path, windows):
 
 
 @pytest.mark.parametrize("extra_args", [None, ratio(1.0)], ids=["none", "one"])
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        "greedy",
-        pytest.param(
-            "seeded",
-            marks=pytest.mark.xfail(
-                strict=False,
-                reason="differed once; requests reach the two engines' first step in other groups",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("sampling", SAMPLING)
 def test_ratio_one_is_stock_vllm(engine, windows, stock_answers, extra_args, sampling):
     assert answers(engine, windows, extra_args)[sampling] == stock_answers[sampling]

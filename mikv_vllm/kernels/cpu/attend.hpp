@@ -51,6 +51,7 @@ template <int D, int G> class Attention {
     static constexpr int P = S::P, V = S::V, kBlock = S::kBlock;
     static constexpr int kBlockChunks = Shape<D>::block_chunks;
     static constexpr int kBlockGroups = Shape<D>::block_groups;
+    static constexpr int kGroupsAhead = 4;
 
   public:
     Attention(const Layer& layer, const Stream& stream, const HighLayout& high,
@@ -63,6 +64,12 @@ template <int D, int G> class Attention {
 #if defined(MIKV_USE_AMX)
         const TileConfig config(2 * G);
 #endif
+        // What comes first; the loops ask for what comes next. Pages are too short, and change too
+        // often, for the processor to find the pattern in time.
+        stream_.prefetch(0, lines(2 * D));
+        const int groups = part.group_end - part.group_begin;
+        stream_.prefetch(high_.group_line(part.group_begin),
+                         (groups < kGroupsAhead ? groups : kGroupsAhead) * high_.num_lines);
         prepare(query);
         for (int g = 0; g < G; ++g) {
             s_.top[g] = sinks ? sinks[g] * kLog2E : kNever;
@@ -73,6 +80,9 @@ template <int D, int G> class Attention {
         for (auto& row : s_.zeros) {
             for (F& zero : row) zero = splat(0.0f);
         }
+        const int chunks = part.chunk_end - part.chunk_begin;
+        stream_.prefetch(part.low_start + part.chunk_begin * low_.num_lines,
+                         (chunks < kBlockChunks ? chunks : kBlockChunks) * low_.num_lines);
         if (part.group_begin < part.group_end) {
             high_.bits == 8 ? high_keys(part, weights, stride) : full_keys(part, weights, stride);
             high_weights(part, weights, stride);
@@ -82,7 +92,7 @@ template <int D, int G> class Attention {
         for (int chunk = part.chunk_begin; chunk < part.chunk_end; chunk += kBlockChunks) {
             const int rest = part.chunk_end - chunk;
             low_block(part.low_start + chunk * low_.num_lines,
-                      rest < kBlockChunks ? rest : kBlockChunks);
+                      rest < kBlockChunks ? rest : kBlockChunks, rest - kBlockChunks);
         }
         finish(partial);
     }
@@ -163,6 +173,9 @@ template <int D, int G> class Attention {
             offset[g] = splat_i(sum_i(total) * 128);
         }
         for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
+            if (at + kGroupsAhead < part.group_end) {
+                stream_.prefetch(high_.group_line(at + kGroupsAhead), high_.num_lines);
+            }
             const uint8_t* record = group(at, s_.buffer[0]);
 #if defined(MIKV_USE_AMX)
             high_key_tiles(record, s_.queries[0], s_.products[0]);
@@ -305,10 +318,12 @@ template <int D, int G> class Attention {
         }
     }
 
-    void low_block(int line, int count) {
+    // `after`: chunks that follow the block's.
+    void low_block(int line, int count, int after) {
         float steps[kBlockChunks], zeros[kBlockChunks][G];
         for (int i = 0; i < count; ++i) {
             const int at = line + i * low_.num_lines;
+            if (i < after) stream_.prefetch(at + kBlockChunks * low_.num_lines, low_.num_lines);
             s_.records[i] = stream_.view(at, low_.num_lines, s_.buffer[2 * i]);
             steps[i] = fold_scales(s_.records[i], s_.queries[i], zeros[i]);
             unpack(s_.records[i], low_.key_bits, kChunk * D / kLine, s_.tiles + i * kChunk * D);
@@ -379,8 +394,10 @@ template <int D, int G> class Attention {
                         continue;
                     }
                     const F folded = mul(load(s_.query[g] + 16 * at), scales[at]);
-                    if constexpr (!kAmx) zero = fma(folded, zero_points[at], zero);
                     x[i] = to_int(folded);
+                    // With the rounded query, so that most of its error cancels against that of
+                    // the products: integers and zero points have opposite signs.
+                    if constexpr (!kAmx) zero = fma(to_float(x[i]), zero_points[at], zero);
                 }
                 split_signed(x, queries.high[g] + c, queries.low[g] + c);
             }
