@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import concurrency, decode, first_token, report
-from benchmarks.engines import engines
+from benchmarks.engines import BLOCK_SIZE, engines
 
 PARTS = ("decode", "first-token", "concurrency", "quality")
 
@@ -23,13 +23,16 @@ def main() -> None:
     parser.add_argument(
         "--pool-gib", type=float, default=4.5, help="pool of each of the three engines"
     )
+    parser.add_argument(
+        "--block-size", type=int, default=BLOCK_SIZE, help="tokens a page, in every engine"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
 
     result: dict = {"date": date.today().isoformat(), "machine": machine()}
     pool = int(args.pool_gib * 2**30)
     if {"decode", "first-token"} & set(args.parts):
-        with engines({"stock", "stock fp8", "mikv"}, pool) as llms:
+        with engines({"stock", "stock fp8", "mikv"}, pool, block_size=args.block_size) as llms:
             if "first-token" in args.parts:
                 result["first_token"] = first_token.measure(llms, args.prompt, args.rounds + 2)
             if "decode" in args.parts:
