@@ -1,9 +1,12 @@
 """The codecs in plain torch: what every kernel is tested against.
 
 Low tier, codec ``channel``: keys asymmetric per channel over a chunk of 32 tokens, values
-asymmetric per token in groups of channels, after a Hadamard rotation of the channels. A scale is
-an 8-bit float (:func:`encode_scale`). A zero point is an int8 in units of its scale, counted from
-the channel's centre for keys and from 0 for values.
+asymmetric per token in groups of channels, after a Hadamard rotation of the channels.
+A key's scale is a multiple, 1 to 255, of its channel's unit, and its zero point an int8 in halves of
+the scale, counted from the channel's centre. Both ends of a chunk's range are met within a few per
+cent of a step so: the keys at the ends are the ones that attention tells apart. Centre and unit are
+kept once per request and head (:func:`key_frame`).
+A value's scale is an 8-bit float (:func:`encode_scale`), its zero point an int8 in whole scales.
 High tier, 8 bits: symmetric per token, one fp16 scale each for key and value.
 """
 
@@ -12,7 +15,7 @@ from functools import cache
 
 import torch
 
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat, LowLayout
+from mikv_vllm.tiers.formats import KEY_ZERO_STEPS, LowFormat, LowLayout
 
 SCALE_BIAS = 22
 """Exponent bias of the 8-bit scale: 5 bits of exponent, 3 of mantissa, no sign."""
@@ -61,37 +64,63 @@ def decode_scale(code: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Integers with their metadata: ``x ~ center + scale * (integers + zeros)``.
+    """Integers with their metadata: ``x ~ steps * (integers + zeros / zero_steps)``.
 
-    ``integers`` has the shape of ``x``, ``scales`` (uint8 codes) and ``zeros`` (int8) have the
-    reduced axis kept at size 1.
+    ``integers`` (uint8) and ``zeros`` (int8) as stored; ``scales`` the stored bytes and ``steps``
+    what they stand for, float32. All but ``integers`` keep the reduced axis at size 1.
     """
 
     integers: torch.Tensor
     scales: torch.Tensor
+    steps: torch.Tensor
     zeros: torch.Tensor
+    zero_steps: int = 1
 
     def dequantize(self) -> torch.Tensor:
         """The numbers that the integers stand for, without the centre, float32."""
-        return decode_scale(self.scales) * (self.integers.float() + self.zeros.float())
+        return self.steps * (self.integers.float() + self.zeros.float() / self.zero_steps)
 
 
-def quantize(x: torch.Tensor, bits: int, dim: int) -> Quantized:
-    """Quantize float32 ``x`` asymmetrically to ``bits``, with one scale per slice along ``dim``."""
+@dataclass(frozen=True)
+class KeyFrame:
+    """What a request's keys are measured against in one head: fp16 ``[head_dim]`` each."""
+
+    center: torch.Tensor
+    unit: torch.Tensor
+
+
+def key_frame(keys: torch.Tensor, low_keys: torch.Tensor, bits: int) -> KeyFrame:
+    """Centre and unit of a head.
+
+    Args:
+        keys: ``[tokens, head_dim]``, all of the request; their mean is the centre.
+        low_keys: ``[n, head_dim]``, those that become low; all keys if there are none. The unit
+            lets a scale cover twice the farthest of them from the centre.
+    """
+    center = keys.float().mean(0).clamp(-65504, 65504).to(torch.float16)
+    far = (low_keys if len(low_keys) else keys).float() - center.float()
+    unit = far.abs().amax(0) * (2 / (255 * ((1 << bits) - 1)))
+    return KeyFrame(center, unit.clamp(6e-8, 65504).to(torch.float16))
+
+
+def quantize_keys(keys: torch.Tensor, frame: KeyFrame, bits: int) -> Quantized:
+    """Quantize one chunk of keys ``[..., 32, head_dim]`` per channel."""
+    x, unit = keys.float() - frame.center.float(), frame.unit.float()
     top = (1 << bits) - 1
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    # The second term keeps the zero point within an int8 where a slice lies far from its centre.
-    scale = torch.maximum((high - low) / top, low.abs() / 127)
-    scales = encode_scale(scale)
-    scale = decode_scale(scales)
-    zeros = (low / scale).round().clamp(-128, 127)
-    integers = ((x / scale).round() - zeros).clamp(0, top)
-    return Quantized(integers.to(torch.uint8), scales, zeros.to(torch.int8))
-
-
-def quantize_keys(keys: torch.Tensor, center: torch.Tensor, bits: int) -> Quantized:
-    """Quantize one chunk of keys ``[..., 32, head_dim]`` per channel around ``center``."""
-    return quantize(keys.float() - center.float(), bits, dim=-2)
+    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    # The second term keeps the zero point within an int8 where a chunk lies far from the centre.
+    scale = torch.maximum((high - low) / top, low.abs() * (KEY_ZERO_STEPS / 127))
+    scales = (scale / unit).ceil().clamp(1, 255)
+    steps = scales * unit
+    zeros = (low / steps * KEY_ZERO_STEPS).round().clamp(-128, 127)
+    integers = (x / steps - zeros / KEY_ZERO_STEPS).round().clamp(0, top)
+    return Quantized(
+        integers.to(torch.uint8),
+        scales.to(torch.uint8),
+        steps,
+        zeros.to(torch.int8),
+        KEY_ZERO_STEPS,
+    )
 
 
 def quantize_values(values: torch.Tensor, bits: int) -> Quantized:
@@ -102,7 +131,14 @@ def quantize_values(values: torch.Tensor, bits: int) -> Quantized:
     layout = LowLayout(values.shape[-1], LowFormat(4, bits))
     groups = layout.value_groups
     split = rotate(values).reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
-    return quantize(split.movedim(-2, -3), bits, dim=-1)
+    x = split.movedim(-2, -3)
+    top = (1 << bits) - 1
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scales = encode_scale(torch.maximum((high - low) / top, low.abs() / 127))
+    steps = decode_scale(scales)
+    zeros = (low / steps).round().clamp(-128, 127)
+    integers = ((x / steps).round() - zeros).clamp(0, top)
+    return Quantized(integers.to(torch.uint8), scales, steps, zeros.to(torch.int8))
 
 
 def merge_value_groups(grouped: torch.Tensor) -> torch.Tensor:
@@ -124,17 +160,3 @@ def quantize_high(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_high(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Undo :func:`quantize_high`, float32."""
     return (integers.float() - HIGH_OFFSET) * scale.float()[..., None]
-
-
-def roundtrip_low(
-    keys: torch.Tensor, values: torch.Tensor, center: torch.Tensor, low_format: LowFormat
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[..., n * 32, head_dim]`` as the low tier gives them back, float32."""
-    *lead, tokens, head_dim = keys.shape
-    chunked = (*lead, tokens // CHUNK_TOKENS, CHUNK_TOKENS, head_dim)
-    middle = center.float()[..., None, None, :]
-    new_keys = (
-        quantize_keys(keys.reshape(chunked), middle, low_format.key_bits).dequantize() + middle
-    )
-    new_values = quantize_values(values.reshape(chunked), low_format.value_bits).dequantize()
-    return new_keys.reshape(keys.shape), rotate(merge_value_groups(new_values)).reshape(keys.shape)

@@ -15,6 +15,8 @@ GROUP_TOKENS = 16
 """Tokens of one high-tier record."""
 VALUE_GROUP = 64
 """Channels that share a token's value scale in the low tier."""
+KEY_ZERO_STEPS = 2
+"""A key's zero point is stored in units of its scale divided by this."""
 NATIVE_BYTES = 2
 """Bytes per number of an uncompressed cache (bf16 or fp16)."""
 
@@ -137,8 +139,9 @@ class TierGeometry:
     """Sizes of one model's tiers, per layer and KV head.
 
     A compressed request's pages, in block-table order, are one stream per layer and head. It
-    starts with the ``header`` (key centres, fp16 per channel). High groups follow it upwards; low
-    chunks lie at the other end and grow downwards. Free space is the gap between them.
+    starts with the ``header``: fp16 per channel, the keys' centres, then the units of their scales.
+    High groups follow it upwards; low chunks lie at the other end and grow downwards. Free space is
+    the gap between them.
     """
 
     head_dim: int
@@ -157,7 +160,7 @@ class TierGeometry:
 
     @property
     def header_bytes(self) -> int:
-        return lines(2 * self.head_dim)
+        return lines(4 * self.head_dim)
 
     @cached_property
     def high(self) -> HighLayout:

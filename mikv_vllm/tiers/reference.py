@@ -12,6 +12,7 @@ from mikv_vllm.tiers import codec, packing
 from mikv_vllm.tiers.formats import (
     CHUNK_TOKENS,
     GROUP_TOKENS,
+    KEY_ZERO_STEPS,
     LowFormat,
     TierGeometry,
 )
@@ -44,9 +45,10 @@ class Stream:
             data, offset = data[len(part) :], offset + len(part)
 
 
-def read_center(stream: Stream, geometry: TierGeometry) -> torch.Tensor:
-    """Key centres ``[head_dim]``, float32."""
-    return stream.read(0, 2 * geometry.head_dim).view(torch.float16).float()
+def read_frame(stream: Stream, geometry: TierGeometry) -> codec.KeyFrame:
+    """The header: key centres and units."""
+    numbers = stream.read(0, 4 * geometry.head_dim).view(torch.float16)
+    return codec.KeyFrame(numbers[: geometry.head_dim], numbers[geometry.head_dim :])
 
 
 def group_offset(geometry: TierGeometry, group: int) -> int:
@@ -71,7 +73,7 @@ def write_chunk(
 ) -> None:
     """Quantize 32 tokens, keys and values ``[32, head_dim]``, into the chunk at ``offset``."""
     layout = geometry.low(low_format)
-    quantized = codec.quantize_keys(keys, read_center(stream, geometry), low_format.key_bits)
+    quantized = codec.quantize_keys(keys, read_frame(stream, geometry), low_format.key_bits)
     tiles = packing.key_tiles(quantized.integers)
     stream.write(offset + layout.keys, packing.pack(tiles, low_format.key_bits))
     stream.write(offset + layout.key_scales, quantized.scales)
@@ -95,24 +97,30 @@ def read_chunk(
         return stream.read(offset + start, num_bytes)
 
     tiles = packing.unpack(part(layout.keys, layout.values), low_format.key_bits, num_tiles)
+    frame = read_frame(stream, geometry)
+    scales = part(layout.key_scales, head_dim)
     keys = codec.Quantized(
         packing.key_tiles_inverse(tiles, CHUNK_TOKENS),
-        part(layout.key_scales, head_dim),
+        scales,
+        scales.float() * frame.unit.float(),
         part(layout.key_zeros, head_dim).view(torch.int8),
+        KEY_ZERO_STEPS,
     ).dequantize()
     tiles = packing.unpack(
         part(layout.values, layout.key_scales - layout.values), low_format.value_bits, num_tiles
     )
     integers = packing.value_tiles_inverse(tiles, CHUNK_TOKENS)
     integers = integers.reshape(CHUNK_TOKENS, groups, head_dim // groups).movedim(0, 1)
+    scales = part(layout.value_scales, groups * CHUNK_TOKENS).reshape(groups, CHUNK_TOKENS, 1)
     values = codec.Quantized(
         integers,
-        part(layout.value_scales, groups * CHUNK_TOKENS).reshape(groups, CHUNK_TOKENS, 1),
+        scales,
+        codec.decode_scale(scales),
         part(layout.value_zeros, groups * CHUNK_TOKENS)
         .view(torch.int8)
         .reshape(groups, CHUNK_TOKENS, 1),
     ).dequantize()
-    return keys + read_center(stream, geometry), codec.rotate(codec.merge_value_groups(values))
+    return keys + frame.center.float(), codec.rotate(codec.merge_value_groups(values))
 
 
 def write_high(
@@ -214,13 +222,13 @@ def compress(
     for head in range(pages.shape[1]):
         stream = Stream(pages, table, head)
         k, v = keys[:, head], values[:, head]
-        center = k.float().mean(0).clamp(-65504, 65504).to(torch.float16)
-        stream.write(0, center)
         high = select_high(scores[head], state.high_tokens, recent)
         write_high(stream, geometry, 0, k[high], v[high], scores[head][high])
         is_low = torch.ones(len(k), dtype=torch.bool)
         is_low[high] = False
         low = is_low.nonzero().flatten()
+        frame = codec.key_frame(k, k[low], low_format.key_bits)
+        stream.write(0, torch.cat([frame.center, frame.unit]))
         for chunk in range(state.low_chunks):
             tokens = low[CHUNK_TOKENS * chunk : CHUNK_TOKENS * (chunk + 1)]
             offset = chunk_offset(geometry, low_format, state, chunk)

@@ -30,6 +30,7 @@ template <int D, int G> struct AttendScratch {
     static constexpr int P = Shape<D>::padded, V = Shape<D>::value_groups;
     static constexpr int kBlock = Shape<D>::block;
     alignas(64) float query[G][P];    // scaled and divided by `amplitude`, zero from D on
+    alignas(64) float unit[D];        // of the key scales
     alignas(64) float magnitude[P];   // the largest of all heads' queries, without signs
     QueryBytes<D, G> queries[Shape<D>::block_chunks];
     KeyProducts<G> products[Shape<D>::block_chunks];
@@ -66,7 +67,7 @@ template <int D, int G> class Attention {
 #endif
         // What comes first; the loops ask for what comes next. Pages are too short, and change too
         // often, for the processor to find the pattern in time.
-        stream_.prefetch(0, lines(2 * D));
+        stream_.prefetch(0, header_lines(D));
         const int groups = part.group_end - part.group_begin;
         stream_.prefetch(high_.group_line(part.group_begin),
                          (groups < kGroupsAhead ? groups : kGroupsAhead) * high_.num_lines);
@@ -99,9 +100,10 @@ template <int D, int G> class Attention {
 
   private:
     void prepare(const uint16_t* query) {
-        alignas(64) uint8_t header[(2 * D + 63) / 64 * 64];
+        alignas(64) uint8_t header[(4 * D + 63) / 64 * 64];
         const uint16_t* center =
-            reinterpret_cast<const uint16_t*>(stream_.view(0, lines(2 * D), header));
+            reinterpret_cast<const uint16_t*>(stream_.view(0, header_lines(D), header));
+        for (int c = 0; c < D; c += 16) store(s_.unit + c, load_fp16(center + D + c));
         for (int c = 0; c < P; c += 16) store(s_.magnitude + c, splat(0.0f));
         // With a soft cap the logits become powers of two only behind it.
         const F scale = splat(layer_.softcap == 0.0f ? layer_.scale * kLog2E : layer_.scale);
@@ -371,7 +373,8 @@ template <int D, int G> class Attention {
         constexpr int vectors = D / 16;
         F scales[vectors], most = splat(0.0f);
         for (int i = 0; i < vectors; ++i) {
-            scales[i] = decode_scale(load_u8(record + low_.key_scales + 16 * i));
+            scales[i] = mul(to_float(load_u8(record + low_.key_scales + 16 * i)),
+                            load(s_.unit + 16 * i));
             most = vmax(most, mul(load(s_.magnitude + 16 * i), scales[i]));
         }
         const float amplitude = largest(most);
@@ -418,7 +421,7 @@ template <int D, int G> class Attention {
                 const float zero =
                     kAmx ? static_cast<float>(products.zero_high[g] * 128 + products.zero_low[g])
                          : zeros[i][g];
-                const F constant = splat(s_.center[g] + zero * step);
+                const F constant = splat(s_.center[g] + zero * (step / kKeyZeroSteps));
                 for (int half = 0; half < 2; ++half) {
                     const F logit =
                         cap(fma(to_float(products.at(g, half)), splat(step), constant));

@@ -15,18 +15,46 @@ inline I encode_scale(F scale) {
 
 inline F decode_scale(I code) { return float_of(shl_i<20>(add_i(code, splat_i(kScaleOffset)))); }
 
-// Quantizes 16 slices at once: element i of slice l is x[i * stride + l]. Writes codes and zeros of
-// the 16 slices, and integers at integers[i * stride + l].
-inline void quantize(const float* x, int count, int stride, int bits, uint8_t* codes,
-                     uint8_t* zeros, uint8_t* integers) {
-    F low = load(x), high = low;
+inline void bounds(const float* x, int count, int stride, F& low, F& high) {
+    low = high = load(x);
     for (int i = 1; i < count; ++i) {
         const F v = load(x + i * stride);
         low = vmin(low, v);
         high = vmax(high, v);
     }
+}
+
+// Quantizes a chunk of 16 channels of keys: token t of channel l is x[t * stride + l], centred.
+// Writes the channels' scales in their units and their zeros, and integers at [t * stride + l].
+inline void quantize_keys(const float* x, int stride, int bits, F unit, uint8_t* scales,
+                          uint8_t* zeros, uint8_t* integers) {
+    F low, high;
+    bounds(x, kChunk, stride, low, high);
     const float top = static_cast<float>((1 << bits) - 1);
-    // The second term keeps the zero point within an int8 where a slice lies far from its centre.
+    // The second term keeps the zero point within an int8 where a chunk lies far from the centre.
+    const F wanted = vmax(div(sub(high, low), splat(top)),
+                          mul(vabs(low), splat(static_cast<float>(kKeyZeroSteps / 127.0))));
+    const F scale = vmin(vmax(vceil(div(wanted, unit)), splat(1.0f)), splat(255.0f));
+    const F step = mul(scale, unit);
+    const F zero = vmin(vmax(round_even(mul(div(low, step), splat(kKeyZeroSteps))), splat(-128.0f)),
+                        splat(127.0f));
+    store_u8(scales, to_int(scale));
+    store_u8(zeros, to_int(zero));
+    const F offset = mul(zero, splat(1.0f / kKeyZeroSteps));
+    for (int t = 0; t < kChunk; ++t) {
+        const F v = round_even(sub(div(load(x + t * stride), step), offset));
+        store_u8(integers + t * stride, to_int(vmin(vmax(v, splat(0.0f)), splat(top))));
+    }
+}
+
+// Quantizes 16 slices of values: element i of slice l is x[i * stride + l]. Writes codes and zeros
+// of the 16 slices, and integers at integers[i * stride + l].
+inline void quantize_values(const float* x, int count, int stride, int bits, uint8_t* codes,
+                     uint8_t* zeros, uint8_t* integers) {
+    F low, high;
+    bounds(x, count, stride, low, high);
+    const float top = static_cast<float>((1 << bits) - 1);
+    // The second term keeps the zero point within an int8.
     const F wanted = vmax(div(sub(high, low), splat(top)), div(vabs(low), splat(127.0f)));
     const I code = encode_scale(wanted);
     const F scale = decode_scale(code);
@@ -78,12 +106,15 @@ struct ChunkScratch {
     alignas(64) uint8_t tiles[kChunk * 256];
 };
 
-// Quantizes the keys and values in `s` (values not yet rotated) into `record`.
-inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, uint8_t* record) {
+// Quantizes the keys and values in `s` (values not yet rotated) into `record`. `units`: of the keys,
+// fp16 [head_dim].
+inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, const uint16_t* units,
+                           uint8_t* record) {
     const int d = layout.head_dim, num_tiles = kChunk * d / kLine;
     for (int c = 0; c < d; c += 16) {
-        quantize(s.keys + c, kChunk, d, layout.key_bits, record + layout.key_scales + c,
-                 record + layout.key_zeros + c, s.integers + c);
+        quantize_keys(s.keys + c, d, layout.key_bits, load_fp16(units + c),
+                      record + layout.key_scales + c, record + layout.key_zeros + c,
+                      s.integers + c);
     }
     for (int quad = 0; quad < d / 4; ++quad) {
         for (int t = 0; t < kChunk; ++t) {
@@ -97,9 +128,9 @@ inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, uint8_t* re
         rotate_columns(s.values + half, d, kChunk);
         for (int g = 0; g < groups; ++g) {
             const int at = g * channels * kChunk + half;
-            quantize(s.values + at, channels, kChunk, layout.value_bits,
-                     record + layout.value_scales + g * kChunk + half,
-                     record + layout.value_zeros + g * kChunk + half, s.integers + at);
+            quantize_values(s.values + at, channels, kChunk, layout.value_bits,
+                            record + layout.value_scales + g * kChunk + half,
+                            record + layout.value_zeros + g * kChunk + half, s.integers + at);
         }
     }
     for (int quad = 0; quad < kChunk / 4; ++quad) {

@@ -16,19 +16,20 @@ struct Head {
     uint16_t *keys, *values;   // [tokens, head_dim]
     double* page_sums;         // [pages, head_dim], of keys
     float* center;             // [head_dim]
+    uint16_t* units;           // [head_dim], fp16, of the low keys
     uint64_t* sort_keys;       // [tokens]
     uint8_t* chosen;           // [tokens]
     int32_t *high, *low;       // positions, ascending
 
     static size_t bytes(int tokens, int pages, int head_dim) {
         return static_cast<size_t>(tokens) * (4 * head_dim + 8 + 1 + 4 + 4) +
-               static_cast<size_t>(pages) * head_dim * 8 + head_dim * 4 + 16 * kLine;
+               static_cast<size_t>(pages) * head_dim * 8 + head_dim * 6 + 16 * kLine;
     }
     static Head make(Arena& arena, int tokens, int pages, int d) {
         const size_t n = static_cast<size_t>(tokens);
         return {arena.take<uint16_t>(n * d), arena.take<uint16_t>(n * d),
                 arena.take<double>(static_cast<size_t>(pages) * d), arena.take<float>(d),
-                arena.take<uint64_t>(n), arena.take<uint8_t>(n),
+                arena.take<uint16_t>(d), arena.take<uint64_t>(n), arena.take<uint8_t>(n),
                 arena.take<int32_t>(n), arena.take<int32_t>(n)};
     }
 };
@@ -62,10 +63,10 @@ struct Compressor {
         }
     }
 
-    // Centre, header and choice of one head.
+    // Centre, choice, units and header of one head.
     void choose(const Head& h, int head, int num_pages) const {
         const int d = layer.head_dim;
-        alignas(64) uint8_t header[512] = {};
+        alignas(64) uint8_t header[1024] = {};
         for (int c = 0; c < d; ++c) {
             double total = 0;
             for (int page = 0; page < num_pages; ++page) total += h.page_sums[page * d + c];
@@ -77,7 +78,6 @@ struct Compressor {
             store_fp16(half, load(h.center + c));
             store(h.center + c, load_fp16(half));
         }
-        Stream(cache, layer, head, job.tiered_table).write(0, lines(2 * d), header);
         select_high(job.scores + head * job.score_stride, job.num_tokens, job.high_tokens,
                     layer.recent, h.sort_keys, h.chosen);
         int32_t *to_high = h.high, *to_low = h.low;
@@ -87,6 +87,26 @@ struct Compressor {
             } else {
                 *to_low++ = t;
             }
+        }
+        find_units(h);
+        __builtin_memcpy(header + 2 * d, h.units, 2 * static_cast<size_t>(d));
+        Stream(cache, layer, head, job.tiered_table).write(0, header_lines(d), header);
+    }
+
+    // A scale of 255 units covers twice the farthest low key from the centre.
+    void find_units(const Head& h) const {
+        const int d = layer.head_dim, num_low = job.low_chunks * kChunk;
+        const int count = num_low ? num_low : job.num_tokens;
+        const F share = splat(static_cast<float>(2.0 / (255 * ((1 << job.key_bits) - 1))));
+        for (int c = 0; c < d; c += 16) {
+            F far = splat(0.0f);
+            for (int i = 0; i < count; ++i) {
+                const int64_t token = num_low ? h.low[i] : i;
+                const F key = load_half(h.keys + token * d + c, layer.dtype);
+                far = vmax(far, vabs(sub(key, load(h.center + c))));
+            }
+            const F unit = vmin(vmax(mul(far, share), splat(6e-8f)), splat(65504.0f));
+            store_fp16(h.units + c, unit);
         }
     }
 
@@ -119,7 +139,7 @@ struct Compressor {
             }
         }
         __builtin_memset(record, 0, static_cast<size_t>(low.num_lines) * kLine);
-        quantize_chunk(s, low, record);
+        quantize_chunk(s, low, h.units, record);
         Stream(cache, layer, head, job.tiered_table)
             .write(job.low_end - (job.low_chunks - chunk) * low.num_lines, low.num_lines, record);
     }

@@ -136,9 +136,10 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
     select_least(s.scores, candidates, kChunk, s.keys, s.chosen);
     __builtin_memset(s.chosen + candidates, 0, static_cast<size_t>(layer.recent));
 
-    alignas(64) uint8_t header[512];
+    alignas(64) uint8_t header[1024];
     alignas(64) float center[256];
-    stream.read(0, lines(2 * d), header);
+    stream.read(0, header_lines(d), header);
+    const uint16_t* units = reinterpret_cast<const uint16_t*>(header) + d;
     for (int c = 0; c < d; c += 16) {
         store(center + c, load_fp16(reinterpret_cast<const uint16_t*>(header) + c));
     }
@@ -178,7 +179,7 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
     sizes.high_tokens -= kChunk;
     sizes.low_chunks += 1;
     __builtin_memset(s.source, 0, static_cast<size_t>(low.num_lines) * kLine);
-    quantize_chunk(s.chunk, low, s.source);
+    quantize_chunk(s.chunk, low, units, s.source);
     stream.write(sizes.low_end - sizes.low_chunks * low.num_lines, low.num_lines, s.source);
 }
 

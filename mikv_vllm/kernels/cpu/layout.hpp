@@ -12,6 +12,12 @@ constexpr int kGroup = 16;  // tokens of a high record
 
 constexpr int lines(int num_bytes) { return (num_bytes + kLine - 1) / kLine; }
 
+// A key's zero point is stored in units of its scale divided by this.
+constexpr int kKeyZeroSteps = 2;
+
+// Lines of a stream's header: the keys' centres and units, fp16.
+constexpr int header_lines(int head_dim) { return lines(4 * head_dim); }
+
 // Byte offsets in a low record.
 struct LowLayout {
     int head_dim, key_bits, value_bits;
@@ -43,7 +49,7 @@ struct HighLayout {
         num_lines = lines(scores + 4 * kGroup);
     }
     // First line of a group.
-    int group_line(int group) const { return lines(2 * head_dim) + group * num_lines; }
+    int group_line(int group) const { return header_lines(head_dim) + group * num_lines; }
 };
 
 // The pages of one request in one layer and head, as one run of lines.

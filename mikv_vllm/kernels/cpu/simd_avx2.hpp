@@ -99,6 +99,8 @@ inline F round_even(F x) {
             _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
+inline F vceil(F x) { return {_mm256_ceil_ps(x.a), _mm256_ceil_ps(x.b)}; }
+
 inline __m128i load_quarter(const void* p) {
     return _mm_loadu_si128(static_cast<const __m128i*>(p));
 }

@@ -78,6 +78,7 @@ inline F round_even(F x) {
                           ? (x.v[i] + 12582912.0f) - 12582912.0f
                           : x.v[i]);
 }
+inline F vceil(F x) { MIKV_LANES(F, 16, __builtin_ceilf(x.v[i])); }
 inline I to_int(F x) {
     const F y = round_even(x);
     MIKV_LANES(I, 16, static_cast<int32_t>(y.v[i]));
