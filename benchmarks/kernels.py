@@ -82,7 +82,13 @@ class Prompt:
 
     def compress(self) -> None:
         self.ops.compress(
-            self.cache, self.native, self.tiered, self.state, self.low_format, self.scores
+            self.cache,
+            self.native,
+            self.tiered,
+            self.state,
+            self.low_format,
+            self.scores,
+            self.q,
         )
 
 

@@ -155,8 +155,10 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
         if scores is None:
             scores = torch.zeros(self.num_kv_heads, step.capacity)
             by_layer[layer.layer_name] = scores
-        ops.score(kv_cache, row.native_pages, step.num_tokens, query[row.queries], scores)
+        queries = query[row.queries]
+        ops.score(kv_cache, row.native_pages, step.num_tokens, queries, scores)
         if row.compress is not None:
+            assert context.compression is not None
             ops.compress(
                 kv_cache,
                 row.native_pages,
@@ -164,6 +166,7 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
                 row.compress.state,
                 row.compress.low_format,
                 scores,
+                queries[-context.compression.window :],
             )
 
     @cached_property

@@ -5,7 +5,9 @@ asymmetric per token in groups of channels, after a Hadamard rotation of the cha
 A key's scale is a multiple, 1 to 255, of its channel's unit, and its zero point an int8 in halves of
 the scale, counted from the channel's centre. Both ends of a chunk's range are met within a few per
 cent of a step so: the keys at the ends are the ones that attention tells apart. Centre and unit are
-kept once per request and head (:func:`key_frame`).
+kept once per request and head (:func:`key_frame`). When a prompt is compressed, its last queries
+say which errors matter, and the rounding of one channel makes up for that of others
+(:func:`key_feedback`); the stored form is the same.
 A value's scale is an 8-bit float (:func:`encode_scale`), its zero point an int8 in whole scales.
 High tier, 8 bits: symmetric per token, one fp16 scale each for key and value.
 """
@@ -19,6 +21,8 @@ from mikv_vllm.tiers.formats import KEY_ZERO_STEPS, LowFormat, LowLayout
 
 SCALE_BIAS = 22
 """Exponent bias of the 8-bit scale: 5 bits of exponent, 3 of mantissa, no sign."""
+FEEDBACK_DAMPING = 1.0
+"""Share of the queries' mean square that is added to every channel's in :func:`key_feedback`."""
 HIGH_OFFSET = 128
 """Added to a high-tier integer so that it is stored as an unsigned byte."""
 
@@ -103,8 +107,48 @@ def key_frame(keys: torch.Tensor, low_keys: torch.Tensor, bits: int) -> KeyFrame
     return KeyFrame(center, unit.clamp(6e-8, 65504).to(torch.float16))
 
 
-def quantize_keys(keys: torch.Tensor, frame: KeyFrame, bits: int) -> Quantized:
-    """Quantize one chunk of keys ``[..., 32, head_dim]`` per channel."""
+@dataclass(frozen=True)
+class KeyFeedback:
+    """How the errors of channels already rounded move the next one's target, in one head.
+
+    ``order``: channels as they are rounded, ``[head_dim]``. ``weights``: float32
+    ``[head_dim, head_dim]``; the target of the ``r``-th channel is its key plus
+    ``weights[r, :r] @ errors``, an error being key minus what is stored.
+    """
+
+    order: torch.Tensor
+    weights: torch.Tensor
+
+
+def key_feedback(queries: torch.Tensor, frame: KeyFrame) -> KeyFeedback:
+    """Feedback that keeps the error of the logits small, rather than that of the keys.
+
+    The logits' squared error over queries like these is ``e H e`` with their second moment ``H``.
+    With ``H = L D L'`` (unit lower triangle, last channel first) it splits into one square per
+    channel, which holds that channel's error and those before it: each rounding minimizes its own,
+    as in GPTQ (Frantar et al., 2022) and Babai's nearest plane. Queries to come are not these
+    queries, so ``H`` gets :data:`FEEDBACK_DAMPING` times its mean diagonal added. Channels
+    whose rounding costs most go first.
+
+    Args:
+        queries: ``[n, head_dim]``, the prompt's last ones, of all query heads of the KV head.
+    """
+    q = queries.double()
+    moment = q.T @ q / len(q)
+    damping = (FEEDBACK_DAMPING * moment.diagonal().mean()).clamp(min=1e-30)
+    moment += damping * torch.eye(len(moment), dtype=torch.float64)
+    cost = (moment.diagonal() * frame.unit.double() ** 2).float()
+    order = cost.argsort(descending=True, stable=True)
+    last_first = order.flip(0)
+    factor = torch.linalg.cholesky(moment[last_first][:, last_first])
+    unit_factor = (factor / factor.diagonal()).flip(0, 1)
+    return KeyFeedback(order, unit_factor.T.tril(-1).float().contiguous())
+
+
+def quantize_keys(
+    keys: torch.Tensor, frame: KeyFrame, bits: int, feedback: KeyFeedback | None = None
+) -> Quantized:
+    """Quantize one chunk of keys ``[32, head_dim]`` per channel."""
     x, unit = keys.float() - frame.center.float(), frame.unit.float()
     top = (1 << bits) - 1
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
@@ -113,7 +157,17 @@ def quantize_keys(keys: torch.Tensor, frame: KeyFrame, bits: int) -> Quantized:
     scales = (scale / unit).ceil().clamp(1, 255)
     steps = scales * unit
     zeros = (low / steps * KEY_ZERO_STEPS).round().clamp(-128, 127)
-    integers = (x / steps - zeros / KEY_ZERO_STEPS).round().clamp(0, top)
+    offsets = zeros / KEY_ZERO_STEPS
+    if feedback is None:
+        integers = (x / steps - offsets).round().clamp(0, top)
+    else:
+        integers, errors = torch.empty_like(x), x[:, :0]
+        for channel, weights in zip(feedback.order.tolist(), feedback.weights, strict=True):
+            target = x[:, channel] + errors @ weights[: errors.shape[1]]
+            step, offset = steps[0, channel], offsets[0, channel]
+            integers[:, channel] = (target / step - offset).round().clamp(0, top)
+            error = x[:, channel] - step * (integers[:, channel] + offset)
+            errors = torch.cat([errors, error[:, None]], 1)
     return Quantized(
         integers.to(torch.uint8),
         scales.to(torch.uint8),

@@ -70,10 +70,11 @@ def write_chunk(
     offset: int,
     keys: torch.Tensor,
     values: torch.Tensor,
+    feedback: codec.KeyFeedback | None = None,
 ) -> None:
     """Quantize 32 tokens, keys and values ``[32, head_dim]``, into the chunk at ``offset``."""
-    layout = geometry.low(low_format)
-    quantized = codec.quantize_keys(keys, read_frame(stream, geometry), low_format.key_bits)
+    layout, frame = geometry.low(low_format), read_frame(stream, geometry)
+    quantized = codec.quantize_keys(keys, frame, low_format.key_bits, feedback)
     tiles = packing.key_tiles(quantized.integers)
     stream.write(offset + layout.keys, packing.pack(tiles, low_format.key_bits))
     stream.write(offset + layout.key_scales, quantized.scales)
@@ -210,6 +211,7 @@ def compress(
     keys: torch.Tensor,
     values: torch.Tensor,
     scores: torch.Tensor,
+    queries: torch.Tensor,
     recent: int,
 ) -> None:
     """Write a whole request into its tiers.
@@ -217,6 +219,7 @@ def compress(
     Args:
         keys, values: ``[tokens, kv_heads, head_dim]`` in the cache's dtype.
         scores: ``[kv_heads, tokens]``, float32.
+        queries: ``[n, heads, head_dim]``, the last ones of the prompt.
         state: sizes to reach; ``state.num_tokens`` equals ``tokens``.
     """
     for head in range(pages.shape[1]):
@@ -229,10 +232,12 @@ def compress(
         low = is_low.nonzero().flatten()
         frame = codec.key_frame(k, k[low], low_format.key_bits)
         stream.write(0, torch.cat([frame.center, frame.unit]))
+        shared = queries.unflatten(1, (pages.shape[1], -1))[:, head].flatten(0, 1)
+        feedback = codec.key_feedback(shared, frame)
         for chunk in range(state.low_chunks):
             tokens = low[CHUNK_TOKENS * chunk : CHUNK_TOKENS * (chunk + 1)]
             offset = chunk_offset(geometry, low_format, state, chunk)
-            write_chunk(stream, geometry, low_format, offset, k[tokens], v[tokens])
+            write_chunk(stream, geometry, low_format, offset, k[tokens], v[tokens], feedback)
 
 
 def move_chunks(

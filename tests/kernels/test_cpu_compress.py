@@ -9,6 +9,7 @@ from mikv_vllm.tiers.formats import LowFormat
 
 from .tiered_cache import (
     Shape,
+    last_queries,
     live_bytes,
     new_pages,
     permutation,
@@ -71,6 +72,7 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, orde
     keys, values = tokens(shape, state.num_tokens, seed=high)
     scores = torch.rand(shape.kv_heads, state.num_tokens + 5)
     scores[:, : state.num_tokens // 2] = scores[:, :1]  # ties
+    q = last_queries(shape)
     index = permutation(shape, order)
     num_native = -(-state.num_tokens // shape.block_size)
     order = torch.randperm(num_native + state.pages + 2).tolist()
@@ -87,16 +89,17 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, orde
         keys,
         values,
         scores[:, : state.num_tokens],
+        q,
         RECENT,
     )
-    layer(shape, index).compress(pages, native, tiered, state, low_format, scores)
+    layer(shape, index).compress(pages, native, tiered, state, low_format, scores, q)
     assert_same(pages, expected, tiered, shape, low_format, state)
     others = [p for p in range(len(order)) if p not in tiered]
     assert torch.equal(pages[others], before[others])
 
     in_place = before.clone()
     table = native[: state.pages]
-    layer(shape, index).compress(in_place, native, table, state, low_format, scores)
+    layer(shape, index).compress(in_place, native, table, state, low_format, scores, q)
     for head in range(shape.kv_heads):
         arguments = (head, shape, low_format, state)
         assert torch.equal(

@@ -9,6 +9,7 @@ from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
 from .tiered_cache import (
+    last_queries,
     Shape,
     live_bytes,
     new_pages,
@@ -60,7 +61,16 @@ def filled(shape, low_format, state, pages, table, seed):
     keys, values = tokens(shape, state.num_tokens, seed)
     scores = torch.rand(shape.kv_heads, state.num_tokens)
     reference.compress(
-        pages, table, shape.geometry, low_format, state, keys, values, scores, RECENT
+        pages,
+        table,
+        shape.geometry,
+        low_format,
+        state,
+        keys,
+        values,
+        scores,
+        last_queries(shape),
+        RECENT,
     )
 
 
@@ -236,7 +246,16 @@ def test_an_outlier_query_channel_keeps_its_accuracy():
     keys[:, :, 5] *= 30
     scores = torch.rand(1, state.num_tokens)
     reference.compress(
-        pages, table, shape.geometry, low_format, state, keys, values, scores, RECENT
+        pages,
+        table,
+        shape.geometry,
+        low_format,
+        state,
+        keys,
+        values,
+        scores,
+        last_queries(shape),
+        RECENT,
     )
     ops = layer(shape)
     q = torch.randn(1, 3, 64)

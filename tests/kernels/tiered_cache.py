@@ -39,6 +39,13 @@ def tokens(shape: Shape, count: int, seed: int) -> tuple[torch.Tensor, torch.Ten
     return keys.to(shape.dtype), torch.randn(size, generator=rng).to(shape.dtype)
 
 
+def last_queries(shape: Shape, count: int = 8) -> torch.Tensor:
+    """Queries ``[count, heads, head_dim]`` whose channels differ in size and go together."""
+    mixed = torch.randn(shape.head_dim, shape.head_dim) * torch.exp(torch.randn(shape.head_dim))
+    q = torch.randn(count, shape.heads + 1, shape.head_dim) @ mixed / shape.head_dim**0.5
+    return q.to(shape.dtype)[:, : shape.heads]
+
+
 def new_pages(shape: Shape, count: int, poison: int | None = 0xFF) -> torch.Tensor:
     """Cache of pages full of ``poison`` bytes (0xFF: NaN in every float format) or of noise."""
     size = (count, shape.kv_heads, shape.geometry.page_bytes)

@@ -69,5 +69,8 @@ class Layer:
         value_bits: int,
         scores: int,
         score_stride: int,
+        queries: int,
+        query_stride: int,
+        num_queries: int,
         /,
     ) -> None: ...

@@ -65,6 +65,8 @@ struct Compression {
     int key_bits, value_bits;
     const float* scores;  // [num_kv_heads, score_stride]
     int64_t score_stride;
+    Rows queries;  // the prompt's last ones, at least one
+    int num_queries;
 };
 
 struct Kernels {
@@ -91,5 +93,8 @@ uint8_t* workspace(size_t num_bytes);
 void select_high(const float* scores, int num_tokens, int num_high, int recent, uint64_t* keys,
                  uint8_t* chosen);
 void select_least(const float* scores, int num_tokens, int count, uint64_t* keys, uint8_t* chosen);
+
+// Channels by falling cost; equal ones by their number.
+void order_by_cost(const float* cost, int num_channels, int32_t* order);
 
 }  // namespace mikv

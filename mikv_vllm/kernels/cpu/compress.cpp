@@ -20,17 +20,19 @@ struct Head {
     uint64_t* sort_keys;       // [tokens]
     uint8_t* chosen;           // [tokens]
     int32_t *high, *low;       // positions, ascending
+    KeyFeedback feedback;
 
     static size_t bytes(int tokens, int pages, int head_dim) {
         return static_cast<size_t>(tokens) * (4 * head_dim + 8 + 1 + 4 + 4) +
-               static_cast<size_t>(pages) * head_dim * 8 + head_dim * 6 + 16 * kLine;
+               static_cast<size_t>(pages) * head_dim * 8 + head_dim * 6 + KeyFeedback::bytes(head_dim) +
+               16 * kLine;
     }
     static Head make(Arena& arena, int tokens, int pages, int d) {
         const size_t n = static_cast<size_t>(tokens);
         return {arena.take<uint16_t>(n * d), arena.take<uint16_t>(n * d),
                 arena.take<double>(static_cast<size_t>(pages) * d), arena.take<float>(d),
                 arena.take<uint16_t>(d), arena.take<uint64_t>(n), arena.take<uint8_t>(n),
-                arena.take<int32_t>(n), arena.take<int32_t>(n)};
+                arena.take<int32_t>(n), arena.take<int32_t>(n), KeyFeedback::make(arena, d)};
     }
 };
 
@@ -63,7 +65,7 @@ struct Compressor {
         }
     }
 
-    // Centre, choice, units and header of one head.
+    // Centre, choice, units, header and feedback of one head.
     void choose(const Head& h, int head, int num_pages) const {
         const int d = layer.head_dim;
         alignas(64) uint8_t header[1024] = {};
@@ -91,6 +93,9 @@ struct Compressor {
         find_units(h);
         __builtin_memcpy(header + 2 * d, h.units, 2 * static_cast<size_t>(d));
         Stream(cache, layer, head, job.tiered_table).write(0, header_lines(d), header);
+        const int shared = layer.group();
+        h.feedback.find(job.queries, job.num_queries, head * shared, shared, layer.dtype, d,
+                        h.units);
     }
 
     // A scale of 255 units covers twice the farthest low key from the centre.
@@ -139,7 +144,7 @@ struct Compressor {
             }
         }
         __builtin_memset(record, 0, static_cast<size_t>(low.num_lines) * kLine);
-        quantize_chunk(s, low, h.units, record);
+        quantize_chunk(s, low, h.units, &h.feedback, record);
         Stream(cache, layer, head, job.tiered_table)
             .write(job.low_end - (job.low_chunks - chunk) * low.num_lines, low.num_lines, record);
     }

@@ -179,7 +179,7 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
     sizes.high_tokens -= kChunk;
     sizes.low_chunks += 1;
     __builtin_memset(s.source, 0, static_cast<size_t>(low.num_lines) * kLine);
-    quantize_chunk(s.chunk, low, units, s.source);
+    quantize_chunk(s.chunk, low, units, nullptr, s.source);
     stream.write(sizes.low_end - sizes.low_chunks * low.num_lines, low.num_lines, s.source);
 }
 

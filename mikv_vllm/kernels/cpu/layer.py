@@ -152,6 +152,7 @@ class LayerOps:
         state: TierState,
         low_format: LowFormat,
         scores: torch.Tensor,
+        q: torch.Tensor,
     ) -> None:
         """Write a native request into its tiers.
 
@@ -159,6 +160,8 @@ class LayerOps:
             native_table, tiered_table: page ids, integers; they may share pages.
             state: sizes to reach.
             scores: ``[kv_heads, >= state.num_tokens]``, float32, contiguous.
+            q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: low keys are
+                rounded so that these queries see the smallest error.
         """
         native = np.ascontiguousarray(native_table, np.int32)
         tiered = np.ascontiguousarray(tiered_table, np.int32)
@@ -175,4 +178,7 @@ class LayerOps:
             low_format.value_bits,
             scores.data_ptr(),
             scores.stride(0),
+            q.data_ptr(),
+            q.stride(0),
+            len(q),
         )

@@ -1,4 +1,4 @@
-// Choice of tokens by importance, and the calls' memory. Compiled for the baseline machine: here
+// Choices and orders, and the calls' memory. Compiled for the baseline machine: here
 // the standard library's templates are safe from being merged with copies made for another ISA.
 #include <algorithm>
 #include <cstdlib>
@@ -49,6 +49,14 @@ void select_least(const float* scores, int num_tokens, int count, uint64_t* keys
         keys[i] = static_cast<uint64_t>(ordered(scores[i])) << 32 | static_cast<uint32_t>(i);
     }
     choose_smallest(keys, num_tokens, count, chosen);
+}
+
+void order_by_cost(const float* cost, int num_channels, int32_t* order) {
+    for (int i = 0; i < num_channels; ++i) order[i] = i;
+    std::sort(order, order + num_channels, [cost](int32_t a, int32_t b) {
+        const uint32_t first = ordered(cost[a]), second = ordered(cost[b]);
+        return first != second ? first > second : a < b;
+    });
 }
 
 uint8_t* workspace(size_t num_bytes) {
