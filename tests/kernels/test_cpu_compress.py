@@ -164,3 +164,28 @@ def test_scores_add_up_over_the_chunks_of_a_prefill(threads):
         ops.score(pages, table, stop, q[start:stop], scores)
     expected = reference.score_prompt(q, keys, shape.head_dim**-0.5)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_low_keys_serve_the_queries_that_they_were_rounded_for():
+    shape, low_format = Shape(), LowFormat(3, 3)
+    state = state_of(shape, low_format, 16, 20)
+    keys, values = tokens(shape, state.num_tokens, seed=0)
+    q = last_queries(shape, 40)
+    index = permutation(shape, None)
+    native = list(range(-(-state.num_tokens // shape.block_size)))
+    tiered = [len(native) + page for page in range(state.pages)]
+    scores = torch.arange(state.num_tokens).float().expand(shape.kv_heads, -1).contiguous()
+    errors = {}
+    for name, rounded_for in (("these", q), ("none", torch.zeros_like(q))):
+        pages = new_pages(shape, len(native) + len(tiered))
+        write_native(pages, native, shape, keys, values, index)
+        layer(shape, index).compress(
+            pages, native, tiered, state, low_format, scores, rounded_for[-32:]
+        )
+        error = 0.0
+        for head in range(shape.kv_heads):
+            stored = read_tiers(pages, tiered, head, shape, low_format, state).keys[16:]
+            of_head = q.unflatten(1, (shape.kv_heads, -1))[:8, head].flatten(0, 1).double()
+            error += ((stored - keys[:-16, head].double()) @ of_head.T).square().sum().item()
+        errors[name] = error
+    assert errors["these"] < 0.6 * errors["none"]

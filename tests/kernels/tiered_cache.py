@@ -40,9 +40,9 @@ def tokens(shape: Shape, count: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def last_queries(shape: Shape, count: int = 8) -> torch.Tensor:
-    """Queries ``[count, heads, head_dim]`` whose channels differ in size and go together."""
-    mixed = torch.randn(shape.head_dim, shape.head_dim) * torch.exp(torch.randn(shape.head_dim))
-    q = torch.randn(count, shape.heads + 1, shape.head_dim) @ mixed / shape.head_dim**0.5
+    """Queries ``[count, heads, head_dim]`` that point much the same way, as a head's do."""
+    common = 2 * torch.randn(shape.head_dim)
+    q = torch.randn(count, shape.heads + 1, shape.head_dim) + common
     return q.to(shape.dtype)[:, : shape.heads]
 
 
