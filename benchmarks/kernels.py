@@ -33,7 +33,7 @@ def seconds(run: Callable[[], None], repeat: int = 7) -> float:
 def read_bandwidth() -> float:
     """Bytes per second that the threads in use read from memory."""
     data = torch.ones(512 << 20, dtype=torch.uint8).view(torch.int64)
-    return data.nbytes / seconds(lambda: data.max(), 5)
+    return data.nbytes / seconds(data.max, 5)
 
 
 def layer_ops(geometry: TierGeometry, heads: int, kv_heads: int) -> cpu.LayerOps:
@@ -144,16 +144,15 @@ def decode_rows(isa: str, bandwidth: float) -> None:
         ("8k x 4 K4V3, head_dim 128, 8 heads", 128, 8, LADDER[1], 16, 248, 4, 6),
         ("8k x 4 all high", 64, 3, LADDER[1], 4000, 0, 4, 12),
     ):
-        if isa == "scalar" and layers > 1:
-            layers = 2
-        step = Decode(head_dim, KV_HEADS * group, KV_HEADS, low_format, high, low, rows, layers)
-        time_taken = seconds(step, 200 if layers == 1 else 7)
+        count = min(layers, 2) if isa == "scalar" else layers
+        step = Decode(head_dim, KV_HEADS * group, KV_HEADS, low_format, high, low, rows, count)
+        time_taken = seconds(step, 200 if count == 1 else 7)
         rate = step.bytes / time_taken
         per_chunk = 1e9 * time_taken / step.chunks if step.chunks else float("nan")
         print(
             f"{isa:7} {name:36} {1e-6 * step.bytes:8.2f} MB {1e3 * time_taken:8.3f} ms"
             f" {1e-9 * rate:6.1f} GB/s {100 * rate / bandwidth:4.0f} %"
-            f" {per_chunk:7.1f} ns/chunk {1e6 * time_taken / layers:8.1f} us/layer"
+            f" {per_chunk:7.1f} ns/chunk {1e6 * time_taken / count:8.1f} us/layer"
         )
 
 

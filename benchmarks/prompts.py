@@ -13,5 +13,5 @@ def distinct_prompts(tokenizer: Any, count: int, length: int, seed: int = 0) -> 
     for i in range(count):
         start = (i * stride + 7919 * seed) % len(tokens)
         rolled = tokens[start:] + tokens[:start]
-        prompts.append(([1000 + 37 * i + seed] + rolled)[:length])
+        prompts.append([1000 + 37 * i + seed, *rolled][:length])
     return prompts

@@ -30,6 +30,7 @@ class TieredCPUAttentionBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        assert context.compression is not None
         return tiered_spec(spec, context.compression)
 
     @staticmethod

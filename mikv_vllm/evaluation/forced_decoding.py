@@ -6,10 +6,12 @@ stores its log-probabilities in a file, the others are measured against it there
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from vllm import SamplingParams
+from vllm.logits_process import LogitsProcessor as RequestLogitsProcessor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 FIELD = "forced_decoding"
@@ -32,7 +34,7 @@ class Forced:
     log_probs: str
     measured: str | None
 
-    def sampling_params(self, **extra_args) -> SamplingParams:
+    def sampling_params(self, **extra_args: Any) -> SamplingParams:
         """Parameters of a request that is forced so."""
         return SamplingParams(
             temperature=0.0,
@@ -48,7 +50,7 @@ class ForcedDecoding(AdapterLogitsProcessor):
     def is_argmax_invariant(self) -> bool:
         return False
 
-    def new_req_logits_processor(self, params: SamplingParams):
+    def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
         settings = (params.extra_args or {}).get(FIELD)
         if settings is None:
             return None

@@ -2,11 +2,11 @@
 
 Low tier, codec ``channel``: keys asymmetric per channel over a chunk of 32 tokens, values
 asymmetric per token in groups of channels, after a Hadamard rotation of the channels.
-A key's scale is a multiple, 1 to 255, of its channel's unit, and its zero point an int8 in halves of
-the scale, counted from the channel's centre. Both ends of a chunk's range are met within a few per
-cent of a step so: the keys at the ends are the ones that attention tells apart. Centre and unit are
-kept once per request and head (:func:`key_frame`). When a prompt is compressed, its last queries
-say which errors matter, and the rounding of one channel makes up for that of others
+A key's scale is a multiple, 1 to 255, of its channel's unit, and its zero point an int8 in halves
+of the scale, counted from the channel's centre. Both ends of a chunk's range are met within a few
+per cent of a step so: the keys at the ends are the ones that attention tells apart. Centre and unit
+are kept once per request and head (:func:`key_frame`). When a prompt is compressed, its last
+queries say which errors matter, and the rounding of one channel makes up for that of others
 (:func:`key_feedback`); the stored form is the same.
 A value's scale is an 8-bit float (:func:`encode_scale`), its zero point an int8 in whole scales.
 High tier, 8 bits: symmetric per token, one fp16 scale each for key and value.

@@ -30,7 +30,7 @@ def high_fraction(geometry: TierGeometry, low_format: LowFormat, ratio: float) -
 
 
 def choose_low_format(geometry: TierGeometry, ratio: float) -> LowFormat:
-    """The richest format of the ladder that leaves :data:`LEAST_HIGH_FRACTION` for the high tier."""
+    """The richest format of the ladder that leaves the high tier :data:`LEAST_HIGH_FRACTION`."""
     for low_format in LADDER:
         if high_fraction(geometry, low_format, ratio) >= LEAST_HIGH_FRACTION:
             return low_format

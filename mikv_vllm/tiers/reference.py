@@ -290,9 +290,10 @@ def _compact(stream: Stream, geometry: TierGeometry, num_tokens: int, keep: torc
     offsets = [group_offset(geometry, group) for group in range(groups)]
     records = [stream.read(offset, layout.num_bytes) for offset in offsets]
     size = GROUP_TOKENS * head_dim
-    inverses = ((packing.key_tiles_inverse, packing.key_tiles, 0),)
-    inverses += ((packing.value_tiles_inverse, packing.value_tiles, size),)
-    for inverse, tiles_of, start in inverses:
+    for inverse, tiles_of, start in (
+        (packing.key_tiles_inverse, packing.key_tiles, 0),
+        (packing.value_tiles_inverse, packing.value_tiles, size),
+    ):
         rows = [inverse(r[start : start + size].reshape(-1, 64), GROUP_TOKENS) for r in records]
         joined = torch.cat(rows)
         kept = joined[:num_tokens][keep]

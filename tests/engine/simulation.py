@@ -1,8 +1,8 @@
 """The real scheduler and block manager against a shadow of the workers' memory.
 
 No model runs: the shadow stores, for every slot of every native page, which prefix of tokens its
-number would belong to, and for every tiered page, whose it is. Reads check what they find, so a page
-that was given away, shared or overwritten too early shows at once.
+number would belong to, and for every tiered page, whose it is. Reads check what they find, so a
+page that was given away, shared or overwritten too early shows at once.
 """
 
 import json

@@ -80,9 +80,9 @@ def test_pages_add_up(vllm_configs, importance, requests, num_pages, depth):
     simulation.run()
     assert simulation.pool.get_num_free_blocks() == num_pages
     tiers = simulation.scheduler.tiers
-    assert not tiers.tiered and not tiers.req_to_blocks
-    assert not simulation.scheduler._ratios and not simulation.scheduler._scoring
-    assert not simulation.context.tables and not simulation.context.scores
+    scheduler, context = simulation.scheduler, simulation.context
+    left = (tiers.tiered, tiers.req_to_blocks, scheduler._ratios, scheduler._scoring)
+    assert not any((*left, context.tables, context.scores))
 
 
 def test_more_requests_run_at_once_compressed(vllm_configs):

@@ -9,8 +9,8 @@ from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
 from .tiered_cache import (
-    last_queries,
     Shape,
+    last_queries,
     live_bytes,
     new_pages,
     oracle_step,

@@ -30,7 +30,7 @@ class Shape:
 
 
 def tokens(shape: Shape, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[count, kv_heads, head_dim]`` with outlier channels, as models have them."""
+    """Keys and values ``[count, kv_heads, head_dim]`` with outlier channels, as in models."""
     rng = torch.Generator().manual_seed(seed)
     channels = torch.exp(torch.randn(shape.kv_heads, shape.head_dim, generator=rng))
     offset = 2 * torch.randn(shape.kv_heads, shape.head_dim, generator=rng)
