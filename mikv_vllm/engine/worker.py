@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -35,6 +36,22 @@ class TieredCPUWorker(CPUWorker):
         result = super().execute_model(scheduler_output)
         context.end_step()
         return result
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample; a row whose prompt is not through yet draws without its generator.
+
+        vLLM discards what such a row draws and winds its generator back, which a CPU generator
+        cannot do: a seeded request with a chunked prompt would end the engine.
+        """
+        runner, held = self.model_runner, {}
+        batch = runner.input_batch
+        for row in np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs]).tolist():
+            if generator := batch.generators.pop(row, None):
+                held[row] = generator
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            batch.generators.update(held)
 
     def mikv_stats(self) -> dict[str, Any]:
         """The scheduler's figures as of the last step, for ``collective_rpc``."""

@@ -88,6 +88,19 @@ def test_mixed_batch_with_several_samples_and_logprobs(engine, windows):
             assert len(sample.logprobs) == len(sample.token_ids)
 
 
+def test_a_seeded_request_whose_prompt_comes_in_chunks(engine, windows):
+    tokens = [token for window in windows[:4] for token in window.prompt]
+    params = SamplingParams(seed=7, max_tokens=8, extra_args=ratio(4.0))
+    texts = set()
+    for _ in range(2):
+        engine.reset_prefix_cache()
+        outputs = engine.generate(
+            [{"prompt_token_ids": tokens}, prompt(windows, 600, 5)], params, use_tqdm=False
+        )
+        texts.add(outputs[0].outputs[0].text)
+    assert len(texts) == 1
+
+
 def test_stop_strings_and_structured_output(engine, windows):
     schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}}
     stopped, structured = engine.generate(
