@@ -17,6 +17,7 @@ from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
 HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 64, 9, 3, 64, 16
 """The embedded model's attention."""
+K4V3 = LowFormat(4, 3)
 
 
 def seconds(run: Callable[[], None], repeat: int = 7) -> float:
@@ -135,14 +136,14 @@ class Decode:
 
 def decode_rows(isa: str, bandwidth: float) -> None:
     for name, head_dim, group, low_format, high, low, rows, layers in (
-        ("8k, in cache", 64, 3, LADDER[1], 16, 16, 1, 1),
+        ("8k, in cache", 64, 3, K4V3, 16, 16, 1, 1),
         *((f"8k x 4 {f.name}", 64, 3, f, 16, 248, 4, 12) for f in LADDER),
-        ("8k x 4 K4V3, 10% high", 64, 3, LADDER[1], 800, 224, 4, 12),
-        ("2k x 16 K4V3", 64, 3, LADDER[1], 16, 62, 16, 12),
-        ("8k x 4 K4V3, 1 query head", 64, 1, LADDER[1], 16, 248, 4, 12),
-        ("8k x 4 K4V3, head_dim 128, 4 heads", 128, 4, LADDER[1], 16, 248, 4, 6),
-        ("8k x 4 K4V3, head_dim 128, 8 heads", 128, 8, LADDER[1], 16, 248, 4, 6),
-        ("8k x 4 all high", 64, 3, LADDER[1], 4000, 0, 4, 12),
+        ("8k x 4 K4V3, 10% high", 64, 3, K4V3, 800, 224, 4, 12),
+        ("2k x 16 K4V3", 64, 3, K4V3, 16, 62, 16, 12),
+        ("8k x 4 K4V3, 1 query head", 64, 1, K4V3, 16, 248, 4, 12),
+        ("8k x 4 K4V3, head_dim 128, 4 heads", 128, 4, K4V3, 16, 248, 4, 6),
+        ("8k x 4 K4V3, head_dim 128, 8 heads", 128, 8, K4V3, 16, 248, 4, 6),
+        ("8k x 4 all high", 64, 3, K4V3, 4000, 0, 4, 12),
     ):
         count = min(layers, 2) if isa == "scalar" else layers
         step = Decode(head_dim, KV_HEADS * group, KV_HEADS, low_format, high, low, rows, count)

@@ -34,8 +34,8 @@ class LowFormat:
     value_bits: int
 
     def __post_init__(self) -> None:
-        if self.key_bits not in (2, 3, 4) or self.value_bits not in (2, 3, 4):
-            raise ValueError(f"{self.name} is no low format: keys and values take 2, 3 or 4 bits")
+        if not {self.key_bits, self.value_bits} <= {2, 3, 4, 5}:
+            raise ValueError(f"{self.name} is no low format: keys and values take 2 to 5 bits")
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class LowFormat:
         return f"K{self.key_bits}V{self.value_bits}"
 
 
-LADDER = (LowFormat(4, 4), LowFormat(4, 3), LowFormat(3, 3), LowFormat(3, 2), LowFormat(2, 2))
+LADDER = tuple(LowFormat(*bits) for bits in ((5, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2)))
 """The low formats that a ratio can choose, richest first."""
 
 

@@ -3,15 +3,15 @@
 A *tile* is one 64-byte line of 16 x 4 small integers, shaped for a byte dot product over its last
 axis: keys take 16 tokens x 4 channels, values 16 channels x 4 tokens. Tiles are stored in *bit
 planes*: a plane of ``p`` bits keeps ``8 // p`` consecutive tiles in one line, tile ``j`` in bits
-``[p*j, p*(j+1))`` of every byte. 4 bits are one plane; 3 bits are a 2-bit plane of the low bits,
-then a 1-bit plane of the high bit; 2 bits are one plane; 8 bits are the tiles themselves.
+``[p*j, p*(j+1))`` of every byte. 2 and 4 bits are one plane; 3 and 5 bits are that plane of
+the low bits, then a 1-bit plane of the high bit; 8 bits are the tiles themselves.
 """
 
 import torch
 
 from mikv_vllm.tiers.formats import LINE_BYTES
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 8: (8,)}
 """Bits per number -> bits of its planes, low bits first."""
 
 

@@ -57,13 +57,13 @@ def layer(shape, index, **kwargs):
     ("shape", "low_format", "high", "chunks", "order"),
     [
         (Shape(), LowFormat(4, 3), 40, 9, None),
-        (Shape(64, block_size=16, group=1), LowFormat(4, 4), 16, 4, 1),
-        (Shape(80, block_size=32, dtype=torch.float16), LowFormat(3, 3), 47, 5, 2),
+        (Shape(64, block_size=16, group=1), LowFormat(5, 4), 16, 4, 1),
+        (Shape(80, block_size=32, dtype=torch.float16), LowFormat(5, 3), 47, 5, 2),
         (Shape(96, block_size=32), LowFormat(3, 2), 33, 6, None),
         (Shape(128, block_size=128), LowFormat(2, 2), 64, 12, None),
         (Shape(128, high_bits=16), LowFormat(2, 4), 20, 7, 3),
         (Shape(256, kv_heads=1, block_size=16), LowFormat(2, 3), 17, 5, 4),
-        (Shape(256, high_bits=16, dtype=torch.float16), LowFormat(4, 2), 31, 3, None),
+        (Shape(256, high_bits=16, dtype=torch.float16), LowFormat(4, 5), 31, 3, None),
         (Shape(64, high_bits=16), LowFormat(3, 4), 130, 0, None),
     ],
 )

@@ -24,6 +24,22 @@ inline void unpack(const uint8_t* packed, int num_tiles, uint8_t* tiles) {
             store_b(tiles + 2 * kLine, and_b(shr_b<4>(line), mask));
             store_b(tiles + 3 * kLine, and_b(shr_b<6>(line), mask));
         }
+    } else if constexpr (Bits == 5) {
+        const uint8_t* top = packed + num_tiles / 2 * kLine;
+        const B mask = splat_b(15), bit = splat_b(16);
+        for (int i = 0; i < num_tiles; i += 8, packed += 4 * kLine, top += kLine) {
+            const B high = load_b(top);
+            const auto tiles_of = [&](int line, B third, B fourth) {
+                const B low = load_b(packed + line * kLine);
+                store_b(tiles, or_b(and_b(low, mask), and_b(third, bit)));
+                store_b(tiles + kLine, or_b(and_b(shr_b<4>(low), mask), and_b(fourth, bit)));
+                tiles += 2 * kLine;
+            };
+            tiles_of(0, shl_b<4>(high), shl_b<3>(high));
+            tiles_of(1, shl_b<2>(high), shl_b<1>(high));
+            tiles_of(2, high, shr_b<1>(high));
+            tiles_of(3, shr_b<2>(high), shr_b<3>(high));
+        }
     } else {
         static_assert(Bits == 3);
         const uint8_t* top = packed + num_tiles / 4 * kLine;
@@ -50,6 +66,7 @@ inline void unpack(const uint8_t* packed, int bits, int num_tiles, uint8_t* tile
     switch (bits) {
         case 2: return unpack<2>(packed, num_tiles, tiles);
         case 3: return unpack<3>(packed, num_tiles, tiles);
+        case 5: return unpack<5>(packed, num_tiles, tiles);
         default: return unpack<4>(packed, num_tiles, tiles);
     }
 }
@@ -80,8 +97,9 @@ inline uint8_t* pack_plane(const uint8_t* tiles, int num_tiles, uint8_t* packed)
 }
 
 inline void pack(const uint8_t* tiles, int bits, int num_tiles, uint8_t* packed) {
-    if (bits == 4) {
-        pack_plane<4, 0>(tiles, num_tiles, packed);
+    if (bits >= 4) {
+        packed = pack_plane<4, 0>(tiles, num_tiles, packed);
+        if (bits == 5) pack_plane<1, 4>(tiles, num_tiles, packed);
     } else {
         packed = pack_plane<2, 0>(tiles, num_tiles, packed);
         if (bits == 3) pack_plane<1, 2>(tiles, num_tiles, packed);

@@ -10,7 +10,7 @@
 //   shr_b, shl_b                    shifts; bits may come in from the neighbouring byte: mask them
 //   dot_keys<Small>(acc, k, q)      acc[i] += sum_j k[4i+j] * q[j], k unsigned, q 4 signed bytes
 //   dot_values<Small>(acc, v, w)    acc[i] += sum_j v[4i+j] * w[j], v signed, w 4 unsigned bytes;
-//                                   Small promises keys or values of at most 4 bits
+//                                   Small promises keys or values of at most 6 bits
 //   split_signed(x, high, low)      64 integers below 2**14 as high * 128 + low, bytes
 //   split_unsigned(x, high, low)    64 integers below 2**16 as high * 256 + low, bytes;
 //                                   both put 4 consecutive integers at split_place(i / 4)
