@@ -8,9 +8,9 @@ from .mutants import MUTATIONS
 
 pytestmark = pytest.mark.engine
 
-# Two bf16 attention kernels that are equally right already differ by about 0.002 here, and 8 bits
-# for every token by 0.0024. The goal for ratio 3 is 0.003; 0.0038 is what was measured.
-MOST_DIVERGENCE = {3.0: 0.0045, 4.0: 0.008, 5.0: 0.04}
+# Two bf16 attention kernels that are equally right already differ by about 0.002 here: at ratio 2,
+# most tokens at 8 bits, it is 0.0024.
+MOST_DIVERGENCE = {3.0: 0.003, 4.0: 0.008, 5.0: 0.04}
 
 
 @pytest.fixture(scope="module")

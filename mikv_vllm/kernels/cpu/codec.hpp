@@ -93,12 +93,17 @@ struct KeyFeedback {
             for (int c = 0; c < d; c += 16) store(x + c, load_half(q + c, dtype));
             for (int i = 0; i < d; ++i) {
                 double* to = moment + static_cast<size_t>(i) * d;
-                for (int j = 0; j < d; ++j) to[j] += double{x[i]} * double{x[j]};
+                for (int j = 0; j <= i; ++j) to[j] += double{x[i]} * double{x[j]};
             }
         }
         double mean = 0;
-        for (size_t i = 0; i < size; ++i) moment[i] /= num_queries * shared;
-        for (int c = 0; c < d; ++c) mean += moment[c * d + c] / d;
+        for (int i = 0; i < d; ++i) {
+            for (int j = 0; j <= i; ++j) {
+                moment[i * d + j] /= num_queries * shared;
+                moment[j * d + i] = moment[i * d + j];
+            }
+            mean += moment[i * d + i] / d;
+        }
         const double damping = mean * kDamping > 1e-30 ? mean * kDamping : 1e-30;
         for (int c = 0; c < d; ++c) moment[c * d + c] += damping;
     }
