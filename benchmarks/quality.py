@@ -8,17 +8,21 @@ from mikv_vllm.evaluation.quality import QualityRun
 from mikv_vllm.evaluation.windows import cut_windows
 
 RATIOS = (1.5, 2.0, 3.0, 4.0, 4.5, 5.0, 6.0)
+DTYPES = ("bfloat16", "float16")
+"""In bfloat16 two equally right attention kernels differ already; float16 shows the tiers alone."""
 
 
 def measure(num_windows: int = 8, prompt: int = 1536, continuation: int = 256) -> list[dict]:
-    """Forced decoding of the Python reference, full vocabulary."""
-    with engines({"mikv"}, 1 << 30, logits_processors=[ForcedDecoding]) as llms:
-        llm = llms["mikv"]
-        run = QualityRun(llm, cut_windows(llm.get_tokenizer(), num_windows, prompt, continuation))
-        rows = []
-        for ratio in RATIOS:
-            row = asdict(run.measure(ratio))
-            rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
-            print(rows[-1], flush=True)
-        run.close()
+    """Forced decoding of the Python reference, full vocabulary; reference of the same dtype."""
+    rows = []
+    for dtype in DTYPES:
+        with engines({"mikv"}, 1 << 30, dtype=dtype, logits_processors=[ForcedDecoding]) as llms:
+            llm = llms["mikv"]
+            windows = cut_windows(llm.get_tokenizer(), num_windows, prompt, continuation)
+            run = QualityRun(llm, windows)
+            for ratio in RATIOS:
+                row = {"dtype": dtype, **asdict(run.measure(ratio))}
+                rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+                print(rows[-1], flush=True)
+            run.close()
     return rows

@@ -48,13 +48,16 @@ def plot(result: dict, path: Path) -> None:
         axis.legend(fontsize=7)
     if "quality" in result:
         axis = axes[0][-1]
-        quality = result["quality"]
-        axis.errorbar(
-            [row["achieved_ratio"] for row in quality],
-            [row["divergence"] for row in quality],
-            [row["divergence_error"] for row in quality],
-            marker="o",
-        )
+        for dtype in dict.fromkeys(row["dtype"] for row in result["quality"]):
+            quality = [row for row in result["quality"] if row["dtype"] == dtype]
+            axis.errorbar(
+                [row["achieved_ratio"] for row in quality],
+                [row["divergence"] for row in quality],
+                [row["divergence_error"] for row in quality],
+                marker="o",
+                label=dtype,
+            )
+        axis.legend(fontsize=7)
         axis.set(title="quality", xlabel="achieved ratio", ylabel="KL divergence, nats")
         axis.set_yscale("log")
     figure.tight_layout()

@@ -1,6 +1,7 @@
 """The plan: what the scheduler decides for one step. Workers obey it and decide nothing."""
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -58,6 +59,17 @@ class TierStats:
     """Totals since the start: ``compress`` (of these ``in_place``), ``demote``."""
     requests: dict[str, int] = field(default_factory=dict)
     """Running requests: ``native``, ``tiered``."""
+
+    @classmethod
+    def idle(cls, pages: int) -> Self:
+        """Statistics of an engine with ``pages`` pages before its first step."""
+        return cls(
+            pages={"total": pages, "free": pages, "native": 0, "tiered": 0},
+            tokens={"native": 0, "high": 0, "low": 0},
+            bytes={"high": 0, "low": 0, "unused": 0},
+            operations={"compress": 0, "compress_in_place": 0, "demote": 0},
+            requests={"native": 0, "tiered": 0},
+        )
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from mikv_vllm.config import CompressionConfig
-from mikv_vllm.engine.step_plan import TieredSchedulerOutput
+from mikv_vllm.engine.step_plan import StepPlan, TieredSchedulerOutput, TierStats
 from mikv_vllm.engine.worker_context import context
 
 
@@ -26,6 +27,11 @@ class TieredCPUWorker(CPUWorker):
         )
         super().init_device()
         context.request_ids = lambda: self.model_runner.input_batch.req_ids
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        # vLLM keeps one page for itself.
+        context.plan = StepPlan(stats=TierStats.idle(kv_cache_config.num_blocks - 1))
 
     def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
         """Run one step under its plan."""

@@ -15,8 +15,8 @@ def _page_bytes(cache: torch.Tensor) -> torch.Tensor:
     return cache.view(torch.uint8).reshape(cache.shape[0], cache.shape[1], -1)
 
 
-def _zeroed_low_tier(self, cache, native_table, tiered_table, state, low_format, scores):
-    _compress(self, cache, native_table, tiered_table, state, low_format, scores)
+def _zeroed_low_tier(self, cache, native_table, tiered_table, state, low_format, scores, q):
+    _compress(self, cache, native_table, tiered_table, state, low_format, scores, q)
     geometry = TierGeometry(cache.shape[-1] // 2, cache.shape[2])
     first = state.low_end - state.low_chunks * geometry.low(low_format).num_bytes
     pages = _page_bytes(cache)
@@ -24,8 +24,8 @@ def _zeroed_low_tier(self, cache, native_table, tiered_table, state, low_format,
         pages[page, :, max(0, first - i * geometry.page_bytes) :] = 0
 
 
-def _shuffled_heads(self, cache, native_table, tiered_table, state, low_format, scores):
-    _compress(self, cache, native_table, tiered_table, state, low_format, scores)
+def _shuffled_heads(self, cache, native_table, tiered_table, state, low_format, scores, q):
+    _compress(self, cache, native_table, tiered_table, state, low_format, scores, q)
     pages = _page_bytes(cache)
     index = tiered_table.long()
     pages[index] = pages[index].roll(1, dims=1)

@@ -1,0 +1,69 @@
+"""Other settings on the real engine: H2O importance, 16-bit high tokens, too small a pool."""
+
+import pytest
+from vllm import SamplingParams
+
+from mikv_vllm.config import CompressionConfig
+from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
+from mikv_vllm.evaluation.quality import QualityRun
+from mikv_vllm.evaluation.windows import cut_windows
+
+from .conftest import BLOCK_SIZE, ratio, start, stop
+
+pytestmark = pytest.mark.engine
+
+PAGE_BYTES = BLOCK_SIZE * 2 * 2 * 64 * 3 * 30
+PAGES = 40
+
+
+@pytest.fixture(scope="module")
+def small_engine(model_path):
+    """Room for 1,280 native tokens, and prompts that come in chunks."""
+    llm = start(
+        model_path,
+        CompressionConfig(importance="h2o", high_bits=16),
+        kv_cache_memory_bytes=(PAGES + 1) * PAGE_BYTES,
+        max_model_len=1024,
+        max_num_batched_tokens=256,
+        logits_processors=[ForcedDecoding],
+        disable_log_stats=False,
+    )
+    yield llm
+    stop(llm)
+
+
+def preemptions(llm) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def test_statistics_before_the_first_request(small_engine):
+    stats = small_engine.collective_rpc("mikv_stats")[0]
+    assert stats["pages"] == {"total": PAGES, "free": PAGES, "native": 0, "tiered": 0}
+
+
+def test_quality_with_h2o_and_sixteen_bits(small_engine):
+    windows = cut_windows(small_engine.get_tokenizer(), 2, 600, 100)
+    run = QualityRun(small_engine, windows)
+    measured = run.measure(2.0)
+    run.close()
+    print(measured)
+    assert measured.achieved_ratio > 1.7
+    assert 0 < measured.divergence < 0.01
+
+
+def test_preempted_requests_finish_compressed(small_engine):
+    before = preemptions(small_engine)
+    windows = cut_windows(small_engine.get_tokenizer(), 4, 500, 1)
+    outputs = small_engine.generate(
+        [{"prompt_token_ids": window.prompt} for window in windows],
+        SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, extra_args=ratio(2.0)),
+        use_tqdm=False,
+    )
+    assert preemptions(small_engine) > before
+    for output in outputs:
+        assert len(output.outputs[0].token_ids) == 400
+        report = output.kv_transfer_params["kv_compression"]
+        assert report["kv_tokens"] == 899
+        assert report["achieved_ratio"] > 1.7
+    stats = small_engine.collective_rpc("mikv_stats")[0]
+    assert stats["pages"]["free"] == PAGES
