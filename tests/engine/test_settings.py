@@ -7,6 +7,7 @@ from mikv_vllm.config import CompressionConfig
 from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
 from mikv_vllm.evaluation.quality import QualityRun
 from mikv_vllm.evaluation.windows import cut_windows
+from mikv_vllm.server.metrics import install_metrics
 
 from .conftest import BLOCK_SIZE, ratio, start, stop
 
@@ -28,6 +29,7 @@ def small_engine(model_path):
         logits_processors=[ForcedDecoding],
         disable_log_stats=False,
     )
+    install_metrics(llm.llm_engine.logger_manager, llm.llm_engine.vllm_config)
     yield llm
     stop(llm)
 
