@@ -53,11 +53,16 @@ class QualityRun:
             )
             for i, window in enumerate(self._windows)
         ]
-        outputs = self._llm.generate(
+        # All wait before the engine begins: prompts share steps in the same way in every run, and
+        # rounding differs for no other reason than the ratio.
+        self._llm.sleep(level=0)
+        self._llm.enqueue(
             [{"prompt_token_ids": window.prompt} for window in self._windows],
             [one.sampling_params(**{RATIO_FIELD: ratio}) for one in forced],
             use_tqdm=False,
         )
+        self._llm.wake_up(tags=["scheduling"])
+        outputs = self._llm.wait_for_completion(use_tqdm=False)
         return [output.kv_transfer_params[REPORT_FIELD] for output in outputs]
 
     def measure(self, ratio: float) -> Quality:

@@ -1,4 +1,4 @@
-"""Other settings on the real engine: H2O importance, 16-bit high tokens, too small a pool."""
+"""Other settings on the real engine: H2O, 16-bit high tokens, too small a pool, torch.compile."""
 
 import pytest
 from vllm import SamplingParams
@@ -69,3 +69,27 @@ def test_preempted_requests_finish_compressed(small_engine):
         assert report["achieved_ratio"] > 1.7
     stats = small_engine.collective_rpc("mikv_stats")[0]
     assert stats["pages"]["free"] == PAGES
+
+
+@pytest.fixture(scope="module")
+def compiled_engine(model_path):
+    """vLLM's default mode: torch.compile."""
+    llm = start(
+        model_path,
+        CompressionConfig(),
+        enforce_eager=False,
+        max_model_len=1024,
+        logits_processors=[ForcedDecoding],
+    )
+    yield llm
+    stop(llm)
+
+
+def test_quality_with_torch_compile(compiled_engine):
+    windows = cut_windows(compiled_engine.get_tokenizer(), 2, 600, 100)
+    run = QualityRun(compiled_engine, windows)
+    measured = run.measure(3.0)
+    run.close()
+    print(measured)
+    assert measured.achieved_ratio > 2.5
+    assert 0 < measured.divergence < 0.01
