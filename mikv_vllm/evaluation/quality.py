@@ -3,13 +3,25 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from vllm import LLM
+from vllm import LLM, RequestOutput
 
 from mikv_vllm.config import RATIO_FIELD, REPORT_FIELD
 from mikv_vllm.evaluation.forced_decoding import Forced
 from mikv_vllm.evaluation.windows import Window
+
+
+def generate_together(llm: LLM, prompts: list, params: Any) -> list[RequestOutput]:
+    """The outputs of requests that all wait when the engine begins.
+
+    Prompts then share steps in the same way in every run, and rounding does not differ.
+    """
+    llm.sleep(level=0)
+    llm.enqueue(prompts, params, use_tqdm=False)
+    llm.wake_up(tags=["scheduling"])
+    return llm.wait_for_completion(use_tqdm=False)
 
 
 @dataclass(frozen=True)
@@ -53,16 +65,11 @@ class QualityRun:
             )
             for i, window in enumerate(self._windows)
         ]
-        # All wait before the engine begins: prompts share steps in the same way in every run, and
-        # rounding differs for no other reason than the ratio.
-        self._llm.sleep(level=0)
-        self._llm.enqueue(
+        outputs = generate_together(
+            self._llm,
             [{"prompt_token_ids": window.prompt} for window in self._windows],
             [one.sampling_params(**{RATIO_FIELD: ratio}) for one in forced],
-            use_tqdm=False,
         )
-        self._llm.wake_up(tags=["scheduling"])
-        outputs = self._llm.wait_for_completion(use_tqdm=False)
         return [output.kv_transfer_params[REPORT_FIELD] for output in outputs]
 
     def measure(self, ratio: float) -> Quality:

@@ -33,14 +33,6 @@ def stop(llm) -> None:
     gc.collect()
 
 
-def generate_together(llm, prompts, params) -> list:
-    """The outputs of requests that all wait when the engine begins, so that batches repeat."""
-    llm.sleep(level=0)
-    llm.enqueue(prompts, params, use_tqdm=False)
-    llm.wake_up(tags=["scheduling"])
-    return llm.wait_for_completion(use_tqdm=False)
-
-
 @pytest.fixture(scope="session")
 def engine(model_path):
     """MiKV with default settings, a forced-decoding processor and a worker that can be mutated."""

@@ -6,7 +6,7 @@ from mikv_vllm.engine.worker import TieredCPUWorker
 from mikv_vllm.kernels.cpu import LayerOps
 from mikv_vllm.tiers.formats import TierGeometry
 
-MUTATIONS = ("zeroed low tier", "shuffled heads", "wrong scale")
+MUTATIONS = ("zeroed low tier", "shuffled heads", "wrong scale", "zeroed output")
 
 _compress, _decode = LayerOps.compress, LayerOps.decode
 
@@ -35,6 +35,11 @@ def _wrong_scale(self, cache, batch, query, key, value, output):
     _decode(self, cache, batch, query * 1.25, key, value, output)
 
 
+def _zeroed_output(self, cache, batch, query, key, value, output):
+    _decode(self, cache, batch, query, key, value, output)
+    output.zero_()
+
+
 class MutableWorker(TieredCPUWorker):
     """The real worker, and on request a wrong one."""
 
@@ -48,5 +53,7 @@ class MutableWorker(TieredCPUWorker):
                 LayerOps.compress = _shuffled_heads
             case "wrong scale":
                 LayerOps.decode = _wrong_scale
+            case "zeroed output":
+                LayerOps.decode = _zeroed_output
             case _:
                 assert mutation is None, mutation

@@ -3,7 +3,9 @@
 import pytest
 from vllm import SamplingParams
 
-from .conftest import generate_together, ratio, start, stop
+from mikv_vllm.evaluation.quality import generate_together
+
+from .conftest import ratio, start, stop
 
 pytestmark = pytest.mark.engine
 

@@ -29,10 +29,10 @@ inline void unpack(const uint8_t* packed, int num_tiles, uint8_t* tiles) {
         const B mask = splat_b(15), bit = splat_b(16);
         for (int i = 0; i < num_tiles; i += 8, packed += 4 * kLine, top += kLine) {
             const B high = load_b(top);
-            const auto tiles_of = [&](int line, B third, B fourth) {
+            const auto tiles_of = [&](int line, B even, B odd) {
                 const B low = load_b(packed + line * kLine);
-                store_b(tiles, or_b(and_b(low, mask), and_b(third, bit)));
-                store_b(tiles + kLine, or_b(and_b(shr_b<4>(low), mask), and_b(fourth, bit)));
+                store_b(tiles, or_b(and_b(low, mask), and_b(even, bit)));
+                store_b(tiles + kLine, or_b(and_b(shr_b<4>(low), mask), and_b(odd, bit)));
                 tiles += 2 * kLine;
             };
             tiles_of(0, shl_b<4>(high), shl_b<3>(high));
