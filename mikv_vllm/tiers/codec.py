@@ -109,10 +109,10 @@ def key_frame(keys: torch.Tensor, low_keys: torch.Tensor, bits: int) -> KeyFrame
 
 @dataclass(frozen=True)
 class KeyFeedback:
-    """How the errors of channels already rounded move the next one's target, in one head.
+    """How the errors of channels already rounded move the next one's target.
 
-    ``order``: channels as they are rounded, ``[head_dim]``. ``weights``: float32
-    ``[head_dim, head_dim]``; the target of the ``r``-th channel is its key plus
+    ``order``: channels as they are rounded, ``[..., head_dim]``. ``weights``: float32
+    ``[..., head_dim, head_dim]``; the target of the ``r``-th channel is its key plus
     ``weights[r, :r] @ errors``, an error being key minus what is stored.
     """
 
@@ -120,7 +120,7 @@ class KeyFeedback:
     weights: torch.Tensor
 
 
-def key_feedback(queries: torch.Tensor, frame: KeyFrame) -> KeyFeedback:
+def key_feedback(queries: torch.Tensor, unit: torch.Tensor) -> KeyFeedback:
     """Feedback that keeps the error of the logits small, rather than that of the keys.
 
     The logits' squared error over queries like these is ``e H e`` with their second moment ``H``.
@@ -131,18 +131,23 @@ def key_feedback(queries: torch.Tensor, frame: KeyFrame) -> KeyFeedback:
     whose rounding costs most go first.
 
     Args:
-        queries: ``[n, head_dim]``, the prompt's last ones, of all query heads of the KV head.
+        queries: ``[..., n, head_dim]``, the prompt's last ones, of all query heads of the KV head.
+        unit: ``[..., head_dim]``, of the head's :class:`KeyFrame`.
     """
     q = queries.double()
-    moment = q.T @ q / len(q)
-    damping = (FEEDBACK_DAMPING * moment.diagonal().mean()).clamp(min=1e-30)
-    moment += damping * torch.eye(len(moment), dtype=torch.float64)
-    cost = (moment.diagonal() * frame.unit.double() ** 2).float()
-    order = cost.argsort(descending=True, stable=True)
-    last_first = order.flip(0)
-    factor = torch.linalg.cholesky(moment[last_first][:, last_first])
-    unit_factor = (factor / factor.diagonal()).flip(0, 1)
-    return KeyFeedback(order, unit_factor.T.tril(-1).float().contiguous())
+    moment = q.mT @ q / q.shape[-2]
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    damping = (FEEDBACK_DAMPING * diagonal.mean(-1)).clamp(min=1e-30)[..., None, None]
+    moment = moment + damping * torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
+    cost = (moment.diagonal(dim1=-2, dim2=-1) * unit.double() ** 2).float()
+    order = cost.argsort(dim=-1, descending=True, stable=True)
+    last_first = order.flip(-1)
+    moment = moment.take_along_dim(last_first[..., :, None], -2)
+    moment = moment.take_along_dim(last_first[..., None, :], -1)
+    # The damping makes it positive definite; checking would wait for the device.
+    factor = torch.linalg.cholesky_ex(moment).L
+    unit_factor = factor / factor.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    return KeyFeedback(order, unit_factor.flip(-2, -1).mT.tril(-1).float().contiguous())
 
 
 def quantize_keys(

@@ -233,7 +233,7 @@ def compress(
         frame = codec.key_frame(k, k[low], low_format.key_bits)
         stream.write(0, torch.cat([frame.center, frame.unit]))
         shared = queries.unflatten(1, (pages.shape[1], -1))[:, head].flatten(0, 1)
-        feedback = codec.key_feedback(shared, frame)
+        feedback = codec.key_feedback(shared, frame.unit)
         for chunk in range(state.low_chunks):
             tokens = low[CHUNK_TOKENS * chunk : CHUNK_TOKENS * (chunk + 1)]
             offset = chunk_offset(geometry, low_format, state, chunk)

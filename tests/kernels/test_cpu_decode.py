@@ -10,6 +10,8 @@ from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
 from .tiered_cache import (
     Shape,
+    expected_attention,
+    filled,
     last_queries,
     live_bytes,
     new_pages,
@@ -54,35 +56,6 @@ def layer(shape, **kwargs):
         recent=RECENT,
         **parameters | kwargs,
     )
-
-
-def filled(shape, low_format, state, pages, table, seed):
-    """Compress random tokens into the pages."""
-    keys, values = tokens(shape, state.num_tokens, seed)
-    scores = torch.rand(shape.kv_heads, state.num_tokens)
-    reference.compress(
-        pages,
-        table,
-        shape.geometry,
-        low_format,
-        state,
-        keys,
-        values,
-        scores,
-        last_queries(shape),
-        RECENT,
-    )
-
-
-def expected_attention(q, tiers, scale, softcap=0.0, sinks=None):
-    """Output ``[group, head_dim]`` and summed weights, float64."""
-    logits = q.double() @ tiers.keys.T * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    if sinks is not None:
-        logits = torch.cat([logits, sinks.double()[:, None]], dim=1)
-    weights = logits.softmax(-1)[:, : len(tiers.keys)]
-    return weights @ tiers.values, weights.sum(0)
 
 
 def assert_close_attention(out, expected, dtype):

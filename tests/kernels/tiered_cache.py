@@ -129,6 +129,26 @@ def live_bytes(
     return torch.cat(parts)
 
 
+def assert_same_tiers(
+    pages: torch.Tensor,
+    expected: torch.Tensor,
+    table: list[int],
+    shape: Shape,
+    low_format: LowFormat,
+    state: TierState,
+) -> None:
+    """Two requests' streams agree but for a few integers."""
+    for head in range(shape.kv_heads):
+        arguments = (table, head, shape, low_format, state)
+        ours, theirs = live_bytes(pages, *arguments), live_bytes(expected, *arguments)
+        # A mean or a rotation may round differently in its last bit, and tip a few integers.
+        assert (ours != theirs).float().mean() < 0.002
+        ours, theirs = read_tiers(pages, *arguments), read_tiers(expected, *arguments)
+        assert torch.equal(ours.scores, theirs.scores)
+        for mine, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert (mine - other).norm() <= 0.01 * other.norm()
+
+
 def oracle_step(
     pages: torch.Tensor,
     table: list[int],
@@ -156,6 +176,49 @@ def oracle_step(
             value[head : head + 1],
             torch.zeros(1),
         )
+
+
+def filled(
+    shape: Shape,
+    low_format: LowFormat,
+    state: TierState,
+    pages: torch.Tensor,
+    table: list[int],
+    seed: int,
+    recent: int = 16,
+) -> None:
+    """Compress random tokens into the pages."""
+    keys, values = tokens(shape, state.num_tokens, seed)
+    scores = torch.rand(shape.kv_heads, state.num_tokens)
+    reference.compress(
+        pages,
+        table,
+        shape.geometry,
+        low_format,
+        state,
+        keys,
+        values,
+        scores,
+        last_queries(shape),
+        recent,
+    )
+
+
+def expected_attention(
+    q: torch.Tensor,
+    tiers: Tiers,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[group, head_dim]`` and summed weights, float64."""
+    logits = q.double() @ tiers.keys.T * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double()[:, None]], dim=1)
+    weights = logits.softmax(-1)[:, : len(tiers.keys)]
+    return weights @ tiers.values, weights.sum(0)
 
 
 def permutation(shape: Shape, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:

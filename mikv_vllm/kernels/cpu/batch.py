@@ -1,17 +1,11 @@
-"""The compressed rows of one decode step, as the kernels read them."""
+"""The compressed rows of one decode step, as the CPU kernels read them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierState
-
-DecodeRow = tuple[int, Any, TierState, AppendStep, LowFormat]
-"""Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
-step; what the step does; low format."""
+from mikv_vllm.kernels.batch import DecodeRow, describe_rows
 
 
 @dataclass(frozen=True)
@@ -19,7 +13,7 @@ class DecodeBatch:
     """Built once per step and read by every layer.
 
     Args:
-        rows: int32 ``[rows, 10]``, one C++ ``Row`` each.
+        rows: int32 ``[rows, ROW_FIELDS]``, one C++ ``Row`` each.
         tables: int32 ``[rows, max_pages]``, page ids.
     """
 
@@ -34,27 +28,6 @@ class DecodeBatch:
     def build(cls, rows: Iterable[DecodeRow]) -> "DecodeBatch":
         """Describe the compressed rows of a step."""
         rows = list(rows)
-        numbers = np.empty((len(rows), 10), np.int32)
-        max_pages = max((row[3].state.pages for row in rows), default=0)
-        tables = np.zeros((len(rows), max_pages), np.int32)
-        for i, (token, table, before, step, low_format) in enumerate(rows):
-            after = step.state
-            pages = np.asarray(table)[: after.pages]
-            assert len(pages) == after.pages, (
-                f"the table has {len(pages)} pages, the step needs {after.pages}"
-            )
-            tables[i, : after.pages] = pages
-            numbers[i] = (
-                token,
-                after.pages,
-                before.high_tokens,
-                before.low_chunks,
-                before.low_end // LINE_BYTES,
-                step.moved_chunks,
-                step.demoted_chunks,
-                after.low_end // LINE_BYTES,
-                low_format.key_bits,
-                low_format.value_bits,
-            )
-        addresses = (numbers.ctypes.data, len(rows), tables.ctypes.data, max_pages)
+        numbers, tables = describe_rows(rows)
+        addresses = (numbers.ctypes.data, len(rows), tables.ctypes.data, tables.shape[1])
         return cls(numbers, tables, addresses, max((row[0] for row in rows), default=-1))

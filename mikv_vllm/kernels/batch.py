@@ -1,0 +1,43 @@
+"""The compressed rows of one decode step, as every kernel reads them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierState
+
+DecodeRow = tuple[int, Any, TierState, AppendStep, LowFormat]
+"""Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
+step; what the step does; low format."""
+ROW_FIELDS = 10
+"""Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
+and demoted; low end after it; bits of keys and of values. Ends count in lines."""
+
+
+def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as int32 ``[rows, ROW_FIELDS]`` and their tables as int32 ``[rows, max_pages]``."""
+    numbers = np.empty((len(rows), ROW_FIELDS), np.int32)
+    max_pages = max((row[3].state.pages for row in rows), default=0)
+    tables = np.zeros((len(rows), max_pages), np.int32)
+    for i, (token, table, before, step, low_format) in enumerate(rows):
+        after = step.state
+        pages = np.asarray(table)[: after.pages]
+        assert len(pages) == after.pages, (
+            f"the table has {len(pages)} pages, the step needs {after.pages}"
+        )
+        tables[i, : after.pages] = pages
+        numbers[i] = (
+            token,
+            after.pages,
+            before.high_tokens,
+            before.low_chunks,
+            before.low_end // LINE_BYTES,
+            step.moved_chunks,
+            step.demoted_chunks,
+            after.low_end // LINE_BYTES,
+            low_format.key_bits,
+            low_format.value_bits,
+        )
+    return numbers, tables

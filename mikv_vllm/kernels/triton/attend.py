@@ -1,0 +1,329 @@
+"""Decode attention over both tiers: one program for each split of a request and KV head.
+
+Keys and queries meet as ``keys [32, channels] @ queries [channels, heads]``, values and weights as
+``values [channels, 32] @ weights [32, heads]``: so the query heads, few of which share a KV head,
+are the short side of the tensor core's tile. The integers are multiplied as they are: scales of
+keys go into the queries, scales of values into the weights.
+"""
+
+import triton
+import triton.language as tl
+
+from mikv_vllm.kernels.triton.dot import dot
+from mikv_vllm.kernels.triton.layout import Stream
+from mikv_vllm.kernels.triton.row import load_row
+from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped, power_of_two, weigh
+from mikv_vllm.kernels.triton.stream import (
+    byte_pointer,
+    channel_order,
+    high_keys,
+    high_values,
+    load_bytes,
+    load_fp16,
+    low_keys,
+    low_values,
+    record_at,
+    small_fp16,
+    token_order,
+    value_channel_order,
+)
+
+SUBNORMAL = tl.constexpr(2.0**24)
+"""What products of unpacked integers have to be multiplied by."""
+HIGH_ZERO = tl.constexpr(128)
+HIGH_EXPONENT = tl.constexpr(127 - 22)
+"""A float32's exponent bits less this count from where the 8-bit scales' exponents do."""
+
+
+@triton.jit
+def splits_of(chunks, blocks, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr):
+    """How many splits a request is worth, and how many of them, the first ones, are for its chunks.
+
+    A high block counts for two low ones, a split is no shorter than ``LEAST_BLOCKS``.
+    """
+    cost = chunks + 2 * blocks
+    splits = tl.minimum(SPLITS, tl.cdiv(cost, LEAST_BLOCKS) + 1)
+    low_splits = tl.minimum(tl.maximum(chunks * splits // cost, 1), splits - 1)
+    return splits, tl.where(chunks > 0, low_splits, 0)
+
+
+@triton.jit
+def query_fold(q):
+    """A factor for each head that makes ``q`` times a byte fill fp16's range, and its inverse."""
+    top = tl.maximum(tl.max(tl.abs(q), 0), 1e-30)
+    return 64.0 / top, top / 64.0
+
+
+@triton.jit
+def attend_low(
+    stream, q, first, last, low_line, SOFTCAP: tl.constexpr, L: tl.constexpr, C: tl.constexpr
+):
+    """Attention over low chunks ``first`` to ``last``.
+
+    Args:
+        q: float32 ``[padded, heads]``, scaled, to base 2, in :func:`~stream.channel_order`.
+        low_line: line of chunk 0.
+
+    Returns:
+        Maximum and sum of the weights, ``[heads]``, and for each value group its channels of the
+        output, not rotated back, ``[channels, heads]`` in :func:`~stream.value_channel_order`.
+    """
+    GROUPS: tl.constexpr = C.value_groups
+    CHANNELS: tl.constexpr = L.padded // GROUPS
+    top = tl.full([L.heads], NEVER, tl.float32)
+    total = tl.zeros([32, L.heads], tl.float32)
+    exponent = 0
+    sums = (tl.zeros([CHANNELS, L.heads], tl.float32),) * GROUPS
+    offsets = (tl.zeros([32, L.heads], tl.float32),) * GROUPS
+
+    channel = tl.minimum(channel_order(L.padded), L.head_dim - 1)
+    header = record_at(stream, low_line * 0, L.header_lines, L)
+    base = tl.sum(q * load_fp16(header, 2 * channel)[:, None], 0)
+    per_unit = q * load_fp16(header, 2 * (L.head_dim + channel))[:, None]
+    fold, unfold = query_fold(per_unit)
+    per_unit *= fold[None, :]
+    token = tl.arange(0, 32 * GROUPS)
+    order = token_order()
+    for chunk in range(first, last):
+        record = record_at(stream, low_line + chunk * C.count, C.count, L)
+        scales = small_fp16(load_bytes(record, C.key_scales, channel))
+        zeros = small_fp16(load_bytes(record, C.key_scales, L.head_dim + channel) ^ 0x80)
+        zeros = (zeros - 128.0) * (0.5 * scales)
+        steps = per_unit.to(tl.float16) * scales[:, None]
+        logits = tl.dot(low_keys(record, L, C), steps) * SUBNORMAL
+        logits += tl.sum(per_unit * zeros.to(tl.float32)[:, None], 0)[None, :]
+        logits = capped(logits * unfold[None, :] + base[None, :], SOFTCAP)
+        weights, top, total, older = weigh(logits, top, total)
+
+        largest = tl.max(load_bytes(record, C.value_scales, token), 0) // 8
+        largest = tl.maximum(exponent, largest)
+        older *= power_of_two(exponent - largest)
+        exponent = largest
+        for g in tl.static_range(GROUPS):
+            code = load_bytes(record, C.value_scales, 32 * g + order)
+            bits = (code - 8 * exponent + 8 * 127) << 20
+            scaled = weights * bits.to(tl.float32, bitcast=True)[:, None]
+            values = low_values(record, 4 * g, CHANNELS, L, C)
+            group = tl.dot(values, scaled.to(tl.float16), sums[g] * older[None, :])
+            sums = sums[:g] + (group,) + sums[g + 1 :]
+            zeros = load_bytes(record, C.value_scales, 32 * (GROUPS + g) + order) ^ 0x80
+            zeros = zeros.to(tl.float32) - 128.0
+            offset = offsets[g] * older[None, :] + scaled * zeros[:, None]
+            offsets = offsets[:g] + (offset,) + offsets[g + 1 :]
+    unit = power_of_two(exponent - 22)
+    for g in tl.static_range(GROUPS):
+        group = (sums[g] * SUBNORMAL + tl.sum(offsets[g], 0)[None, :]) * unit
+        sums = sums[:g] + (group,) + sums[g + 1 :]
+    return top, tl.sum(total, 0), sums
+
+
+@triton.jit
+def store_high_logits(logits_out, logits_stride, logits, tokens, valid, L: tl.constexpr):
+    """Keep logits ``[32, heads]`` of high tokens for the importance update."""
+    member = tl.arange(0, L.heads)
+    at = logits_out + member[None, :] * logits_stride + tokens[:, None]
+    tl.store(at, logits, mask=valid[:, None] & (member < L.group)[None, :])
+
+
+@triton.jit
+def attend_high(
+    stream,
+    q,
+    first,
+    last,
+    high_tokens,
+    logits_out,
+    logits_stride,
+    SOFTCAP: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Attention over blocks ``first`` to ``last`` of 32 high tokens of 8 bits.
+
+    Args:
+        q: as in :func:`attend_low`.
+        logits_out: where logits of these tokens go, ``[group, logits_stride]``.
+
+    Returns:
+        As :func:`attend_low`, the output as one tensor.
+    """
+    top = tl.full([L.heads], NEVER, tl.float32)
+    total = tl.zeros([32, L.heads], tl.float32)
+    exponent = 0
+    out = tl.zeros([L.padded, L.heads], tl.float32)
+    offset = tl.zeros([32, L.heads], tl.float32)
+    fold, unfold = query_fold(q)
+    folded = (q * fold[None, :]).to(tl.float16)
+    zero = HIGH_ZERO * tl.sum(folded.to(tl.float32), 0)
+    order = token_order()
+    half = tl.arange(0, 2)[:, None, None, None, None]
+    last_group = tl.cdiv(high_tokens, 16) - 1
+    for block in range(first, last):
+        tokens = 32 * block + order
+        valid = tokens < high_tokens
+        # The other half of an odd last group is read in its place, and weighs nothing.
+        group = tl.minimum(2 * block + half, last_group)
+        records = record_at(stream, L.header_lines + group * L.group_lines, L.group_lines, L)
+        group = tl.minimum(tokens // 16, last_group)
+        scales = record_at(stream, L.header_lines + group * L.group_lines, L.group_lines, L)
+        key_scales = load_fp16(scales, L.high_key_scales + 2 * (order % 16))
+        value_scales = load_fp16(scales, L.high_value_scales + 2 * (order % 16))
+        value_scales = tl.where(valid, value_scales, 0.0)
+
+        logits = tl.dot(high_keys(records, L), folded) * SUBNORMAL - zero[None, :]
+        logits *= key_scales[:, None] * unfold[None, :]
+        logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
+        store_high_logits(logits_out, logits_stride, logits, tokens, valid, L)
+        weights, top, total, older = weigh(logits, top, total)
+
+        bits = value_scales.to(tl.int32, bitcast=True)
+        largest = tl.maximum(exponent, tl.max((bits >> 23) - HIGH_EXPONENT, 0))
+        older *= power_of_two(exponent - largest)
+        exponent = largest
+        scaled = weights * (value_scales * power_of_two(22 - exponent))[:, None]
+        out = tl.dot(high_values(records, L), scaled.to(tl.float16), out * older[None, :])
+        offset = offset * older[None, :] + scaled.to(tl.float16).to(tl.float32)
+    out = out * SUBNORMAL - HIGH_ZERO * tl.sum(offset, 0)[None, :]
+    return top, tl.sum(total, 0), out * power_of_two(exponent - 22)
+
+
+@triton.jit
+def attend_high_16(
+    stream,
+    q,
+    first,
+    last,
+    high_tokens,
+    logits_out,
+    logits_stride,
+    scale,
+    SOFTCAP: tl.constexpr,
+    L: tl.constexpr,
+):
+    """As :func:`attend_high`, with 16-bit tokens; channels in their own order.
+
+    Args:
+        q: ``[padded, heads]`` in the cache's dtype, not scaled.
+    """
+    top = tl.full([L.heads], NEVER, tl.float32)
+    total = tl.zeros([32, L.heads], tl.float32)
+    out = tl.zeros([L.padded, L.heads], tl.float32)
+    channel = tl.arange(0, L.padded)
+    slot = tl.arange(0, 32)
+    inside = channel < L.head_dim
+    for block in range(first, last):
+        tokens = 32 * block + slot
+        valid = tokens < high_tokens
+        start = L.header_lines + tl.minimum(tokens, high_tokens - 1) // 16 * L.group_lines
+        byte = 2 * L.head_dim * (slot % 16)
+        at = byte_pointer(stream, start[:, None], byte[:, None] + 2 * channel[None, :], L)
+        mask = valid[:, None] & inside[None, :]
+        keys = tl.load(at.to(tl.pointer_type(q.dtype)), mask=mask, other=0.0)
+        logits = dot(keys, q, tl.zeros([32, L.heads], tl.float32)) * scale
+        logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
+        store_high_logits(logits_out, logits_stride, logits, tokens, valid, L)
+        weights, top, total, older = weigh(logits, top, total)
+        byte = L.high_values + byte[None, :] + 2 * channel[:, None]
+        at = byte_pointer(stream, start[None, :], byte, L)
+        mask = inside[:, None] & valid[None, :]
+        values = tl.load(at.to(tl.pointer_type(q.dtype)), mask=mask, other=0.0)
+        # Two parts keep twice the bits of a weight.
+        upper = weights.to(q.dtype)
+        lower = (weights - upper.to(tl.float32)).to(q.dtype)
+        out = dot(values, upper, dot(values, lower, out * older[None, :]))
+    return top, tl.sum(total, 0), out
+
+
+@triton.jit
+def attend_kernel(
+    pages,
+    page_stride,
+    head_stride,
+    rows,
+    tables,
+    table_stride,
+    q,
+    q_stride,
+    partial_out,
+    partial_sums,
+    high_logits,
+    logits_stride,
+    scale,
+    SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST_BLOCKS: tl.constexpr,
+    L: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Write one split's unnormalized output, softmax maximum and sum, and high tokens' logits.
+
+    Grid ``(SPLITS, kv_heads, rows)``; rows of another low format are another launch's.
+
+    Args:
+        pages: int32 words; strides count words.
+        rows: int32 ``[rows, ROW_FIELDS]``; tables: int32 ``[rows, table_stride]``.
+        q: ``[tokens, heads, head_dim]``, rows ``q_stride`` apart.
+        partial_out: float32 ``[rows, kv_heads, SPLITS, heads, padded]``; low splits' are rotated.
+        partial_sums: float32 ``[rows, kv_heads, SPLITS, 2, heads]``.
+        high_logits: float32 ``[rows, kv_heads, group, logits_stride]``, to base 2.
+    """
+    split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = load_row(rows, index)
+    if (row.token < 0) | (row.key_bits != C.key_bits) | (row.value_bits != C.value_bits):
+        return
+    blocks = tl.cdiv(row.high_tokens, 32)
+    splits, low_splits = splits_of(row.low_chunks, blocks, SPLITS, LEAST_BLOCKS)
+    if split >= splits:
+        return
+    kv_heads = tl.num_programs(1)
+    stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
+    member = tl.arange(0, L.heads)
+    q += row.token.to(tl.int64) * q_stride + (head * L.group + member[None, :]) * L.head_dim
+    part = (index * kv_heads + head) * SPLITS + split
+    partial_sums += part * 2 * L.heads + member
+    partial_out += part * L.heads * L.padded + member[None, :] * L.padded
+
+    channel = channel_order(L.padded)
+    inside = (channel < L.head_dim)[:, None] & (member < L.group)[None, :]
+    queries = tl.load(q + channel[:, None], mask=inside, other=0.0).to(tl.float32)
+    queries *= scale * LOG2E
+    if split < low_splits:
+        first = row.low_chunks * split // low_splits
+        last = row.low_chunks * (split + 1) // low_splits
+        low_line = row.low_end - row.low_chunks * C.count
+        top, total, sums = attend_low(stream, queries, first, last, low_line, SOFTCAP, L, C)
+        GROUPS: tl.constexpr = C.value_groups
+        CHANNELS: tl.constexpr = L.padded // GROUPS
+        for g in tl.static_range(GROUPS):
+            rotated = CHANNELS * g + value_channel_order(CHANNELS)
+            tl.store(partial_out + rotated[:, None], sums[g])
+        tl.store(partial_sums, top)
+        tl.store(partial_sums + L.heads, total)
+    else:
+        first = blocks * (split - low_splits) // (splits - low_splits)
+        last = blocks * (split - low_splits + 1) // (splits - low_splits)
+        high_logits += (index * kv_heads + head) * L.group * logits_stride
+        high = row.high_tokens
+        if L.high_bits == 8:
+            to = value_channel_order(L.padded)
+            top, total, out = attend_high(
+                stream, queries, first, last, high, high_logits, logits_stride, SOFTCAP, L
+            )
+        else:
+            to = tl.arange(0, L.padded)
+            inside = (to < L.head_dim)[:, None] & (member < L.group)[None, :]
+            raw = tl.load(q + to[:, None], mask=inside, other=0.0)
+            top, total, out = attend_high_16(
+                stream,
+                raw,
+                first,
+                last,
+                high,
+                high_logits,
+                logits_stride,
+                scale * LOG2E,
+                SOFTCAP,
+                L,
+            )
+        tl.store(partial_out + to[:, None], out)
+        tl.store(partial_sums, top)
+        tl.store(partial_sums + L.heads, total)

@@ -1,0 +1,73 @@
+"""The compressed rows of one decode step, in device memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mikv_vllm.kernels.batch import ROW_FIELDS, DecodeRow, describe_rows
+from mikv_vllm.tiers.formats import LowFormat
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Read by every layer of a step. Its capacity is fixed, so that a CUDA graph can keep it.
+
+    Args:
+        rows: int32 ``[capacity, ROW_FIELDS]``; a row without a request has token -1.
+        tables: int32 ``[capacity, max_pages]``, page ids.
+        low_formats: what rows may have; each costs a launch, its other rows return at once.
+        max_high: most high tokens of a row.
+    """
+
+    rows: torch.Tensor
+    tables: torch.Tensor
+    low_formats: tuple[LowFormat, ...]
+    max_high: int
+
+    @classmethod
+    def empty(
+        cls,
+        capacity: int,
+        max_pages: int,
+        low_formats: Sequence[LowFormat],
+        max_high: int,
+        device: torch.device | str,
+    ) -> "DecodeBatch":
+        """A batch without requests."""
+        rows = torch.full((capacity, ROW_FIELDS), -1, dtype=torch.int32, device=device)
+        tables = torch.zeros(capacity, max_pages, dtype=torch.int32, device=device)
+        return cls(rows, tables, tuple(low_formats), max_high)
+
+    @classmethod
+    def build(cls, rows: Sequence[DecodeRow], device: torch.device | str) -> "DecodeBatch":
+        """Describe the compressed rows of one step, with no room for more."""
+        max_pages = max(row[3].state.pages for row in rows)
+        max_high = max(max(row[2].high_tokens, row[3].state.high_tokens) for row in rows)
+        low_formats = sorted({row[4] for row in rows})
+        batch = cls.empty(len(rows), max_pages, low_formats, max_high, device)
+        batch.update(rows)
+        return batch
+
+    def update(self, rows: Sequence[DecodeRow]) -> None:
+        """Replace the requests by those of another step.
+
+        Raises:
+            ValueError: more or larger rows than there is room for, or another low format.
+        """
+        numbers, tables = describe_rows(rows)
+        high = max((max(row[2].high_tokens, row[3].state.high_tokens) for row in rows), default=0)
+        for what, value, most in (
+            ("rows", len(rows), len(self.rows)),
+            ("pages", tables.shape[1], self.tables.shape[1]),
+            ("high tokens", high, self.max_high),
+        ):
+            if value > most:
+                raise ValueError(f"the step has {value} {what}, the batch has room for {most}")
+        if foreign := {row[4] for row in rows} - set(self.low_formats):
+            raise ValueError(f"the batch is not made for {', '.join(f.name for f in foreign)}")
+        self.rows[:, 0] = -1
+        self.rows[: len(rows)].copy_(torch.from_numpy(numbers), non_blocking=True)
+        self.tables[: len(rows), : tables.shape[1]].copy_(
+            torch.from_numpy(tables), non_blocking=True
+        )

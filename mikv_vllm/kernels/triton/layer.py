@@ -1,0 +1,319 @@
+"""The tier operations of one attention layer on a GPU."""
+
+import torch
+import triton
+
+from mikv_vllm.kernels.triton.attend import attend_kernel
+from mikv_vllm.kernels.triton.batch import DecodeBatch
+from mikv_vllm.kernels.triton.change import change_kernel
+from mikv_vllm.kernels.triton.compress import (
+    frame_kernel,
+    measure_kernel,
+    select_kernel,
+    write_high_kernel,
+    write_low_kernel,
+)
+from mikv_vllm.kernels.triton.layout import Layout, LowLines, power_of_two
+from mikv_vllm.kernels.triton.merge import merge_kernel
+from mikv_vllm.kernels.triton.score import KEYS, prompt_scores_kernel, prompt_sums_kernel
+from mikv_vllm.kernels.triton.scratch import Scratch
+from mikv_vllm.tiers import codec
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LINE_BYTES, LowFormat
+from mikv_vllm.tiers.plan import TierState
+
+LEAST_BLOCKS = 8
+"""Blocks of 32 tokens below which another split costs more to merge than it saves."""
+PROGRAMS = 2048
+"""Splits that fill a large GPU: 16 warps for each of 128 multiprocessors."""
+MOST_SPLITS = 256
+SCORE_ROWS = 64
+"""Query rows of a tile of logits."""
+PARTS = 32
+"""Parts that a prompt is measured in, and a window's softmax summed in."""
+
+
+def hadamard_signs(head_dim: int) -> torch.Tensor:
+    """Signs of the block rotation, bf16, padded with zeros to a power of two."""
+    size = codec.hadamard_size(head_dim)
+    padded = power_of_two(head_dim)
+    signs = torch.zeros(padded, padded, dtype=torch.bfloat16)
+    block = codec.rotate(torch.eye(size)).sign()
+    for start in range(0, head_dim, size):
+        signs[start : start + size, start : start + size] = block
+    return signs
+
+
+def _words(cache: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """A cache, and its page and head strides in words."""
+    scale = 4 // cache.element_size() if cache.element_size() < 4 else 1
+    assert cache.stride(0) % scale == 0 and cache.stride(1) % scale == 0, "strides split words"
+    return cache.view(torch.int32), cache.stride(0) // scale, cache.stride(1) // scale
+
+
+class LayerOps:
+    """Score, compress and decode on one layer's cache.
+
+    Args:
+        head_dim: channels of a head, a multiple of 16 from 64 to 256.
+        num_heads, num_kv_heads: query heads, and the KV heads that they share evenly.
+        block_size: tokens of a native page, a multiple of 16.
+        high_bits: 8 or 16.
+        scale: factor on the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off.
+        sinks: ``[num_heads]`` logits that only join the softmax's denominator, or None.
+        decay: factor on every importance score at each decode step.
+        recent: newest tokens that are never demoted.
+        scratch: memory shared with the other layers.
+
+    Tiers lie in a cache whose first axes are ``[pages, kv_heads]`` and whose rest is contiguous;
+    native tokens in ``[pages, block_size, kv_heads, head_dim]``, keys and values each with the same
+    strides and contiguous channels.
+
+    Raises:
+        ValueError: a parameter that the kernels are not made for.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        block_size: int,
+        high_bits: int,
+        scale: float,
+        softcap: float,
+        sinks: torch.Tensor | None,
+        decay: float,
+        recent: int,
+        scratch: Scratch,
+    ) -> None:
+        if head_dim % 16 or not 64 <= head_dim <= 256:  # noqa: PLR2004
+            raise ValueError(
+                f"head_dim is {head_dim}, but must be a multiple of 16 from 64 to 256"
+            )
+        if block_size % 16:
+            raise ValueError(f"block_size is {block_size}, but must be a multiple of 16")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")
+        self._layout = Layout(head_dim, num_heads // num_kv_heads, block_size, high_bits)
+        self._kv_heads = num_kv_heads
+        self._scale = scale
+        self._softcap = float(softcap or 0.0)
+        self._sinks = None if sinks is None else sinks.float().contiguous()
+        self._decay = decay
+        self._recent = recent
+        self._scratch = scratch
+        self._hadamard = hadamard_signs(head_dim).to(scratch.device)
+        self._hadamard_scale = codec.hadamard_size(head_dim) ** -0.5
+
+    def _low(self, low_format: LowFormat) -> LowLines:
+        return LowLines(self._layout.head_dim, low_format.key_bits, low_format.value_bits)
+
+    def decode(
+        self,
+        cache: torch.Tensor,
+        batch: DecodeBatch,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """One decode step of every row of ``batch``: move, demote, append, attend, score.
+
+        Args:
+            q: ``[tokens, heads, head_dim]``; heads and channels contiguous, as in the others.
+            k, v: ``[tokens, kv_heads, head_dim]``, the new tokens.
+            out: like ``q``, in any float dtype; only the batch's rows are written.
+        """
+        layout, heads, rows = self._layout, self._kv_heads, len(batch.rows)
+        pages = (*_words(cache), batch.rows, batch.tables, batch.tables.stride(0))
+        capacity = -(-batch.max_high // CHUNK_TOKENS) * CHUNK_TOKENS
+        take = self._scratch.take
+        scores = take("scores", (rows, heads, capacity), torch.float32)
+        order = take("order", (rows, heads, capacity + CHUNK_TOKENS), torch.int32)
+        integers = take("integers", (rows, heads, 2, CHUNK_TOKENS, layout.head_dim), torch.uint8)
+        for low_format in batch.low_formats:
+            change_kernel[(heads, rows)](
+                *pages,
+                k,
+                k.stride(0),
+                v,
+                v.stride(0),
+                self._hadamard,
+                self._hadamard_scale,
+                self._recent,
+                scores,
+                order,
+                capacity,
+                integers,
+                L=layout,
+                C=self._low(low_format),
+            )
+        splits = min(MOST_SPLITS, power_of_two(-(-PROGRAMS // (rows * heads))))
+        splits = max(2, splits)
+        shape = (rows, heads, splits, layout.heads, layout.padded)
+        partial_out = take("partial_out", shape, torch.float32)
+        shape = (rows, heads, splits, 2, layout.heads)
+        partial_sums = take("partial_sums", shape, torch.float32)
+        logits = take("logits", (rows, heads, layout.group, capacity), torch.float32)
+        for low_format in batch.low_formats:
+            attend_kernel[(splits, heads, rows)](
+                *pages,
+                q,
+                q.stride(0),
+                partial_out,
+                partial_sums,
+                logits,
+                capacity,
+                self._scale,
+                SOFTCAP=self._softcap,
+                SPLITS=splits,
+                LEAST_BLOCKS=LEAST_BLOCKS,
+                L=layout,
+                C=self._low(low_format),
+                num_warps=1,
+                num_stages=2,
+            )
+        merge_kernel[(splits, heads, rows)](
+            *pages,
+            partial_out,
+            partial_sums,
+            logits,
+            capacity,
+            out,
+            out.stride(0),
+            self._hadamard,
+            self._hadamard_scale,
+            self._sinks,
+            self._decay,
+            HAS_SINKS=self._sinks is not None,
+            SPLITS=splits,
+            LEAST_BLOCKS=LEAST_BLOCKS,
+            L=layout,
+        )
+
+    def score(
+        self,
+        key_cache: torch.Tensor,
+        native_table: torch.Tensor,
+        num_tokens: int,
+        q: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> None:
+        """Add the attention that queries pay to each token of a native request to its scores.
+
+        Args:
+            native_table: page ids, int32.
+            q: ``[n, heads, head_dim]``, of the last ``n`` of ``num_tokens`` tokens, causal.
+            scores: ``[kv_heads, >= num_tokens]``, float32.
+        """
+        layout, heads = self._layout, self._kv_heads
+        rows = len(q) * layout.group
+        sums = self._scratch.take("sums", (heads, PARTS, 2, rows), torch.float32)
+        prompt_sums_kernel[(triton.cdiv(rows, SCORE_ROWS), PARTS, heads)](
+            key_cache,
+            *key_cache.stride()[:3],
+            native_table,
+            num_tokens,
+            q,
+            q.stride(0),
+            len(q),
+            sums,
+            self._scale,
+            SOFTCAP=self._softcap,
+            PARTS=PARTS,
+            ROWS=SCORE_ROWS,
+            L=layout,
+        )
+        prompt_scores_kernel[(triton.cdiv(num_tokens, KEYS.value), heads)](
+            key_cache,
+            *key_cache.stride()[:3],
+            native_table,
+            num_tokens,
+            q,
+            q.stride(0),
+            len(q),
+            sums,
+            scores,
+            scores.stride(0),
+            self._sinks,
+            self._scale,
+            SOFTCAP=self._softcap,
+            HAS_SINKS=self._sinks is not None,
+            PARTS=PARTS,
+            ROWS=SCORE_ROWS,
+            L=layout,
+        )
+
+    def compress(
+        self,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        native_table: torch.Tensor,
+        cache: torch.Tensor,
+        tiered_table: torch.Tensor,
+        state: TierState,
+        low_format: LowFormat,
+        scores: torch.Tensor,
+        q: torch.Tensor,
+    ) -> None:
+        """Write a native request into its tiers.
+
+        Args:
+            native_table, tiered_table: page ids, int32; they share no page, unless
+                ``key_cache`` and ``value_cache`` are copies.
+            state: sizes to reach.
+            scores: ``[kv_heads, >= state.num_tokens]``, float32.
+            q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: low keys are
+                rounded so that these queries see the smallest error.
+        """
+        assert key_cache.stride() == value_cache.stride(), "keys and values need equal strides"
+        layout, heads, tokens = self._layout, self._kv_heads, state.num_tokens
+        native = (key_cache, value_cache, *key_cache.stride()[:3], native_table)
+        tiered = (*_words(cache), tiered_table)
+        take = self._scratch.take
+        order = take("order", (heads, tokens), torch.int32)
+        high = state.high_tokens
+        select_kernel[(heads,)](
+            scores, scores.stride(0), tokens, high, self._recent, order, tokens
+        )
+        partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
+        measure_kernel[(PARTS, heads)](
+            *native, order, tokens, tokens, high, partial, PARTS=PARTS, L=layout
+        )
+        unit_share = 2 / (255 * ((1 << low_format.key_bits) - 1))
+        frame_kernel[(heads,)](
+            *tiered, partial, tokens, unit_share, PARTS=PARTS, L=layout
+        )
+        write_high_kernel[(triton.cdiv(high, GROUP_TOKENS), heads)](
+            *native, *tiered, scores, scores.stride(0), order, tokens, high, L=layout
+        )
+        if not state.low_chunks:
+            return
+        queries = q.unflatten(1, (heads, layout.group)).movedim(1, 0).flatten(1, 2)
+        feedback = codec.key_feedback(queries, self._units(cache, tiered_table))
+        shape = (heads, state.low_chunks, CHUNK_TOKENS, layout.head_dim)
+        errors = take("errors", shape, torch.float32)
+        integers = take("integers", (*shape[:2], 2, *shape[2:]), torch.uint8)
+        write_low_kernel[(state.low_chunks, heads)](
+            *native,
+            *tiered,
+            order,
+            tokens,
+            high,
+            state.low_chunks,
+            state.low_end // LINE_BYTES,
+            feedback.order.to(torch.int32),
+            feedback.weights,
+            errors,
+            integers,
+            self._hadamard,
+            self._hadamard_scale,
+            L=layout,
+            C=self._low(low_format),
+        )
+
+    def _units(self, cache: torch.Tensor, tiered_table: torch.Tensor) -> torch.Tensor:
+        """Units of the keys' scales in the header, fp16 ``[kv_heads, head_dim]``."""
+        first = cache.view(torch.float16)[tiered_table[:1].long()][0].flatten(1)
+        return first[:, self._layout.head_dim : 2 * self._layout.head_dim]

@@ -1,0 +1,132 @@
+"""What the kernels are compiled for: sizes from ``tiers/formats.py``, counted in lines."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat, LowLayout, TierGeometry
+from mikv_vllm.tiers.packing import PLANES
+
+SMALLEST_TILE = 8
+"""Least query heads in a tensor core's tile: fewer are padded."""
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's layer, as one compile-time argument."""
+
+    head_dim: int
+    group: int
+    """Query heads of a KV head."""
+    block_size: int
+    high_bits: int
+
+    @property
+    def geometry(self) -> TierGeometry:
+        return TierGeometry(self.head_dim, self.block_size, self.high_bits)
+
+    @property
+    def padded(self) -> int:
+        """Channels rounded up to a power of two."""
+        return power_of_two(self.head_dim)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a KV head, padded to a tile."""
+        return max(SMALLEST_TILE, power_of_two(self.group))
+
+    @property
+    def page_lines(self) -> int:
+        return self.geometry.page_bytes // LINE_BYTES
+
+    @property
+    def header_lines(self) -> int:
+        return self.geometry.header_bytes // LINE_BYTES
+
+    @property
+    def group_lines(self) -> int:
+        """Lines of a high group."""
+        return self.geometry.high.num_bytes // LINE_BYTES
+
+    @property
+    def high_values(self) -> int:
+        """Byte offsets in a high group, from here on."""
+        return self.geometry.high.values
+
+    @property
+    def high_key_scales(self) -> int:
+        return self.geometry.high.key_scales
+
+    @property
+    def high_value_scales(self) -> int:
+        return self.geometry.high.value_scales
+
+    @property
+    def high_scores(self) -> int:
+        return self.geometry.high.scores
+
+
+@dataclass(frozen=True)
+class LowLines:
+    """A low format of one head size, as one compile-time argument. Offsets in lines."""
+
+    head_dim: int
+    key_bits: int
+    value_bits: int
+
+    @property
+    def _layout(self) -> LowLayout:
+        return LowLayout(self.head_dim, LowFormat(self.key_bits, self.value_bits))
+
+    @property
+    def count(self) -> int:
+        """Lines of a chunk."""
+        return self._layout.num_bytes // LINE_BYTES
+
+    @property
+    def values(self) -> int:
+        return self._layout.values // LINE_BYTES
+
+    @property
+    def key_scales(self) -> int:
+        return self._layout.key_scales // LINE_BYTES
+
+    @property
+    def value_scales(self) -> int:
+        return self._layout.value_scales // LINE_BYTES
+
+    @property
+    def value_groups(self) -> int:
+        return self._layout.value_groups
+
+
+    @property
+    def key_main(self) -> int:
+        """Bits of the keys' first plane; a 1-bit plane holds the rest of 3 and 5 bits."""
+        return PLANES[self.key_bits][0]
+
+    @property
+    def value_main(self) -> int:
+        """The same for values."""
+        return PLANES[self.value_bits][0]
+
+    @property
+    def value_tiles_taken(self) -> int:
+        """Tiles of four tokens' values that one thread takes out of a word of the first plane."""
+        per_line = 8 // self.value_main
+        return per_line if self.head_dim // 16 % per_line == 0 else 1
+
+
+class Stream(NamedTuple):
+    """Where a request's stream of one head lies, for device functions."""
+
+    pages: object
+    """int32 pointer to the head's part of page 0."""
+    page_stride: object
+    """Words from a page to the next."""
+    table: object
+    """int32 pointer to the request's block table."""

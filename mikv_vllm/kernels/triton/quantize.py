@@ -1,0 +1,78 @@
+"""The codecs of ``tiers/codec.py`` as device functions."""
+
+import triton
+import triton.language as tl
+
+from mikv_vllm.tiers import codec as _codec
+from mikv_vllm.tiers.formats import KEY_ZERO_STEPS as _KEY_ZERO_STEPS
+
+KEY_ZERO_STEPS = tl.constexpr(_KEY_ZERO_STEPS)
+CODE_BIAS = tl.constexpr((127 - _codec.SCALE_BIAS) << 3)
+HIGH_OFFSET = tl.constexpr(_codec.HIGH_OFFSET)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def rint(x):
+    """Round to the nearest integer, halves to even, as torch does; for ``|x| < 2**22``."""
+    # 1.5 * 2**23: what is added to it keeps no fraction.
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def key_steps(low, high, unit, BITS: tl.constexpr):
+    """Scales (1 to 255), steps and zero points of keys between ``low`` and ``high``; float32."""
+    top: tl.constexpr = (1 << BITS) - 1
+    scale = tl.maximum(tl.div_rn(high - low, top * 1.0), tl.abs(low) * (KEY_ZERO_STEPS / 127))
+    scales = clamp(tl.ceil(tl.div_rn(scale, unit)), 1.0, 255.0)
+    steps = scales * unit
+    ratio = clamp(tl.div_rn(low, steps) * KEY_ZERO_STEPS, -1000.0, 1000.0)
+    return scales, steps, clamp(rint(ratio), -128.0, 127.0)
+
+
+@triton.jit
+def round_keys(x, steps, zeros, BITS: tl.constexpr):
+    """Integers of keys, float32."""
+    ratio = tl.div_rn(x, steps) - zeros / KEY_ZERO_STEPS
+    return rint(clamp(ratio, 0.0, (1 << BITS) - 1.0))
+
+
+@triton.jit
+def quantize_values(x, inside, GROUPS: tl.constexpr, BITS: tl.constexpr):
+    """Quantize rotated values per token and group of channels.
+
+    Args:
+        x: float32 ``[tokens, channels]``; ``inside``: which channels exist, ``[channels]``.
+
+    Returns:
+        Integers as ``x``; scale codes and zero points ``[tokens, GROUPS]``, int32 and float32.
+    """
+    TOKENS: tl.constexpr = x.shape[0]
+    CHANNELS: tl.constexpr = x.shape[1]
+    top: tl.constexpr = (1 << BITS) - 1
+    shape: tl.constexpr = (TOKENS, GROUPS, CHANNELS // GROUPS)
+    grouped = tl.reshape(x, shape)
+    mask = tl.reshape(inside, (1, GROUPS, CHANNELS // GROUPS))
+    low = tl.min(tl.where(mask, grouped, INFINITY), 2)
+    high = tl.max(tl.where(mask, grouped, -INFINITY), 2)
+    scale = tl.maximum(tl.div_rn(high - low, top * 1.0), tl.div_rn(tl.abs(low), 127.0))
+    codes = ((scale.to(tl.int32, bitcast=True) + ((1 << 20) - 1)) >> 20) - CODE_BIAS
+    codes = tl.minimum(tl.maximum(codes, 0), 255)
+    steps = ((codes + CODE_BIAS) << 20).to(tl.float32, bitcast=True)
+    zeros = clamp(rint(clamp(tl.div_rn(low, steps), -1000.0, 1000.0)), -128.0, 127.0)
+    ratio = clamp(tl.div_rn(grouped, steps[:, :, None]), -1000.0, 1000.0)
+    integers = clamp(rint(ratio) - zeros[:, :, None], 0.0, top * 1.0)
+    return tl.reshape(integers, (TOKENS, CHANNELS)), codes, zeros
+
+
+@triton.jit
+def quantize_high(x):
+    """8-bit integers plus 128 of ``[tokens, channels]``, and fp16 scales ``[tokens]``."""
+    scales = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 6.2e-5).to(tl.float16)
+    ratio = tl.div_rn(x, scales.to(tl.float32)[:, None])
+    return rint(clamp(ratio, -127.0, 127.0)) + HIGH_OFFSET, scales

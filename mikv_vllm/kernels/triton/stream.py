@@ -1,0 +1,228 @@
+"""Device functions that find bytes in a request's stream and integers in its lines.
+
+Pages are read as 32-bit words, 16 to a line. A word of a key tile holds 4 channels of one token, a
+word of a value tile 4 tokens of one channel (:mod:`mikv_vllm.tiers.packing`).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from mikv_vllm.tiers.formats import LINE_BYTES as _LINE_BYTES
+
+LINE_BYTES = tl.constexpr(_LINE_BYTES)
+LINE_WORDS = tl.constexpr(_LINE_BYTES // 4)
+
+
+@triton.jit
+def line_pointer(stream, line, L: tl.constexpr):
+    """Pointer to the first word of each stream line.
+
+    Args:
+        stream: a :class:`~mikv_vllm.kernels.triton.layout.Stream`.
+        line: stream lines, of any shape.
+    """
+    page = tl.load(stream.table + line // L.page_lines).to(tl.int64)
+    return stream.pages + page * stream.page_stride + (line % L.page_lines) * LINE_WORDS
+
+
+@triton.jit
+def byte_pointer(stream, line, byte, L: tl.constexpr):
+    """uint8 pointer to a byte that lies ``byte`` bytes behind the start of ``line``."""
+    start = line_pointer(stream, line + byte // LINE_BYTES, L)
+    return start.to(tl.pointer_type(tl.uint8)) + byte % LINE_BYTES
+
+
+class Record(NamedTuple):
+    """A record no longer than a page: it lies in one page or two."""
+
+    here: object
+    """Where its first line is."""
+    beyond: object
+    """Where that line would be if all of it lay in the next page."""
+    wrap: object
+    """Lines until the page's end."""
+
+
+@triton.jit
+def record_at(stream, line, COUNT: tl.constexpr, L: tl.constexpr):
+    """The record of ``COUNT`` lines at ``line``."""
+    line = line.to(tl.uint32)
+    within = line % L.page_lines
+    here = tl.load(stream.table + line // L.page_lines).to(tl.int64)
+    beyond = tl.load(stream.table + (line + (COUNT - 1)) // L.page_lines).to(tl.int64)
+    start = stream.pages + within.to(tl.int32) * LINE_WORDS
+    return Record(
+        start + here * stream.page_stride,
+        start + beyond * stream.page_stride - L.page_lines * LINE_WORDS,
+        L.page_lines - within.to(tl.int32),
+    )
+
+
+@triton.jit
+def record_words(record, line, word):
+    """Pointer to word ``word`` of line ``line`` of a record."""
+    start = tl.where(line < record.wrap, record.here, record.beyond)
+    return start + (line * LINE_WORDS + word)
+
+
+@triton.jit
+def load_bytes(record, line, byte):
+    """Bytes 0 to 255 of a field that starts at a record's line, int32.
+
+    They are read as words: 8-bit loads would have the compiler arrange dots for 8-bit operands.
+    """
+    words = tl.load(record_words(record, line + byte // LINE_BYTES, byte % LINE_BYTES // 4))
+    return words >> (byte % 4 * 8) & 0xFF
+
+
+@triton.jit
+def small_fp16(numbers):
+    """Integers 0 to 1023 as fp16."""
+    # 0x6400 is 1024, whose last bit counts 1.
+    return (numbers | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def load_fp16(record, byte):
+    """fp16 numbers ``byte`` bytes behind a record's start, as float32."""
+    half = byte // 2
+    start = record_words(record, half // (2 * LINE_WORDS), 0).to(tl.pointer_type(tl.float16))
+    return tl.load(start + half % (2 * LINE_WORDS)).to(tl.float32)
+
+
+@triton.jit
+def as_halves(pairs):
+    """Two fp16 numbers from each 32-bit word, on a new last axis."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def unpack_words(words, extra, MAIN: tl.constexpr, BITS: tl.constexpr):
+    """Integers of words as fp16 numbers ``n * 2**-24``.
+
+    A small integer in the lowest bits of an fp16 number *is* that subnormal number: unpacking takes
+    a shift and a mask for two of them, and tensor cores multiply subnormals exactly.
+
+    Args:
+        words: int32, plane bits of bytes 0 to 3 at the lowest bits of each byte.
+        extra: the same of the 1-bit plane; any value where there is none.
+
+    Returns:
+        ``[..., 2, 2]``: byte ``j + 2 * h`` of the word at ``[..., j, h]``.
+    """
+    MASK: tl.constexpr = ((1 << MAIN) - 1) * 0x00010001
+    even, odd = words & MASK, (words >> 8) & MASK
+    if MAIN < BITS:
+        even |= (extra & 0x00010001) << MAIN
+        odd |= ((extra >> 8) & 0x00010001) << MAIN
+    return as_halves(tl.join(even, odd))
+
+
+@triton.jit
+def low_keys(record, L: tl.constexpr, C: tl.constexpr):
+    """Keys of a chunk as the left operand of a dot: fp16 ``[32, L.padded]``.
+
+    Row ``16a + 8b + c`` is token ``16a + 2c + b``, column ``16a + 8b + 2c + d`` channel
+    ``16a + 4c + 2d + b``: so a thread of the tensor core holds the words that it loads, if none of
+    the operands' inputs is an 8-bit load. Columns from ``L.head_dim`` on repeat others.
+    """
+    step = tl.arange(0, L.padded // 16)[:, None, None, None]
+    row = tl.arange(0, 8)[None, :, None, None]
+    quad = tl.arange(0, 4)[None, None, :, None]
+    pair = tl.arange(0, 2)[None, None, None, :]
+    half = tl.arange(0, 2)[:, None, None, None, None]
+    MAIN: tl.constexpr = C.key_main
+    tile = 2 * tl.minimum(step * 4 + quad, L.head_dim // 4 - 1)
+    words = tl.load(record_words(record, tile * MAIN // 8, row * 2 + pair))
+    if MAIN == 2:
+        words = words >> (tile % 4 * 2)
+    extra = words
+    if MAIN < C.key_bits:
+        line = L.head_dim * MAIN // 16 + tile // 8
+        extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
+    numbers = unpack_words(words[None] >> (MAIN * half), extra[None] >> half, MAIN, C.key_bits)
+    return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
+
+
+@triton.jit
+def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    """Values of a chunk as the left operand of a dot: fp16 ``[CHANNELS, 32]``.
+
+    Channels start at ``16 * first_tile``; row ``16a + 8b + c`` is channel ``16a + 2c + b`` from
+    there, and columns are in the order of :func:`low_keys`'s rows.
+    """
+    MAIN: tl.constexpr = C.value_main
+    TILES: tl.constexpr = L.head_dim // 16
+    TAKEN: tl.constexpr = C.value_tiles_taken
+    step = tl.arange(0, 2)[:, None, None, None, None]
+    block = tl.arange(0, CHANNELS // 16 // TAKEN)[None, :, None, None, None]
+    row = tl.arange(0, 8)[None, None, :, None, None]
+    quad = tl.arange(0, 4)[None, None, None, :, None]
+    pair = tl.arange(0, 2)[None, None, None, None, :]
+    taken = tl.arange(0, TAKEN)[:, None, None, None, None, None]
+    tile = (step * 4 + quad) * TILES + tl.minimum(first_tile + block * TAKEN, TILES - TAKEN)
+    words = tl.load(record_words(record, C.values + tile * MAIN // 8, row * 2 + pair))
+    if TAKEN < 8 // MAIN:
+        words = words >> (tile % (8 // MAIN) * MAIN)
+    extra = words
+    if MAIN < C.value_bits:
+        line = C.values + L.head_dim * MAIN // 16 + tile // 8
+        extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
+    numbers = unpack_words(words[None] >> (MAIN * taken), extra[None] >> taken, MAIN, C.value_bits)
+    return tl.reshape(tl.permute(numbers, (2, 0, 5, 3, 1, 6, 4, 7)), (CHANNELS, 32))
+
+
+@triton.jit
+def high_keys(records, L: tl.constexpr):
+    """8-bit keys of two groups, in the order of :func:`low_keys`.
+
+    Args:
+        records: the groups', ``[2, 1, 1, 1, 1]``.
+    """
+    step = tl.arange(0, L.padded // 16)[None, :, None, None, None]
+    row = tl.arange(0, 8)[None, None, :, None, None]
+    quad = tl.arange(0, 4)[None, None, None, :, None]
+    pair = tl.arange(0, 2)[None, None, None, None, :]
+    tile = tl.minimum(step * 4 + quad, L.head_dim // 4 - 1)
+    words = tl.load(record_words(records, tile, row * 2 + pair))
+    numbers = unpack_words(words, words, 8, 8)
+    return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
+
+
+@triton.jit
+def high_values(records, L: tl.constexpr):
+    """8-bit values of two groups, channels and tokens in the order of :func:`low_values`."""
+    TILES: tl.constexpr = L.head_dim // 16
+    block = tl.arange(0, L.padded // 16)[None, :, None, None, None]
+    row = tl.arange(0, 8)[None, None, :, None, None]
+    quad = tl.arange(0, 4)[None, None, None, :, None]
+    pair = tl.arange(0, 2)[None, None, None, None, :]
+    tile = L.head_dim // 4 + quad * TILES + tl.minimum(block, TILES - 1)
+    words = tl.load(record_words(records, tile, row * 2 + pair))
+    numbers = unpack_words(words, words, 8, 8)
+    return tl.reshape(tl.permute(numbers, (1, 4, 2, 0, 5, 3, 6)), (L.padded, 32))
+
+
+@triton.jit
+def token_order():
+    """Token of each row of a block of 32, as :func:`low_keys` orders them."""
+    row = tl.arange(0, 32)
+    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+
+
+@triton.jit
+def channel_order(PADDED: tl.constexpr):
+    """Channel of each column of :func:`low_keys`."""
+    column = tl.arange(0, PADDED)
+    return column // 16 * 16 + column // 2 % 4 * 4 + column % 2 * 2 + column // 8 % 2
+
+
+@triton.jit
+def value_channel_order(PADDED: tl.constexpr):
+    """Channel of each row of :func:`low_values`."""
+    row = tl.arange(0, PADDED)
+    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2

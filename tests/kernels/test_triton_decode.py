@@ -1,0 +1,167 @@
+"""The decode step's Triton kernels, against the torch oracle."""
+
+import pytest
+import torch
+
+from mikv_vllm.kernels import triton as kernels
+from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+
+from .tiered_cache import (
+    Shape,
+    expected_attention,
+    filled,
+    live_bytes,
+    new_pages,
+    oracle_step,
+    read_tiers,
+    state_of,
+    tokens,
+)
+
+RECENT, DECAY = 16, 0.9
+
+
+def layer(shape, device, **kwargs):
+    parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None}
+    return kernels.LayerOps(
+        shape.head_dim,
+        shape.heads,
+        shape.kv_heads,
+        shape.block_size,
+        shape.high_bits,
+        decay=DECAY,
+        recent=RECENT,
+        scratch=kernels.Scratch(device),
+        **parameters | kwargs,
+    )
+
+
+class Step:
+    """A decode step of several rows, with what the oracle makes of it."""
+
+    def __init__(self, shape, low_formats, states, steps, pages, tables, seed):
+        self.shape, self.low_formats, self.states, self.steps = shape, low_formats, states, steps
+        self.pages, self.tables = pages, tables
+        rng = torch.Generator().manual_seed(seed)
+        rows = len(states)
+        width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        fused = torch.randn(rows + 2, width, generator=rng).to(shape.dtype)
+        sizes = [shape.heads * shape.head_dim] + [shape.kv_heads * shape.head_dim] * 2
+        self.qkv = [part.unflatten(1, (-1, shape.head_dim)) for part in fused.split(sizes, 1)]
+        # The interpreter would truncate sums to bf16; torch rounds them.
+        self.out = torch.full((rows + 2, shape.heads, shape.head_dim), 7.0)
+        self.places = torch.randperm(rows + 2, generator=rng).tolist()
+
+    def rows(self):
+        return [
+            (self.places[i], self.tables[i], self.states[i], self.steps[i], self.low_formats[i])
+            for i in range(len(self.states))
+        ]
+
+    def run(self, ops, batch, device, **kwargs):
+        """Run the kernels on ``pages``, and check everything against the oracle."""
+        before = self.pages.clone()
+        pages, out = self.pages.to(device), self.out.to(device)
+        ops.decode(pages, batch, *(part.to(device) for part in self.qkv), out)
+        self.pages.copy_(pages)
+        self.out.copy_(out)
+        self.check(before, **kwargs)
+
+    def check(self, before, softcap=0.0, sinks=None):
+        shape, out, places = self.shape, self.out, self.places
+        rows = len(self.states)
+        assert torch.equal(out[places[rows:]], torch.full_like(out[places[rows:]], 7.0))
+        used = {
+            page
+            for table, step in zip(self.tables, self.steps, strict=True)
+            for page in table[: step.state.pages]
+        }
+        others = [page for page in range(len(before)) if page not in used]
+        assert torch.equal(self.pages[others], before[others])
+        q, k, v = self.qkv
+        for i in range(rows):
+            table, low_format, after = self.tables[i], self.low_formats[i], self.steps[i].state
+            request = (shape, low_format, after)
+            oracle = before.clone()
+            args = (shape, low_format, self.states[i], self.steps[i])
+            oracle_step(oracle, table, *args, k[places[i]], v[places[i]], RECENT)
+            for head in range(shape.kv_heads):
+                ours = live_bytes(self.pages, table, head, *request)
+                theirs = live_bytes(oracle, table, head, *request)
+                # A rotation may round differently in its last bit, and tip an integer.
+                assert (ours != theirs).float().mean() < 0.002
+                tiers = read_tiers(self.pages, table, head, *request)
+                old = read_tiers(oracle, table, head, *request)
+                members = slice(head * shape.group, (head + 1) * shape.group)
+                sink = None if sinks is None else sinks[members]
+                expected, weights = expected_attention(
+                    q[places[i], members], tiers, shape.head_dim**-0.5, softcap, sink
+                )
+                mine = out[places[i], members]
+                assert ((mine - expected).norm() / expected.norm()).item() <= 1.5e-3
+                rounded = mine.to(shape.dtype).double()
+                assert ((rounded - expected).norm() / expected.norm()).item() <= 2.2e-3
+                torch.testing.assert_close(
+                    tiers.scores.double(),
+                    DECAY * old.scores.double() + weights[: after.high_tokens],
+                    rtol=3e-3,
+                    atol=5e-4,
+                )
+
+
+def several_rows(shape, low_format, seed):
+    """Four rows: one gets pages and moves chunks, one demotes, one has no chunk, two formats."""
+    other = LowFormat(3, 3)
+    geometry = shape.geometry
+    wanted = [(30, 7, low_format), (17, 1, other), (47, 0, low_format), (90, 3, other)]
+    states, steps, formats, tables = [], [], [], []
+    pages = new_pages(shape, 60)
+    free = torch.randperm(len(pages)).tolist()
+    for i, (high, chunks, fmt) in enumerate(wanted):
+        before = state_of(shape, fmt, high, chunks, slack_lines=i)
+        size = geometry.low(fmt).num_bytes
+        after_pages, demoted, moved, low_end = before.pages, 0, 0, before.low_end
+        if i == 2:
+            after_pages += 1
+            low_end = after_pages * geometry.page_bytes
+        elif i == 3:
+            demoted = 1
+        else:
+            after_pages += 2 - i
+            moved = min(chunks, (after_pages * geometry.page_bytes - low_end) // size)
+            low_end += moved * size
+        after = TierState(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end)
+        states.append(before)
+        steps.append(AppendStep(after_pages - before.pages, moved, demoted, after))
+        formats.append(fmt)
+        tables.append([free.pop() for _ in range(after_pages)])
+        filled(shape, fmt, before, pages, tables[-1], seed=i, recent=RECENT)
+    return Step(shape, formats, states, steps, pages, tables, seed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "low_format", "kwargs"),
+    [
+        (Shape(), LowFormat(4, 3), {}),
+        (Shape(64, group=1, block_size=16), LowFormat(5, 4), {"softcap": 5.0}),
+        (Shape(80, group=4, block_size=32, dtype=torch.float16), LowFormat(2, 5), {"sinks": True}),
+        (Shape(96, group=8, kv_heads=1, block_size=32), LowFormat(4, 4), {}),
+        (Shape(128, group=4, kv_heads=1), LowFormat(4, 4), {}),
+        (Shape(128, group=16, kv_heads=1, block_size=128), LowFormat(3, 2), {"sinks": True}),
+        (Shape(64, high_bits=16, block_size=16), LowFormat(2, 3), {}),
+        (Shape(80, high_bits=16, dtype=torch.float16), LowFormat(5, 2), {"softcap": 3.0}),
+        (Shape(256, kv_heads=1, block_size=16), LowFormat(2, 2), {}),
+    ],
+)
+def test_a_step_of_several_rows(shape, low_format, kwargs, device):
+    kwargs = dict(kwargs)
+    if kwargs.get("sinks"):
+        kwargs["sinks"] = 2 * torch.randn(shape.heads)
+    step = several_rows(shape, low_format, seed=5)
+    on_device = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in kwargs.items()
+    }
+    batch = kernels.DecodeBatch.build(step.rows(), device)
+    step.run(layer(shape, device, **on_device), batch, device, **kwargs)
