@@ -33,6 +33,7 @@ def layer(shape, device, **kwargs):
         decay=DECAY,
         recent=RECENT,
         scratch=kernels.Scratch(device),
+        programs=32,
         **parameters | kwargs,
     )
 
@@ -100,8 +101,9 @@ class Step:
                 )
                 mine = out[places[i], members]
                 assert ((mine - expected).norm() / expected.norm()).item() <= 1.5e-3
+                # Rounding to bf16 is off by 1.6e-3 itself.
                 rounded = mine.to(shape.dtype).double()
-                assert ((rounded - expected).norm() / expected.norm()).item() <= 2.2e-3
+                assert ((rounded - expected).norm() / expected.norm()).item() <= 2.5e-3
                 torch.testing.assert_close(
                     tiers.scores.double(),
                     DECAY * old.scores.double() + weights[: after.high_tokens],

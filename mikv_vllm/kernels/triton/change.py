@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mikv_vllm.kernels.triton.dot import dot
+from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.quantize import key_steps, quantize_values, round_keys
 from mikv_vllm.kernels.triton.row import CHUNK, load_row
@@ -169,8 +169,8 @@ def demote(
     place = tl.arange(0, 32)[:, None] * L.head_dim + channel[None, :]
     numbers = round_keys(x, steps[None, :], zeros[None, :], C.key_bits)
     tl.store(integers + place, numbers.to(tl.uint8), mask=inside[None, :])
-    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :]).to(tl.float32)
-    x = dot(values, signs, tl.zeros([32, L.padded], tl.float32)) * hadamard_scale
+    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
+    x = dot_signs(values, signs) * hadamard_scale
     numbers, codes, value_zeros = quantize_values(x, inside, C.value_groups, C.value_bits)
     value_integers = integers + 32 * L.head_dim
     tl.store(value_integers + place, numbers.to(tl.uint8), mask=inside[None, :])
@@ -201,10 +201,6 @@ def change_kernel(
     rows,
     tables,
     table_stride,
-    k,
-    k_stride,
-    v,
-    v_stride,
     hadamard,
     hadamard_scale,
     recent,
@@ -212,18 +208,19 @@ def change_kernel(
     order,
     capacity,
     integers,
+    DTYPE: tl.constexpr,
     L: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Move chunks, demote if the plan says so, append the new token.
+    """Move chunks and demote, where the plan says so.
 
     Grid ``(kv_heads, rows)``. Arguments as in ``attend_kernel``, and:
 
     Args:
-        k, v: ``[tokens, kv_heads, head_dim]``, rows ``k_stride`` and ``v_stride`` apart.
         recent: newest tokens that are never demoted.
         scores: scratch, float32 ``[rows, kv_heads, capacity]``; ``order``: int32, as much and 32
-            more for each head; ``integers``: uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
+                more for each head; ``integers``: uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
+        DTYPE: of 16-bit high tokens.
     """
     head, index = tl.program_id(0), tl.program_id(1)
     row = load_row(rows, index)
@@ -247,15 +244,40 @@ def change_kernel(
             kept,
             kept + capacity,
             integers + slot * 64 * L.head_dim,
-            k.dtype.element_ty,
+            DTYPE,
             L,
             C,
         )
+
+
+@triton.jit
+def append_kernel(
+    pages,
+    page_stride,
+    head_stride,
+    rows,
+    tables,
+    table_stride,
+    k,
+    k_stride,
+    v,
+    v_stride,
+    L: tl.constexpr,
+):
+    """Store the new token as the last high one. Grid ``(kv_heads, rows)``.
+
+    Args:
+        k, v: ``[tokens, kv_heads, head_dim]``, rows ``k_stride`` and ``v_stride`` apart.
+    """
+    head, index = tl.program_id(0), tl.program_id(1)
+    row = load_row(rows, index)
+    if row.token < 0:
+        return
+    stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     channel = tl.arange(0, L.padded)[None, :]
-    at = row.token.to(tl.int64) * k_stride + head * L.head_dim + channel
     inside = channel < L.head_dim
-    key = tl.load(k + at, mask=inside, other=0.0)
-    at = row.token.to(tl.int64) * v_stride + head * L.head_dim + channel
-    value = tl.load(v + at, mask=inside, other=0.0)
+    at = head * L.head_dim + channel
+    key = tl.load(k + row.token.to(tl.int64) * k_stride + at, mask=inside, other=0.0)
+    value = tl.load(v + row.token.to(tl.int64) * v_stride + at, mask=inside, other=0.0)
     token = row.high_tokens - 1 + tl.arange(0, 1)
     store_high(stream, key, value, tl.zeros([1], tl.float32), token, token >= 0, L)

@@ -2,10 +2,11 @@
 
 import torch
 import triton
+import triton.language as tl
 
 from mikv_vllm.kernels.triton.attend import attend_kernel
 from mikv_vllm.kernels.triton.batch import DecodeBatch
-from mikv_vllm.kernels.triton.change import change_kernel
+from mikv_vllm.kernels.triton.change import append_kernel, change_kernel
 from mikv_vllm.kernels.triton.compress import (
     frame_kernel,
     measure_kernel,
@@ -21,11 +22,22 @@ from mikv_vllm.tiers import codec
 from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LINE_BYTES, LowFormat
 from mikv_vllm.tiers.plan import TierState
 
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LEAST_BLOCKS = 8
 """Blocks of 32 tokens below which another split costs more to merge than it saves."""
+OPTIONS = {
+    # A warp works alone: it waits for no other.
+    "attend": {"num_warps": 1, "num_stages": 2},
+    "append": {"num_warps": 1},
+    "change": {"num_warps": 8},
+    "write_high": {"num_warps": 8},
+    "write_low": {"num_warps": 8},
+}
+"""How kernels are launched, where it is not Triton's own way."""
 PROGRAMS = 2048
 """Splits that fill a large GPU: 16 warps for each of 128 multiprocessors."""
-MOST_SPLITS = 256
+LEAST_SPLITS, MOST_SPLITS = 2, 256
+"""Two at least: a split is for one tier."""
 SCORE_ROWS = 64
 """Query rows of a tile of logits."""
 PARTS = 32
@@ -64,6 +76,7 @@ class LayerOps:
         decay: factor on every importance score at each decode step.
         recent: newest tokens that are never demoted.
         scratch: memory shared with the other layers.
+        programs: splits of a decode step that fill the device.
 
     Tiers lie in a cache whose first axes are ``[pages, kv_heads]`` and whose rest is contiguous;
     native tokens in ``[pages, block_size, kv_heads, head_dim]``, keys and values each with the same
@@ -86,6 +99,7 @@ class LayerOps:
         decay: float,
         recent: int,
         scratch: Scratch,
+        programs: int = PROGRAMS,
     ) -> None:
         if head_dim % 16 or not 64 <= head_dim <= 256:  # noqa: PLR2004
             raise ValueError(
@@ -103,6 +117,7 @@ class LayerOps:
         self._decay = decay
         self._recent = recent
         self._scratch = scratch
+        self._programs = programs
         self._hadamard = hadamard_signs(head_dim).to(scratch.device)
         self._hadamard_scale = codec.hadamard_size(head_dim) ** -0.5
 
@@ -135,10 +150,6 @@ class LayerOps:
         for low_format in batch.low_formats:
             change_kernel[(heads, rows)](
                 *pages,
-                k,
-                k.stride(0),
-                v,
-                v.stride(0),
                 self._hadamard,
                 self._hadamard_scale,
                 self._recent,
@@ -146,11 +157,16 @@ class LayerOps:
                 order,
                 capacity,
                 integers,
+                DTYPE=DTYPES[k.dtype],
                 L=layout,
                 C=self._low(low_format),
+                **OPTIONS["change"],
             )
-        splits = min(MOST_SPLITS, power_of_two(-(-PROGRAMS // (rows * heads))))
-        splits = max(2, splits)
+        append_kernel[(heads, rows)](
+            *pages, k, k.stride(0), v, v.stride(0), L=layout, **OPTIONS["append"]
+        )
+        splits = power_of_two(-(-self._programs // (rows * heads)))
+        splits = min(max(splits, LEAST_SPLITS), MOST_SPLITS)
         shape = (rows, heads, splits, layout.heads, layout.padded)
         partial_out = take("partial_out", shape, torch.float32)
         shape = (rows, heads, splits, 2, layout.heads)
@@ -171,8 +187,7 @@ class LayerOps:
                 LEAST_BLOCKS=LEAST_BLOCKS,
                 L=layout,
                 C=self._low(low_format),
-                num_warps=1,
-                num_stages=2,
+                **OPTIONS["attend"],
             )
         merge_kernel[(splits, heads, rows)](
             *pages,
@@ -286,7 +301,8 @@ class LayerOps:
             *tiered, partial, tokens, unit_share, PARTS=PARTS, L=layout
         )
         write_high_kernel[(triton.cdiv(high, GROUP_TOKENS), heads)](
-            *native, *tiered, scores, scores.stride(0), order, tokens, high, L=layout
+            *native, *tiered, scores, scores.stride(0), order, tokens, high, L=layout,
+            **OPTIONS["write_high"]
         )
         if not state.low_chunks:
             return
@@ -311,6 +327,7 @@ class LayerOps:
             self._hadamard_scale,
             L=layout,
             C=self._low(low_format),
+            **OPTIONS["write_low"],
         )
 
     def _units(self, cache: torch.Tensor, tiered_table: torch.Tensor) -> torch.Tensor:

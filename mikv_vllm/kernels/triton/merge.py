@@ -9,6 +9,8 @@ from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER
 from mikv_vllm.kernels.triton.stream import byte_pointer
 
+PARTS_AT_ONCE = tl.constexpr(16)
+
 
 @triton.jit
 def merge_kernel(
@@ -54,30 +56,42 @@ def merge_kernel(
     member = tl.arange(0, L.heads)
     part = tl.arange(0, SPLITS)
     first_part = (index * kv_heads + head) * SPLITS
-    at = partial_sums + ((first_part + part) * 2 * L.heads)[:, None] + member[None, :]
+    sums = partial_sums + first_part * 2 * L.heads
+    tops_at = sums + (part * 2 * L.heads)[:, None] + member[None, :]
     written = (part < splits)[:, None]
-    tops = tl.load(at, mask=written, other=NEVER)
-    totals = tl.load(at + L.heads, mask=written, other=0.0)
+    tops = tl.load(tops_at, mask=written, other=NEVER)
+    totals = tl.load(tops_at + L.heads, mask=written, other=0.0)
     top = tl.max(tops, 0)
-    factors = tl.exp2(tops - top[None, :])
-    total = tl.sum(totals * factors, 0)
+    total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
     if HAS_SINKS:
         sink = tl.load(sinks + head * L.group + member, mask=member < L.group, other=0.0)
         total += tl.exp2(sink * LOG2E - top)
 
     channel = tl.arange(0, L.padded)
-    signs = hadamard + channel[:, None] * L.padded + channel[None, :]
+    outputs = partial_out + first_part * L.heads * L.padded
     for g in range(split, L.group, splits):
-        mine = member[None, :] == g
-        factor = tl.sum(tl.where(mine, factors, 0.0), 1)
-        at = partial_out + ((first_part + part) * L.heads + g)[:, None] * L.padded
-        sums = tl.load(at + channel[None, :], mask=written, other=0.0) * factor[:, None]
-        low = tl.sum(tl.where((part < low_splits)[:, None], sums, 0.0), 0)
-        high = tl.sum(tl.where((part < low_splits)[:, None], 0.0, sums), 0)
-        rotated = tl.sum(tl.load(signs).to(tl.float32) * low[None, :], 1) * hadamard_scale
+        top_of_g = tl.sum(tl.where(member == g, top, 0.0), 0)
+        low = tl.zeros([L.padded], tl.float32)
+        high = tl.zeros([L.padded], tl.float32)
+        for start in range(0, splits, PARTS_AT_ONCE):
+            some = start + tl.arange(0, PARTS_AT_ONCE)
+            mask = some < splits
+            tops_of_g = tl.load(sums + some * 2 * L.heads + g, mask=mask, other=NEVER)
+            factor = tl.exp2(tops_of_g - top_of_g)[:, None]
+            out_at = outputs + ((some * L.heads + g) * L.padded)[:, None] + channel[None, :]
+            weighted = tl.load(out_at, mask=mask[:, None], other=0.0) * factor
+            is_low = (some < low_splits)[:, None]
+            low += tl.sum(tl.where(is_low, weighted, 0.0), 0)
+            high += tl.sum(tl.where(is_low, 0.0, weighted), 0)
+        rotated = tl.zeros([L.padded], tl.float32)
+        if low_splits > 0:
+            signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
+            rotated = tl.sum(signs.to(tl.float32) * low[None, :], 1) * hadamard_scale
         result = (high + rotated) / tl.sum(tl.where(member == g, total, 0.0), 0)
-        at = out + row.token.to(tl.int64) * out_stride + (head * L.group + g) * L.head_dim + channel
-        tl.store(at, result.to(out.dtype.element_ty), mask=channel < L.head_dim)
+        row_out = out + row.token.to(tl.int64) * out_stride + (head * L.group + g) * L.head_dim
+        tl.store(
+            row_out + channel, result.to(out.dtype.element_ty), mask=channel < L.head_dim
+        )
 
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     slot = tl.arange(0, 32)

@@ -9,8 +9,8 @@ import triton.language as tl
 class NativePages(NamedTuple):
     """One head of a native request, for device functions. Strides count elements."""
 
-    keys: object
-    values: object
+    key_data: object
+    value_data: object
     page_stride: object
     token_stride: object
     table: object
@@ -27,7 +27,7 @@ def native_offset(native, tokens, L: tl.constexpr):
 @triton.jit
 def load_native(native, tokens, channel, mask, L: tl.constexpr):
     """Keys of ``tokens [n]`` at ``channel [c]``, ``[n, c]``, 0 where ``mask [n]`` is not set."""
-    at = native.keys + native_offset(native, tokens, L)[:, None] + channel[None, :]
+    at = native.key_data + native_offset(native, tokens, L)[:, None] + channel[None, :]
     inside = mask[:, None] & (channel < L.head_dim)[None, :]
     return tl.load(at, mask=inside, other=0.0)
 
@@ -35,6 +35,6 @@ def load_native(native, tokens, channel, mask, L: tl.constexpr):
 @triton.jit
 def load_native_values(native, tokens, channel, mask, L: tl.constexpr):
     """The same of values."""
-    at = native.values + native_offset(native, tokens, L)[:, None] + channel[None, :]
+    at = native.value_data + native_offset(native, tokens, L)[:, None] + channel[None, :]
     inside = mask[:, None] & (channel < L.head_dim)[None, :]
     return tl.load(at, mask=inside, other=0.0)

@@ -24,15 +24,14 @@ def select_threshold(scores, num_tokens, count, LARGEST: tl.constexpr):
     prefix = tl.zeros([], tl.uint32)
     rest = count
     for turn in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * turn
+        shift = 24 - 8 * turn
         counts = tl.zeros([256], tl.int32)
         for start in range(0, num_tokens, BLOCK):
             valid = start + lane < num_tokens
             rank = rank_of(tl.load(scores + start + lane, mask=valid, other=0.0), LARGEST)
             if turn > 0:
                 valid &= (rank >> (shift + 8)) == prefix
-            digit = (rank >> shift & 255).to(tl.int32)
-            counts += tl.histogram(digit, 256, mask=valid)
+            counts += tl.histogram((rank >> shift & 255).to(tl.int32), 256, mask=valid)
         at_least = tl.cumsum(counts, 0, reverse=True)
         digit = tl.maximum(tl.sum((at_least >= rest).to(tl.int32), 0) - 1, 0)
         rest -= tl.sum(tl.where(digits > digit, counts, 0), 0)

@@ -1,0 +1,210 @@
+"""Compile every kernel ahead of time, without a GPU, and report what it needs.
+
+    python -m benchmarks.gpu.compile            # all low formats, for three targets
+    python -m benchmarks.gpu.compile --quick    # what the tests check
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mikv_vllm.kernels.triton import attend, change, compress, merge, score
+from mikv_vllm.kernels.triton.layer import LEAST_BLOCKS, OPTIONS, PARTS, SCORE_ROWS
+from mikv_vllm.kernels.triton.layout import Layout, LowLines
+from mikv_vllm.tiers.formats import LADDER, LowFormat
+
+TARGETS = {80: "A100", 90: "H100", 100: "B200"}
+INT32, BYTES, FLOAT = "*i32", "*u8", "*fp32"
+TYPES = {
+    "pages": INT32,
+    "rows": INT32,
+    "tables": INT32,
+    "order": INT32,
+    "channels": INT32,
+    "native_table": INT32,
+    "tiered_table": INT32,
+    "integers": BYTES,
+    "hadamard": "*bf16",
+    "partial": FLOAT,
+    "partial_out": FLOAT,
+    "partial_sums": FLOAT,
+    "high_logits": FLOAT,
+    "scores": FLOAT,
+    "sums": FLOAT,
+    "sinks": FLOAT,
+    "weights": FLOAT,
+    "errors": FLOAT,
+    "scale": "fp32",
+    "decay": "fp32",
+    "hadamard_scale": "fp32",
+    "unit_share": "fp32",
+}
+NATIVE = {"q", "k", "v", "out", "keys", "values"}
+"""Pointers to the cache's dtype."""
+ODD = {"num_tokens", "num_high", "recent", "num_queries", "num_chunks", "low_end", "order_stride"}
+"""Numbers that no one promises to be multiples of 16."""
+KERNELS = {
+    "attend": attend.attend_kernel,
+    "merge": merge.merge_kernel,
+    "change": change.change_kernel,
+    "append": change.append_kernel,
+    "select": compress.select_kernel,
+    "measure": compress.measure_kernel,
+    "frame": compress.frame_kernel,
+    "write_high": compress.write_high_kernel,
+    "write_low": compress.write_low_kernel,
+    "prompt_sums": score.prompt_sums_kernel,
+    "prompt_scores": score.prompt_scores_kernel,
+}
+BY_FORMAT = {"attend", "change", "write_low"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel for one layer, low format and target."""
+
+    kernel: str
+    layout: Layout
+    low_format: LowFormat
+    dtype: str
+    target: int
+
+    @property
+    def name(self) -> str:
+        layout = self.layout
+        parts = [self.kernel, f"{layout.head_dim}x{layout.group}", self.dtype]
+        if self.kernel in BY_FORMAT:
+            parts.append(self.low_format.name)
+        if layout.high_bits != 8:
+            parts.append(f"high{layout.high_bits}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a compiled kernel takes."""
+
+    registers: int
+    stack: int
+    """Bytes of local memory a thread: more than 0 are spills."""
+    shared: int
+    """Bytes of a program."""
+    instructions: int
+    warps: int
+
+
+def compile_job(job: Job) -> Needs:
+    """Compile and read the resources out of the binary."""
+    kernel = KERNELS[job.kernel]
+    low = job.low_format
+    constants = {
+        "L": job.layout,
+        "C": LowLines(job.layout.head_dim, low.key_bits, low.value_bits),
+        "SOFTCAP": 0.0,
+        "SPLITS": 32,
+        "LEAST_BLOCKS": LEAST_BLOCKS,
+        "HAS_SINKS": False,
+        "PARTS": PARTS,
+        "ROWS": SCORE_ROWS,
+        "DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16}[job.dtype],
+    }
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[name] = "constexpr", constants[name]
+            continue
+        signature[name] = TYPES.get(name, f"*{job.dtype}" if name in NATIVE else "i32")
+        if signature[name] != "fp32" and name not in ODD:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = dict(OPTIONS.get(job.kernel, {}))
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes),
+        target=GPUTarget("cuda", job.target, 32),
+        options=options,
+    )
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+
+        def run(tool: str, *options: str) -> str:
+            command = [tools / tool, *options, binary.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = run("cuobjdump", "-res-usage")
+        listing = run("nvdisasm")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+\S", listing, re.MULTILINE)
+    return Needs(
+        int(registers),
+        int(stack),
+        compiled.metadata.shared,
+        len(instructions),
+        compiled.metadata.num_warps,
+    )
+
+
+def jobs(quick: bool, targets: list[int]) -> list[Job]:
+    """What to compile: Llama-3.1-8B's and Qwen3-32B's heads in all formats, others in some."""
+    llama = Layout(128, 4, 64, 8)
+    shapes = [(llama, "bf16", LADDER[:1] if quick else LADDER)]
+    shapes += [(Layout(128, 8, 64, 8), "bf16", LADDER[1:2])]
+    if not quick:
+        shapes += [
+            (Layout(64, 4, 64, 8), "bf16", LADDER),
+            (Layout(128, 4, 64, 16), "bf16", LADDER[1:2]),
+            (Layout(128, 4, 64, 8), "fp16", LADDER[1:2]),
+            (Layout(80, 1, 64, 8), "fp16", LADDER[2:3]),
+            (Layout(96, 1, 64, 8), "bf16", LADDER[2:3]),
+            (Layout(256, 8, 64, 8), "bf16", LADDER[1:2]),
+        ]
+    every = []
+    for target in targets:
+        for i, (layout, dtype, formats) in enumerate(shapes):
+            for j, low_format in enumerate(formats):
+                names = KERNELS if not i and not j else BY_FORMAT
+                every += [Job(name, layout, low_format, dtype, target) for name in names]
+    return every
+
+
+def table(every: list[Job], needs: list[Needs]) -> str:
+    """One line for each job."""
+    head = f"{'kernel':28} {'target':>7} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7}"
+    lines = [f"{head} {'instructions':>12}"]
+    for job, need in zip(every, needs, strict=True):
+        lines.append(
+            f"{job.name:28} {f'sm_{job.target}':>7} {need.warps:5} {need.registers:9} "
+            f"{need.stack:5} {need.shared:7} {need.instructions:12}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one low format of each kernel")
+    parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    args = parser.parse_args()
+    every = jobs(args.quick, args.targets)
+    with ProcessPoolExecutor(args.jobs) as pool:
+        needs = list(pool.map(compile_job, every))
+    print(table(every, needs))
+    spilling = [job.name for job, need in zip(every, needs, strict=True) if need.stack]
+    if spilling:
+        print(f"spills: {', '.join(sorted(set(spilling)))}", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
