@@ -145,7 +145,7 @@ def compile_job(job: Job) -> Needs:
         usage = run("cuobjdump", "-res-usage")
         listing = run("nvdisasm")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+\S", listing, re.MULTILINE)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+[@A-Z]", listing, re.MULTILINE)
     return Needs(
         int(registers),
         int(stack),

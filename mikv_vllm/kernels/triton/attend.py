@@ -26,6 +26,7 @@ from mikv_vllm.kernels.triton.stream import (
     small_fp16,
     token_order,
     value_channel_order,
+    within,
 )
 
 SUBNORMAL = tl.constexpr(2.0**24)
@@ -76,7 +77,7 @@ def attend_low(
     sums = (tl.zeros([CHANNELS, L.heads], tl.float32),) * GROUPS
     offsets = (tl.zeros([32, L.heads], tl.float32),) * GROUPS
 
-    channel = tl.minimum(channel_order(L.padded), L.head_dim - 1)
+    channel = within(channel_order(L.padded), L.padded, L.head_dim)
     header = record_at(stream, low_line * 0, L.header_lines, L)
     base = tl.sum(q * load_fp16(header, 2 * channel)[:, None], 0)
     per_unit = q * load_fp16(header, 2 * (L.head_dim + channel))[:, None]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from mikv_vllm.kernels.triton.dot import INTERPRETED
 from mikv_vllm.tiers.formats import LINE_BYTES as _LINE_BYTES
 
 LINE_BYTES = tl.constexpr(_LINE_BYTES)
@@ -95,8 +96,19 @@ def load_fp16(record, byte):
 @triton.jit
 def as_halves(pairs):
     """Two fp16 numbers from each 32-bit word, on a new last axis."""
-    low = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    if INTERPRETED:
+        low = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        # Costs nothing. Shifts and masks would let the compiler undo the work on pairs.
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;",
+            "=h,=h,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=1,
+        )
     return tl.join(low, high)
 
 
@@ -123,6 +135,12 @@ def unpack_words(words, extra, MAIN: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def within(index, PADDED: tl.constexpr, COUNT: tl.constexpr):
+    """Indices below ``PADDED``, those from ``COUNT`` on replaced by the last below it."""
+    return index if PADDED == COUNT else tl.minimum(index, COUNT - 1)
+
+
+@triton.jit
 def low_keys(record, L: tl.constexpr, C: tl.constexpr):
     """Keys of a chunk as the left operand of a dot: fp16 ``[32, L.padded]``.
 
@@ -136,7 +154,7 @@ def low_keys(record, L: tl.constexpr, C: tl.constexpr):
     pair = tl.arange(0, 2)[None, None, None, :]
     half = tl.arange(0, 2)[:, None, None, None, None]
     MAIN: tl.constexpr = C.key_main
-    tile = 2 * tl.minimum(step * 4 + quad, L.head_dim // 4 - 1)
+    tile = 2 * within(step * 4 + quad, L.padded // 4, L.head_dim // 4)
     words = tl.load(record_words(record, tile * MAIN // 8, row * 2 + pair))
     if MAIN == 2:
         words = words >> (tile % 4 * 2)
@@ -164,7 +182,8 @@ def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: t
     quad = tl.arange(0, 4)[None, None, None, :, None]
     pair = tl.arange(0, 2)[None, None, None, None, :]
     taken = tl.arange(0, TAKEN)[:, None, None, None, None, None]
-    tile = (step * 4 + quad) * TILES + tl.minimum(first_tile + block * TAKEN, TILES - TAKEN)
+    block = within(first_tile + block * TAKEN, L.padded // 16, TILES)
+    tile = (step * 4 + quad) * TILES + block
     words = tl.load(record_words(record, C.values + tile * MAIN // 8, row * 2 + pair))
     if TAKEN < 8 // MAIN:
         words = words >> (tile % (8 // MAIN) * MAIN)
@@ -187,7 +206,7 @@ def high_keys(records, L: tl.constexpr):
     row = tl.arange(0, 8)[None, None, :, None, None]
     quad = tl.arange(0, 4)[None, None, None, :, None]
     pair = tl.arange(0, 2)[None, None, None, None, :]
-    tile = tl.minimum(step * 4 + quad, L.head_dim // 4 - 1)
+    tile = within(step * 4 + quad, L.padded // 4, L.head_dim // 4)
     words = tl.load(record_words(records, tile, row * 2 + pair))
     numbers = unpack_words(words, words, 8, 8)
     return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
@@ -201,7 +220,7 @@ def high_values(records, L: tl.constexpr):
     row = tl.arange(0, 8)[None, None, :, None, None]
     quad = tl.arange(0, 4)[None, None, None, :, None]
     pair = tl.arange(0, 2)[None, None, None, None, :]
-    tile = L.head_dim // 4 + quad * TILES + tl.minimum(block, TILES - 1)
+    tile = L.head_dim // 4 + quad * TILES + within(block, L.padded // 16, TILES)
     words = tl.load(record_words(records, tile, row * 2 + pair))
     numbers = unpack_words(words, words, 8, 8)
     return tl.reshape(tl.permute(numbers, (1, 4, 2, 0, 5, 3, 6)), (L.padded, 32))
