@@ -2,6 +2,8 @@
 
     python -m benchmarks.gpu.compile            # all low formats, for three targets
     python -m benchmarks.gpu.compile --quick    # what the tests check
+
+Fails if the decode kernel spills registers.
 """
 
 import argparse
@@ -128,6 +130,8 @@ def compile_job(job: Job) -> Needs:
         if signature[name] != "fp32" and name not in ODD:
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = dict(OPTIONS.get(job.kernel, {}))
+    if job.kernel == "attend":
+        options["num_warps"] = job.layout.warps
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", job.target, 32),
@@ -200,10 +204,10 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs) as pool:
         needs = list(pool.map(compile_job, every))
     print(table(every, needs))
-    spilling = [job.name for job, need in zip(every, needs, strict=True) if need.stack]
+    spilling = {job.name for job, need in zip(every, needs, strict=True) if need.stack}
     if spilling:
-        print(f"spills: {', '.join(sorted(set(spilling)))}", file=sys.stderr)
-    return 1 if spilling else 0
+        print(f"spills: {', '.join(sorted(spilling))}", file=sys.stderr)
+    return 1 if any(name.startswith("attend") for name in spilling) else 0
 
 
 if __name__ == "__main__":

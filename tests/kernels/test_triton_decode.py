@@ -167,3 +167,122 @@ def test_a_step_of_several_rows(shape, low_format, kwargs, device):
     }
     batch = kernels.DecodeBatch.build(step.rows(), device)
     step.run(layer(shape, device, **on_device), batch, device, **kwargs)
+
+
+def test_a_long_row_is_split(device):
+    shape, low_format = Shape(64, kv_heads=1), LowFormat(4, 3)
+    before = state_of(shape, low_format, 200, 40)
+    pages = new_pages(shape, before.pages + 1)
+    table = torch.randperm(len(pages)).tolist()
+    filled(shape, low_format, before, pages, table, seed=3)
+    after = TierState(before.pages + 1, 201, 40, before.low_end)
+    step = AppendStep(1, 0, 0, after)
+    step = Step(shape, [low_format], [before], [step], pages, [table], 1)
+    step.run(layer(shape, device), kernels.DecodeBatch.build(step.rows(), device), device)
+
+
+@pytest.mark.parametrize("poison", [0xFF, None])
+def test_many_steps_as_the_planner_plans_them(poison, device):
+    shape = Shape(64, kv_heads=1, group=2, block_size=16)
+    planner = TierPlanner(shape.geometry, 4.0, RECENT)
+    state = planner.compress(300)
+    assert state is not None
+    pages = new_pages(shape, 50, poison)
+    table = torch.randperm(len(pages)).tolist()
+    filled(shape, planner.low_format, state, pages, table, seed=1)
+    ops = layer(shape, device)
+    seen = set()
+    for i in range(70):
+        plan = planner.append(state)
+        step = Step(shape, [planner.low_format], [state], [plan], pages, [table], seed=i)
+        step.run(ops, kernels.DecodeBatch.build(step.rows(), device), device)
+        seen |= {("moved", plan.moved_chunks > 0), ("demoted", plan.demoted_chunks > 0)}
+        state = plan.state
+    assert seen >= {("moved", True), ("demoted", True)}
+
+
+def test_a_batch_with_room_for_more(device):
+    shape, low_format = Shape(), LowFormat(4, 3)
+    step = several_rows(shape, low_format, seed=2)
+    formats = [low_format, LowFormat(3, 3), LowFormat(2, 2)]
+    batch = kernels.DecodeBatch.empty(6, 20, formats, 120, device)
+    ops = layer(shape, device)
+    q = torch.zeros(8, shape.heads, shape.head_dim, dtype=shape.dtype, device=device)
+    k = torch.zeros(8, shape.kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
+    out = torch.full_like(q, 7.0)
+    pages = step.pages.to(device)
+    ops.decode(pages, batch, q, k, k, out)
+    assert torch.equal(out, torch.full_like(out, 7.0))
+    assert torch.equal(pages.cpu(), step.pages)
+    batch.update(step.rows())
+    step.run(ops, batch, device)
+
+
+def test_a_batch_takes_no_more_than_it_has_room_for():
+    shape, low_format = Shape(), LowFormat(4, 3)
+    state = state_of(shape, low_format, 40, 3)
+    row = (0, range(state.pages), state, AppendStep(0, 0, 0, state), low_format)
+    for room, message in (
+        ((1, 9, [low_format], 99), "the step has 2 rows, the batch has room for 1"),
+        ((2, 0, [low_format], 99), f"the step has {state.pages} pages"),
+        ((2, 9, [low_format], 39), "the step has 40 high tokens"),
+        ((2, 9, [LowFormat(2, 2)], 99), "the batch is not made for K4V3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.DecodeBatch.empty(*room, "cpu").update([row, row])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"head_dim": 72}, "head_dim is 72, but must be a multiple of 16 from 64 to 256"),
+        ({"block_size": 24}, "block_size is 24, but must be a multiple of 16"),
+        ({"num_heads": 5}, "5 query heads do not share 2 KV heads evenly"),
+    ],
+)
+def test_what_the_kernels_are_not_made_for(changed, message):
+    shape = {"head_dim": 64, "num_heads": 6, "num_kv_heads": 2, "block_size": 64, "high_bits": 8}
+    with pytest.raises(ValueError, match=message):
+        kernels.LayerOps(
+            **shape | changed,
+            scale=0.125,
+            softcap=0.0,
+            sinks=None,
+            decay=DECAY,
+            recent=RECENT,
+            scratch=kernels.Scratch("cpu"),
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+def test_a_captured_step_follows_the_tiers_sizes():
+    shape = Shape(64, kv_heads=2, group=2, block_size=32)
+    planner = TierPlanner(shape.geometry, 4.0, RECENT)
+    state = planner.compress(300)
+    assert state is not None
+    pages = new_pages(shape, 40, poison=None)
+    table = torch.randperm(len(pages)).tolist()
+    filled(shape, planner.low_format, state, pages, table, seed=1)
+    on_gpu, ops = pages.cuda(), layer(shape, "cuda")
+    batch = kernels.DecodeBatch.empty(4, len(table), [planner.low_format], 160, "cuda")
+    q = torch.zeros(3, shape.heads, shape.head_dim, dtype=shape.dtype, device="cuda")
+    k, v = (torch.zeros_like(q[:, : shape.kv_heads]) for _ in range(2))
+    out = torch.zeros(q.shape, device="cuda")
+    ops.decode(on_gpu, batch, q, k, v, out)  # compiles, and takes scratch memory
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.decode(on_gpu, batch, q, k, v, out)
+    for i in range(100):
+        plan = planner.append(state)
+        step = Step(shape, [planner.low_format], [state], [plan], pages, [table], seed=i)
+        batch.update(step.rows())
+        for static, part in zip((q, k, v), step.qkv, strict=True):
+            static.copy_(part)
+        out.fill_(7.0)
+        graph.replay()
+        before = pages.clone()
+        pages.copy_(on_gpu)
+        step.out.copy_(out)
+        step.check(before)
+        state = plan.state

@@ -16,6 +16,7 @@ from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped, power_of_two,
 from mikv_vllm.kernels.triton.stream import (
     byte_pointer,
     channel_order,
+    either,
     high_keys,
     high_values,
     load_bytes,
@@ -72,7 +73,7 @@ def attend_low(
     GROUPS: tl.constexpr = C.value_groups
     CHANNELS: tl.constexpr = L.padded // GROUPS
     top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.zeros([32, L.heads], tl.float32)
+    total = tl.zeros([L.heads], tl.float32)
     exponent = 0
     sums = (tl.zeros([CHANNELS, L.heads], tl.float32),) * GROUPS
     offsets = (tl.zeros([32, L.heads], tl.float32),) * GROUPS
@@ -115,7 +116,7 @@ def attend_low(
     for g in tl.static_range(GROUPS):
         group = (sums[g] * SUBNORMAL + tl.sum(offsets[g], 0)[None, :]) * unit
         sums = sums[:g] + (group,) + sums[g + 1 :]
-    return top, tl.sum(total, 0), sums
+    return top, total, sums
 
 
 @triton.jit
@@ -148,7 +149,7 @@ def attend_high(
         As :func:`attend_low`, the output as one tensor.
     """
     top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.zeros([32, L.heads], tl.float32)
+    total = tl.zeros([L.heads], tl.float32)
     exponent = 0
     out = tl.zeros([L.padded, L.heads], tl.float32)
     offset = tl.zeros([32, L.heads], tl.float32)
@@ -161,16 +162,18 @@ def attend_high(
     for block in range(first, last):
         tokens = 32 * block + order
         valid = tokens < high_tokens
+        line = L.header_lines + 2 * block * L.group_lines
+        group = record_at(stream, line, L.group_lines, L)
         # The other half of an odd last group is read in its place, and weighs nothing.
-        group = tl.minimum(2 * block + half, last_group)
-        records = record_at(stream, L.header_lines + group * L.group_lines, L.group_lines, L)
-        group = tl.minimum(tokens // 16, last_group)
-        scales = record_at(stream, L.header_lines + group * L.group_lines, L.group_lines, L)
+        line = L.header_lines + tl.minimum(2 * block + 1, last_group) * L.group_lines
+        next_group = record_at(stream, line, L.group_lines, L)
+        groups = either(group, next_group, half)
+        scales = either(group, next_group, order // 16)
         key_scales = load_fp16(scales, L.high_key_scales + 2 * (order % 16))
         value_scales = load_fp16(scales, L.high_value_scales + 2 * (order % 16))
         value_scales = tl.where(valid, value_scales, 0.0)
 
-        logits = tl.dot(high_keys(records, L), folded) * SUBNORMAL - zero[None, :]
+        logits = tl.dot(high_keys(groups, L), folded) * SUBNORMAL - zero[None, :]
         logits *= key_scales[:, None] * unfold[None, :]
         logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
         store_high_logits(logits_out, logits_stride, logits, tokens, valid, L)
@@ -181,10 +184,10 @@ def attend_high(
         older *= power_of_two(exponent - largest)
         exponent = largest
         scaled = weights * (value_scales * power_of_two(22 - exponent))[:, None]
-        out = tl.dot(high_values(records, L), scaled.to(tl.float16), out * older[None, :])
+        out = tl.dot(high_values(groups, L), scaled.to(tl.float16), out * older[None, :])
         offset = offset * older[None, :] + scaled.to(tl.float16).to(tl.float32)
     out = out * SUBNORMAL - HIGH_ZERO * tl.sum(offset, 0)[None, :]
-    return top, tl.sum(total, 0), out * power_of_two(exponent - 22)
+    return top, total, out * power_of_two(exponent - 22)
 
 
 @triton.jit
@@ -206,7 +209,7 @@ def attend_high_16(
         q: ``[padded, heads]`` in the cache's dtype, not scaled.
     """
     top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.zeros([32, L.heads], tl.float32)
+    total = tl.zeros([L.heads], tl.float32)
     out = tl.zeros([L.padded, L.heads], tl.float32)
     channel = tl.arange(0, L.padded)
     slot = tl.arange(0, 32)
@@ -231,7 +234,7 @@ def attend_high_16(
         upper = weights.to(q.dtype)
         lower = (weights - upper.to(tl.float32)).to(q.dtype)
         out = dot(values, upper, dot(values, lower, out * older[None, :]))
-    return top, tl.sum(total, 0), out
+    return top, total, out
 
 
 @triton.jit

@@ -26,8 +26,7 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LEAST_BLOCKS = 8
 """Blocks of 32 tokens below which another split costs more to merge than it saves."""
 OPTIONS = {
-    # A warp works alone: it waits for no other.
-    "attend": {"num_warps": 1, "num_stages": 2},
+    "attend": {"num_stages": 2},
     "append": {"num_warps": 1},
     "change": {"num_warps": 8},
     "write_high": {"num_warps": 8},
@@ -187,6 +186,7 @@ class LayerOps:
                 LEAST_BLOCKS=LEAST_BLOCKS,
                 L=layout,
                 C=self._low(low_format),
+                num_warps=layout.warps,
                 **OPTIONS["attend"],
             )
         merge_kernel[(splits, heads, rows)](

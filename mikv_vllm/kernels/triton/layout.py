@@ -40,6 +40,11 @@ class Layout:
         return max(SMALLEST_TILE, power_of_two(self.group))
 
     @property
+    def warps(self) -> int:
+        """Warps of a decode program: one, if the output of all heads fits its registers."""
+        return max(1, self.padded * self.heads * self.high_bits // 8192)
+
+    @property
     def page_lines(self) -> int:
         return self.geometry.page_bytes // LINE_BYTES
 

@@ -21,16 +21,13 @@ def capped(logits, SOFTCAP: tl.constexpr):
 def weigh(logits, top, total):
     """Take in a block ``[keys, heads]``.
 
-    Args:
-        total: ``[keys, heads]``: sums of weights at the same place of each block.
-
     Returns:
-        Its weights, the new maximum and sums, and the factor on everything summed before.
+        Its weights, the new maximum and sum, and the factor on everything summed before.
     """
     new_top = tl.maximum(top, tl.max(logits, 0))
     weights = tl.exp2(logits - new_top[None, :])
     older = tl.exp2(top - new_top)
-    return weights, new_top, total * older[None, :] + weights, older
+    return weights, new_top, total * older + tl.sum(weights, 0), older
 
 
 @triton.jit

@@ -38,34 +38,47 @@ def byte_pointer(stream, line, byte, L: tl.constexpr):
 class Record(NamedTuple):
     """A record no longer than a page: it lies in one page or two."""
 
-    here: object
-    """Where its first line is."""
-    beyond: object
-    """Where that line would be if all of it lay in the next page."""
+    pages: object
+    start: object
+    """Word of the pages at which its first line is."""
     wrap: object
     """Lines until the page's end."""
+    jump: object
+    """Words to add beyond it."""
 
 
 @triton.jit
 def record_at(stream, line, COUNT: tl.constexpr, L: tl.constexpr):
     """The record of ``COUNT`` lines at ``line``."""
     line = line.to(tl.uint32)
-    within = line % L.page_lines
-    here = tl.load(stream.table + line // L.page_lines).to(tl.int64)
-    beyond = tl.load(stream.table + (line + (COUNT - 1)) // L.page_lines).to(tl.int64)
-    start = stream.pages + within.to(tl.int32) * LINE_WORDS
+    first = (line % L.page_lines).to(tl.int32)
+    page = tl.load(stream.table + line // L.page_lines).to(tl.int64)
+    last_page = tl.load(stream.table + (line + (COUNT - 1)) // L.page_lines).to(tl.int64)
     return Record(
-        start + here * stream.page_stride,
-        start + beyond * stream.page_stride - L.page_lines * LINE_WORDS,
-        L.page_lines - within.to(tl.int32),
+        stream.pages,
+        page * stream.page_stride + first * LINE_WORDS,
+        L.page_lines - first,
+        (last_page - page) * stream.page_stride - L.page_lines * LINE_WORDS,
     )
 
 
 @triton.jit
 def record_words(record, line, word):
     """Pointer to word ``word`` of line ``line`` of a record."""
-    start = tl.where(line < record.wrap, record.here, record.beyond)
-    return start + (line * LINE_WORDS + word)
+    # Not tl.where: Triton would no longer know that words are neighbours, and load them one by one.
+    jump = (line >= record.wrap).to(tl.int64) * record.jump
+    return record.pages + (record.start + jump) + (line * LINE_WORDS + word)
+
+
+@triton.jit
+def either(first, second, which):
+    """Records ``first`` where ``which`` is 0, ``second`` where it is 1."""
+    return Record(
+        first.pages,
+        first.start + which * (second.start - first.start),
+        first.wrap + which * (second.wrap - first.wrap),
+        first.jump + which * (second.jump - first.jump),
+    )
 
 
 @triton.jit
@@ -127,11 +140,12 @@ def unpack_words(words, extra, MAIN: tl.constexpr, BITS: tl.constexpr):
         ``[..., 2, 2]``: byte ``j + 2 * h`` of the word at ``[..., j, h]``.
     """
     MASK: tl.constexpr = ((1 << MAIN) - 1) * 0x00010001
-    even, odd = words & MASK, (words >> 8) & MASK
+    words, extra = tl.expand_dims(words, -1), tl.expand_dims(extra, -1)
+    eight = tl.arange(0, 2) * 8
+    pairs = (words >> eight) & MASK
     if MAIN < BITS:
-        even |= (extra & 0x00010001) << MAIN
-        odd |= ((extra >> 8) & 0x00010001) << MAIN
-    return as_halves(tl.join(even, odd))
+        pairs |= ((extra >> eight) & 0x00010001) << MAIN
+    return as_halves(pairs)
 
 
 @triton.jit
