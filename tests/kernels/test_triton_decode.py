@@ -100,10 +100,10 @@ class Step:
                     q[places[i], members], tiers, shape.head_dim**-0.5, softcap, sink
                 )
                 mine = out[places[i], members]
-                assert ((mine - expected).norm() / expected.norm()).item() <= 1.5e-3
-                # Rounding to bf16 is off by 1.6e-3 itself.
+                assert ((mine - expected).norm() / expected.norm()).item() <= 1e-3
+                # Rounding to bf16 alone is off by 1.6e-3, and by more where few numbers are rounded.
                 rounded = mine.to(shape.dtype).double()
-                assert ((rounded - expected).norm() / expected.norm()).item() <= 2.5e-3
+                assert ((rounded - expected).norm() / expected.norm()).item() <= 2.2e-3
                 torch.testing.assert_close(
                     tiers.scores.double(),
                     DECAY * old.scores.double() + weights[: after.high_tokens],

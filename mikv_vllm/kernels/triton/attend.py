@@ -51,9 +51,44 @@ def splits_of(chunks, blocks, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr):
 
 @triton.jit
 def query_fold(q):
-    """A factor for each head that makes ``q`` times a byte fill fp16's range, and its inverse."""
-    top = tl.maximum(tl.max(tl.abs(q), 0), 1e-30)
-    return 64.0 / top, top / 64.0
+    """A power of two for each head that makes ``q`` times a byte fit fp16, and its inverse."""
+    exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    return power_of_two(5 - exponent), power_of_two(exponent - 5)
+
+
+@triton.jit
+def query_parts(per_unit, L: tl.constexpr):
+    """Split query factors so that fp16 products with a byte keep 15 bits of them.
+
+    The first part has 3 significant bits, 11 after the multiplication: exact. Of the second, an
+    eighth as large, 11 remain. If the heads leave half of the columns free, their copies there are
+    the second part; else it is put behind them.
+
+    Returns:
+        fp16 ``[padded, L.query_columns]``.
+    """
+    bits = per_unit.to(tl.int32, bitcast=True)
+    first = ((bits + 0x00100000) & -0x00200000).to(tl.float32, bitcast=True)
+    second = per_unit - first
+    if L.query_columns == L.heads:
+        column = tl.arange(0, L.heads)[None, :]
+        parts = tl.where(column < L.heads // 2, first, second).to(tl.float16)
+    else:
+        parts = tl.join(first.to(tl.float16), second.to(tl.float16))
+        parts = tl.reshape(tl.permute(parts, (0, 2, 1)), (L.padded, L.query_columns))
+    return parts
+
+
+@triton.jit
+def add_parts(logits, L: tl.constexpr):
+    """Logits ``[32, heads]`` from those of both parts."""
+    HALF: tl.constexpr = L.query_columns // 2
+    both = tl.sum(tl.reshape(logits, (32, 2, HALF)), 1)
+    if L.query_columns == L.heads:
+        both = tl.broadcast_to(both[:, None, :], (32, 2, HALF))
+        both = tl.reshape(both, (32, L.heads))
+    return both
 
 
 @triton.jit
@@ -83,17 +118,18 @@ def attend_low(
     base = tl.sum(q * load_fp16(header, 2 * channel)[:, None], 0)
     per_unit = q * load_fp16(header, 2 * (L.head_dim + channel))[:, None]
     fold, unfold = query_fold(per_unit)
-    per_unit *= fold[None, :]
+    parts = query_parts(per_unit * fold[None, :], L)
     token = tl.arange(0, 32 * GROUPS)
     order = token_order()
     for chunk in range(first, last):
         record = record_at(stream, low_line + chunk * C.count, C.count, L)
         scales = small_fp16(load_bytes(record, C.key_scales, channel))
         zeros = small_fp16(load_bytes(record, C.key_scales, L.head_dim + channel) ^ 0x80)
-        zeros = (zeros - 128.0) * (0.5 * scales)
-        steps = per_unit.to(tl.float16) * scales[:, None]
+        zeros = (zeros.to(tl.float32) - 128.0) * 0.5
+        steps = parts * scales[:, None]
         logits = tl.dot(low_keys(record, L, C), steps) * SUBNORMAL
-        logits += tl.sum(per_unit * zeros.to(tl.float32)[:, None], 0)[None, :]
+        logits += tl.sum(steps.to(tl.float32) * zeros[:, None], 0)[None, :]
+        logits = add_parts(logits, L)
         logits = capped(logits * unfold[None, :] + base[None, :], SOFTCAP)
         weights, top, total, older = weigh(logits, top, total)
 
@@ -136,13 +172,14 @@ def attend_high(
     high_tokens,
     logits_out,
     logits_stride,
+    scale,
     SOFTCAP: tl.constexpr,
     L: tl.constexpr,
 ):
     """Attention over blocks ``first`` to ``last`` of 32 high tokens of 8 bits.
 
     Args:
-        q: as in :func:`attend_low`.
+        q: as in :func:`attend_low`, but not scaled.
         logits_out: where logits of these tokens go, ``[group, logits_stride]``.
 
     Returns:
@@ -153,7 +190,9 @@ def attend_high(
     exponent = 0
     out = tl.zeros([L.padded, L.heads], tl.float32)
     offset = tl.zeros([32, L.heads], tl.float32)
+    # The cache's dtype fits fp16, but for its range.
     fold, unfold = query_fold(q)
+    unfold *= scale
     folded = (q * fold[None, :]).to(tl.float16)
     zero = HIGH_ZERO * tl.sum(folded.to(tl.float32), 0)
     order = token_order()
@@ -280,20 +319,23 @@ def attend_kernel(
         return
     kv_heads = tl.num_programs(1)
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
-    member = tl.arange(0, L.heads)
+    column = tl.arange(0, L.heads)
+    # Where half of the columns are free, they hold the heads again.
+    member = column % (L.query_columns // 2)
     q += row.token.to(tl.int64) * q_stride + (head * L.group + member[None, :]) * L.head_dim
     part = (index * kv_heads + head) * SPLITS + split
-    partial_sums += part * 2 * L.heads + member
-    partial_out += part * L.heads * L.padded + member[None, :] * L.padded
+    partial_sums += part * 2 * L.heads + column
+    partial_out += part * L.heads * L.padded + column[None, :] * L.padded
 
     channel = channel_order(L.padded)
     inside = (channel < L.head_dim)[:, None] & (member < L.group)[None, :]
     queries = tl.load(q + channel[:, None], mask=inside, other=0.0).to(tl.float32)
-    queries *= scale * LOG2E
+    scale *= LOG2E
     if split < low_splits:
         first = row.low_chunks * split // low_splits
         last = row.low_chunks * (split + 1) // low_splits
         low_line = row.low_end - row.low_chunks * C.count
+        queries *= scale
         top, total, sums = attend_low(stream, queries, first, last, low_line, SOFTCAP, L, C)
         GROUPS: tl.constexpr = C.value_groups
         CHANNELS: tl.constexpr = L.padded // GROUPS
@@ -310,7 +352,7 @@ def attend_kernel(
         if L.high_bits == 8:
             to = value_channel_order(L.padded)
             top, total, out = attend_high(
-                stream, queries, first, last, high, high_logits, logits_stride, SOFTCAP, L
+                stream, queries, first, last, high, high_logits, logits_stride, scale, SOFTCAP, L
             )
         else:
             to = tl.arange(0, L.padded)
@@ -324,7 +366,7 @@ def attend_kernel(
                 high,
                 high_logits,
                 logits_stride,
-                scale * LOG2E,
+                scale,
                 SOFTCAP,
                 L,
             )
