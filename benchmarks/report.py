@@ -3,7 +3,8 @@
 from pathlib import Path
 
 
-def _table(rows: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
+    """Rows with the same names as a Markdown table."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for row in rows:
@@ -17,7 +18,7 @@ def tables(result: dict) -> str:
     parts = [f"{result['date']}, {result['machine']}"]
     for name, rows in result.items():
         if isinstance(rows, list):
-            parts.append(f"## {name}\n\n{_table(rows)}")
+            parts.append(f"## {name}\n\n{table(rows)}")
     return "\n\n".join(parts)
 
 

@@ -16,7 +16,6 @@ from .tiered_cache import (
     oracle_step,
     read_tiers,
     state_of,
-    tokens,
 )
 
 RECENT, DECAY = 16, 0.9
@@ -101,7 +100,7 @@ class Step:
                 )
                 mine = out[places[i], members]
                 assert ((mine - expected).norm() / expected.norm()).item() <= 1e-3
-                # Rounding to bf16 alone is off by 1.6e-3, and by more where few numbers are rounded.
+                # Rounding to bf16 alone is off by 1.6e-3, or more where numbers are few.
                 rounded = mine.to(shape.dtype).double()
                 assert ((rounded - expected).norm() / expected.norm()).item() <= 2.2e-3
                 torch.testing.assert_close(

@@ -92,6 +92,12 @@ def add_parts(logits, L: tl.constexpr):
 
 
 @triton.jit
+def replaced(items, INDEX: tl.constexpr, item):
+    """A tuple with another item at ``INDEX``."""
+    return items[:INDEX] + (item,) + items[INDEX + 1 :]  # noqa: RUF005
+
+
+@triton.jit
 def attend_low(
     stream, q, first, last, low_line, SOFTCAP: tl.constexpr, L: tl.constexpr, C: tl.constexpr
 ):
@@ -143,15 +149,15 @@ def attend_low(
             scaled = weights * bits.to(tl.float32, bitcast=True)[:, None]
             values = low_values(record, 4 * g, CHANNELS, L, C)
             group = tl.dot(values, scaled.to(tl.float16), sums[g] * older[None, :])
-            sums = sums[:g] + (group,) + sums[g + 1 :]
+            sums = replaced(sums, g, group)
             zeros = load_bytes(record, C.value_scales, 32 * (GROUPS + g) + order) ^ 0x80
             zeros = zeros.to(tl.float32) - 128.0
             offset = offsets[g] * older[None, :] + scaled * zeros[:, None]
-            offsets = offsets[:g] + (offset,) + offsets[g + 1 :]
+            offsets = replaced(offsets, g, offset)
     unit = power_of_two(exponent - 22)
     for g in tl.static_range(GROUPS):
         group = (sums[g] * SUBNORMAL + tl.sum(offsets[g], 0)[None, :]) * unit
-        sums = sums[:g] + (group,) + sums[g + 1 :]
+        sums = replaced(sums, g, group)
     return top, total, sums
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mikv_vllm.kernels.batch import ROW_FIELDS, DecodeRow, describe_rows
-from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class DecodeBatch:
     tables: torch.Tensor
     low_formats: tuple[LowFormat, ...]
     max_high: int
+
+    @property
+    def capacity(self) -> int:
+        """``max_high`` in whole chunks."""
+        return -(-self.max_high // CHUNK_TOKENS) * CHUNK_TOKENS
 
     @classmethod
     def empty(

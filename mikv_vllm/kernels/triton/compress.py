@@ -8,6 +8,7 @@ from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.native import NativePages, load_native, load_native_values
 from mikv_vllm.kernels.triton.quantize import (
     INFINITY,
+    KEY_ZERO_STEPS,
     clamp,
     key_steps,
     quantize_values,
@@ -167,6 +168,58 @@ def column(x, index):
 
 
 @triton.jit
+def round_block(x, target, steps, zeros, weights, L: tl.constexpr, BITS: tl.constexpr):
+    """Round a block of channels one after the other, each for the errors of those before it.
+
+    Args:
+        x, target: keys less their centres, without and with what earlier blocks ask for,
+            ``[32, FEEDBACK_BLOCK]``.
+        steps, zeros: ``[FEEDBACK_BLOCK]``.
+        weights: float32 pointer to the block's part of the feedback's weights.
+
+    Returns:
+        Integers and errors, float32, like ``x``.
+    """
+    lane = tl.arange(0, FEEDBACK_BLOCK)
+    offsets = zeros / KEY_ZERO_STEPS
+    errors = tl.zeros([32, FEEDBACK_BLOCK], tl.float32)
+    numbers = tl.zeros([32, FEEDBACK_BLOCK], tl.float32)
+    for i in range(FEEDBACK_BLOCK):
+        weight = tl.load(weights + i * L.head_dim + lane)
+        step = tl.sum(tl.where(lane == i, steps, 0.0), 0)
+        offset = tl.sum(tl.where(lane == i, offsets, 0.0), 0)
+        wanted = column(target, i) + tl.sum(errors * weight[None, :], 1)
+        number = tl.div_rn(wanted, tl.zeros([32], tl.float32) + step) - offset
+        number = rint(clamp(number, 0.0, (1 << BITS) - 1.0))
+        error = column(x, i) - step * (number + offset)
+        mine = (lane == i)[None, :]
+        errors = tl.where(mine, error[:, None], errors)
+        numbers = tl.where(mine, number[:, None], numbers)
+    return numbers, errors
+
+
+@triton.jit
+def write_values(
+    stream, line, values, integers, hadamard, hadamard_scale, L: tl.constexpr, C: tl.constexpr
+):
+    """Quantize a chunk's values ``[32, padded]``: write scales and zero points into the chunk at
+    ``line``, and integers to uint8 ``[32, head_dim]``."""
+    row = tl.arange(0, 32)[:, None]
+    channel = tl.arange(0, L.padded)
+    inside = channel < L.head_dim
+    # Products with signs are exact in the cache's dtype.
+    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :]).to(values.dtype)
+    x = dot(values, signs, tl.zeros([32, L.padded], tl.float32)) * hadamard_scale
+    numbers, codes, zeros = quantize_values(x, inside, C.value_groups, C.value_bits)
+    at = integers + row * L.head_dim + channel[None, :]
+    tl.store(at, numbers.to(tl.uint8), mask=inside[None, :])
+    byte = 32 * tl.arange(0, C.value_groups)[None, :] + row
+    tl.store(byte_pointer(stream, line + C.value_scales, byte, L), codes.to(tl.uint8))
+    at = byte_pointer(stream, line + C.value_scales, 32 * C.value_groups + byte, L)
+    tl.store(at, zeros.to(tl.int8).to(tl.uint8, bitcast=True))
+
+
+@triton.jit
 def write_low_kernel(
     keys,
     values,
@@ -228,25 +281,13 @@ def write_low_kernel(
         scales, steps, zeros = key_steps(
             tl.min(x, 0), tl.max(x, 0), unit.to(tl.float32), C.key_bits
         )
-        offsets = zeros * 0.5
         target = x
         for earlier in range(0, start, FEEDBACK_BLOCK):
             before = tl.load(errors + row_start + earlier + lane[None, :])
             at = weights + (start + lane)[None, :] * L.head_dim + earlier + lane[:, None]
             target = dot(before, tl.load(at), target)
-        error = tl.zeros([32, FEEDBACK_BLOCK], tl.float32)
-        numbers = tl.zeros([32, FEEDBACK_BLOCK], tl.float32)
-        for i in range(FEEDBACK_BLOCK):
-            weight = tl.load(weights + (start + i) * L.head_dim + start + lane)
-            step = tl.sum(tl.where(lane == i, steps, 0.0), 0)
-            zero = tl.sum(tl.where(lane == i, offsets, 0.0), 0)
-            wanted = column(target, i) + tl.sum(error * weight[None, :], 1)
-            number = tl.div_rn(wanted, tl.zeros([32], tl.float32) + step) - zero
-            number = rint(clamp(number, 0.0, (1 << C.key_bits) - 1.0))
-            left = column(x, i) - step * (number + zero)
-            mine = (lane == i)[None, :]
-            error = tl.where(mine, left[:, None], error)
-            numbers = tl.where(mine, number[:, None], numbers)
+        own = weights + start * L.head_dim + start
+        numbers, error = round_block(x, target, steps, zeros, own, L, C.key_bits)
         tl.store(errors + row_start + start + lane[None, :], error)
         tl.store(integers + row_start + channel[None, :], numbers.to(tl.uint8))
         at = byte_pointer(stream, line + C.key_scales, channel, L)
@@ -255,21 +296,7 @@ def write_low_kernel(
         tl.store(at, zeros.to(tl.int8).to(tl.uint8, bitcast=True))
         tl.debug_barrier()
 
-    channel = tl.arange(0, L.padded)
-    inside = channel < L.head_dim
-    # Products with signs are exact in the cache's dtype.
-    x = load_native_values(native, token, channel, every, L)
-    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :]).to(x.dtype)
-    x = dot(x, signs, tl.zeros([32, L.padded], tl.float32)) * hadamard_scale
-    numbers, codes, value_zeros = quantize_values(x, inside, C.value_groups, C.value_bits)
-    value_integers = integers + 32 * L.head_dim
-    at = value_integers + row_start + channel[None, :]
-    tl.store(at, numbers.to(tl.uint8), mask=inside[None, :])
-    group = tl.arange(0, C.value_groups)[None, :]
-    byte = 32 * group + row[:, None]
-    tl.store(byte_pointer(stream, line + C.value_scales, byte, L), codes.to(tl.uint8))
-    byte += 32 * C.value_groups
-    at = byte_pointer(stream, line + C.value_scales, byte, L)
-    tl.store(at, value_zeros.to(tl.int8).to(tl.uint8, bitcast=True))
+    x = load_native_values(native, token, tl.arange(0, L.padded), every, L)
+    write_values(stream, line, x, integers + 32 * L.head_dim, hadamard, hadamard_scale, L, C)
     tl.debug_barrier()
-    pack_chunk(stream, line, integers, value_integers, L, C)
+    pack_chunk(stream, line, integers, integers + 32 * L.head_dim, L, C)

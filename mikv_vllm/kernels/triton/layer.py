@@ -1,5 +1,7 @@
 """The tier operations of one attention layer on a GPU."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -57,7 +59,8 @@ def hadamard_signs(head_dim: int) -> torch.Tensor:
 def _words(cache: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """A cache, and its page and head strides in words."""
     scale = 4 // cache.element_size() if cache.element_size() < 4 else 1
-    assert cache.stride(0) % scale == 0 and cache.stride(1) % scale == 0, "strides split words"
+    assert not cache.stride(0) % scale, "pages split words"
+    assert not cache.stride(1) % scale, "heads split words"
     return cache.view(torch.int32), cache.stride(0) // scale, cache.stride(1) // scale
 
 
@@ -100,10 +103,8 @@ class LayerOps:
         scratch: Scratch,
         programs: int = PROGRAMS,
     ) -> None:
-        if head_dim % 16 or not 64 <= head_dim <= 256:  # noqa: PLR2004
-            raise ValueError(
-                f"head_dim is {head_dim}, but must be a multiple of 16 from 64 to 256"
-            )
+        if head_dim % 16 or not 64 <= head_dim <= 256:
+            raise ValueError(f"head_dim is {head_dim}, but must be a multiple of 16 from 64 to 256")
         if block_size % 16:
             raise ValueError(f"block_size is {block_size}, but must be a multiple of 16")
         if num_heads % num_kv_heads:
@@ -139,47 +140,65 @@ class LayerOps:
             k, v: ``[tokens, kv_heads, head_dim]``, the new tokens.
             out: like ``q``, in any float dtype; only the batch's rows are written.
         """
-        layout, heads, rows = self._layout, self._kv_heads, len(batch.rows)
-        pages = (*_words(cache), batch.rows, batch.tables, batch.tables.stride(0))
-        capacity = -(-batch.max_high // CHUNK_TOKENS) * CHUNK_TOKENS
+        self.change(cache, batch, k.dtype)
+        append_kernel[(self._kv_heads, len(batch.rows))](
+            *self._pages(cache, batch),
+            k,
+            k.stride(0),
+            v,
+            v.stride(0),
+            L=self._layout,
+            **OPTIONS["append"],
+        )
+        self.attend(cache, batch, q, out)
+
+    def _pages(self, cache: torch.Tensor, batch: DecodeBatch) -> tuple[Any, ...]:
+        return (*_words(cache), batch.rows, batch.tables, batch.tables.stride(0))
+
+    def change(self, cache: torch.Tensor, batch: DecodeBatch, dtype: torch.dtype) -> None:
+        """Move chunks and demote, in rows whose step says so; ``dtype`` of 16-bit high tokens."""
+        heads, rows, most = self._kv_heads, len(batch.rows), batch.capacity
         take = self._scratch.take
-        scores = take("scores", (rows, heads, capacity), torch.float32)
-        order = take("order", (rows, heads, capacity + CHUNK_TOKENS), torch.int32)
-        integers = take("integers", (rows, heads, 2, CHUNK_TOKENS, layout.head_dim), torch.uint8)
+        scores = take("scores", (rows, heads, most), torch.float32)
+        order = take("order", (rows, heads, most + CHUNK_TOKENS), torch.int32)
+        shape = (rows, heads, 2, CHUNK_TOKENS, self._layout.head_dim)
+        integers = take("integers", shape, torch.uint8)
         for low_format in batch.low_formats:
             change_kernel[(heads, rows)](
-                *pages,
+                *self._pages(cache, batch),
                 self._hadamard,
                 self._hadamard_scale,
                 self._recent,
                 scores,
                 order,
-                capacity,
+                most,
                 integers,
-                DTYPE=DTYPES[k.dtype],
-                L=layout,
+                DTYPE=DTYPES[dtype],
+                L=self._layout,
                 C=self._low(low_format),
                 **OPTIONS["change"],
             )
-        append_kernel[(heads, rows)](
-            *pages, k, k.stride(0), v, v.stride(0), L=layout, **OPTIONS["append"]
-        )
+
+    def attend(
+        self, cache: torch.Tensor, batch: DecodeBatch, q: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Attend over both tiers and add to the scores; arguments as in :meth:`decode`."""
+        layout, heads, rows = self._layout, self._kv_heads, len(batch.rows)
         splits = power_of_two(-(-self._programs // (rows * heads)))
         splits = min(max(splits, LEAST_SPLITS), MOST_SPLITS)
+        take = self._scratch.take
         shape = (rows, heads, splits, layout.heads, layout.padded)
         partial_out = take("partial_out", shape, torch.float32)
         shape = (rows, heads, splits, 2, layout.heads)
         partial_sums = take("partial_sums", shape, torch.float32)
-        logits = take("logits", (rows, heads, layout.group, capacity), torch.float32)
+        logits = take("logits", (rows, heads, layout.group, batch.capacity), torch.float32)
+        partials = (partial_out, partial_sums, logits, batch.capacity)
         for low_format in batch.low_formats:
             attend_kernel[(splits, heads, rows)](
-                *pages,
+                *self._pages(cache, batch),
                 q,
                 q.stride(0),
-                partial_out,
-                partial_sums,
-                logits,
-                capacity,
+                *partials,
                 self._scale,
                 SOFTCAP=self._softcap,
                 SPLITS=splits,
@@ -190,11 +209,8 @@ class LayerOps:
                 **OPTIONS["attend"],
             )
         merge_kernel[(splits, heads, rows)](
-            *pages,
-            partial_out,
-            partial_sums,
-            logits,
-            capacity,
+            *self._pages(cache, batch),
+            *partials,
             out,
             out.stride(0),
             self._hadamard,
@@ -289,20 +305,23 @@ class LayerOps:
         take = self._scratch.take
         order = take("order", (heads, tokens), torch.int32)
         high = state.high_tokens
-        select_kernel[(heads,)](
-            scores, scores.stride(0), tokens, high, self._recent, order, tokens
-        )
+        select_kernel[(heads,)](scores, scores.stride(0), tokens, high, self._recent, order, tokens)
         partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
         measure_kernel[(PARTS, heads)](
             *native, order, tokens, tokens, high, partial, PARTS=PARTS, L=layout
         )
         unit_share = 2 / (255 * ((1 << low_format.key_bits) - 1))
-        frame_kernel[(heads,)](
-            *tiered, partial, tokens, unit_share, PARTS=PARTS, L=layout
-        )
+        frame_kernel[(heads,)](*tiered, partial, tokens, unit_share, PARTS=PARTS, L=layout)
         write_high_kernel[(triton.cdiv(high, GROUP_TOKENS), heads)](
-            *native, *tiered, scores, scores.stride(0), order, tokens, high, L=layout,
-            **OPTIONS["write_high"]
+            *native,
+            *tiered,
+            scores,
+            scores.stride(0),
+            order,
+            tokens,
+            high,
+            L=layout,
+            **OPTIONS["write_high"],
         )
         if not state.low_chunks:
             return

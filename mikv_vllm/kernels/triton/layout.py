@@ -113,7 +113,6 @@ class LowLines:
     def value_groups(self) -> int:
         return self._layout.value_groups
 
-
     @property
     def key_main(self) -> int:
         """Bits of the keys' first plane; a 1-bit plane holds the rest of 3 and 5 bits."""

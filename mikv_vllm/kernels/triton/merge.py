@@ -13,6 +13,57 @@ PARTS_AT_ONCE = tl.constexpr(16)
 
 
 @triton.jit
+def merge_output(
+    sums, outputs, splits, low_splits, g, top, hadamard, hadamard_scale, L: tl.constexpr
+):
+    """Output of one query head over all splits, ``[padded]``, not yet divided by the weights' sum.
+
+    Args:
+        sums, outputs: of split 0, as ``attend_kernel`` writes them.
+        top: the head's maximum.
+    """
+    channel = tl.arange(0, L.padded)
+    low = tl.zeros([L.padded], tl.float32)
+    high = tl.zeros([L.padded], tl.float32)
+    for start in range(0, splits, PARTS_AT_ONCE):
+        part = start + tl.arange(0, PARTS_AT_ONCE)
+        mask = part < splits
+        factor = tl.exp2(tl.load(sums + part * 2 * L.heads + g, mask=mask, other=NEVER) - top)
+        at = outputs + ((part * L.heads + g) * L.padded)[:, None] + channel[None, :]
+        weighted = tl.load(at, mask=mask[:, None], other=0.0) * factor[:, None]
+        is_low = (part < low_splits)[:, None]
+        low += tl.sum(tl.where(is_low, weighted, 0.0), 0)
+        high += tl.sum(tl.where(is_low, 0.0, weighted), 0)
+    if low_splits > 0:
+        signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
+        high += tl.sum(signs.to(tl.float32) * low[None, :], 1) * hadamard_scale
+    return high
+
+
+@triton.jit
+def add_importance(
+    stream, logits, logits_stride, first, last, high_tokens, top, total, decay, L: tl.constexpr
+):
+    """Let scores of blocks ``first`` to ``last`` of 32 high tokens decay, and add their weights.
+
+    Args:
+        logits: ``[group, logits_stride]``; top, total: of each head's softmax, ``[heads]``.
+    """
+    member = tl.arange(0, L.heads)
+    for block in range(first, last):
+        token = 32 * block + tl.arange(0, 32)
+        valid = token < high_tokens
+        line = L.header_lines + tl.minimum(token, high_tokens - 1) // 16 * L.group_lines
+        at = byte_pointer(stream, line, L.high_scores + 4 * (token % 16), L)
+        at = at.to(tl.pointer_type(tl.float32))
+        score = tl.load(at, mask=valid, other=0.0) * decay
+        mask = valid[:, None] & (member < L.group)[None, :]
+        place = logits + member[None, :] * logits_stride + token[:, None]
+        weights = tl.exp2(tl.load(place, mask=mask, other=NEVER) - top[None, :]) / total[None, :]
+        tl.store(at, score + tl.sum(tl.where(mask, weights, 0.0), 1), mask=valid)
+
+
+@triton.jit
 def merge_kernel(
     pages,
     page_stride,
@@ -67,45 +118,35 @@ def merge_kernel(
         sink = tl.load(sinks + head * L.group + member, mask=member < L.group, other=0.0)
         total += tl.exp2(sink * LOG2E - top)
 
-    channel = tl.arange(0, L.padded)
     outputs = partial_out + first_part * L.heads * L.padded
+    channel = tl.arange(0, L.padded)
     for g in range(split, L.group, splits):
-        top_of_g = tl.sum(tl.where(member == g, top, 0.0), 0)
-        low = tl.zeros([L.padded], tl.float32)
-        high = tl.zeros([L.padded], tl.float32)
-        for start in range(0, splits, PARTS_AT_ONCE):
-            some = start + tl.arange(0, PARTS_AT_ONCE)
-            mask = some < splits
-            tops_of_g = tl.load(sums + some * 2 * L.heads + g, mask=mask, other=NEVER)
-            factor = tl.exp2(tops_of_g - top_of_g)[:, None]
-            out_at = outputs + ((some * L.heads + g) * L.padded)[:, None] + channel[None, :]
-            weighted = tl.load(out_at, mask=mask[:, None], other=0.0) * factor
-            is_low = (some < low_splits)[:, None]
-            low += tl.sum(tl.where(is_low, weighted, 0.0), 0)
-            high += tl.sum(tl.where(is_low, 0.0, weighted), 0)
-        rotated = tl.zeros([L.padded], tl.float32)
-        if low_splits > 0:
-            signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
-            rotated = tl.sum(signs.to(tl.float32) * low[None, :], 1) * hadamard_scale
-        result = (high + rotated) / tl.sum(tl.where(member == g, total, 0.0), 0)
-        row_out = out + row.token.to(tl.int64) * out_stride + (head * L.group + g) * L.head_dim
-        tl.store(
-            row_out + channel, result.to(out.dtype.element_ty), mask=channel < L.head_dim
+        mine = member == g
+        result = merge_output(
+            sums,
+            outputs,
+            splits,
+            low_splits,
+            g,
+            tl.sum(tl.where(mine, top, 0.0), 0),
+            hadamard,
+            hadamard_scale,
+            L,
         )
+        result /= tl.sum(tl.where(mine, total, 0.0), 0)
+        to = out + row.token.to(tl.int64) * out_stride + (head * L.group + g) * L.head_dim
+        tl.store(to + channel, result.to(out.dtype.element_ty), mask=channel < L.head_dim)
 
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
-    slot = tl.arange(0, 32)
-    logits = high_logits + (index * kv_heads + head) * L.group * logits_stride
-    for block in range(blocks * split // splits, blocks * (split + 1) // splits):
-        token = 32 * block + slot
-        valid = token < row.high_tokens
-        line = L.header_lines + token // 16 * L.group_lines
-        last_line = L.header_lines + (row.high_tokens - 1) // 16 * L.group_lines
-        line = tl.minimum(line, last_line)
-        at = byte_pointer(stream, line, L.high_scores + 4 * (token % 16), L)
-        at = at.to(tl.pointer_type(tl.float32))
-        score = tl.load(at, mask=valid, other=0.0) * decay
-        mask = valid[:, None] & (member < L.group)[None, :]
-        x = tl.load(logits + member[None, :] * logits_stride + token[:, None], mask=mask, other=NEVER)
-        weights = tl.exp2(x - top[None, :]) / total[None, :]
-        tl.store(at, score + tl.sum(tl.where(mask, weights, 0.0), 1), mask=valid)
+    add_importance(
+        stream,
+        high_logits + (index * kv_heads + head) * L.group * logits_stride,
+        logits_stride,
+        blocks * split // splits,
+        blocks * (split + 1) // splits,
+        row.high_tokens,
+        top,
+        total,
+        decay,
+        L,
+    )

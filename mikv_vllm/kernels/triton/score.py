@@ -69,9 +69,7 @@ def prompt_sums_kernel(
     """
     block, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = head * native_head_stride
-    native = NativePages(
-        keys + offset, keys, native_page_stride, native_token_stride, native_table
-    )
+    native = NativePages(keys + offset, keys, native_page_stride, native_token_stride, native_table)
     q += head * L.group * L.head_dim
     num_rows = num_queries * L.group
     top = tl.full([ROWS], NEVER, tl.float32)
@@ -124,7 +122,9 @@ def prompt_scores_kernel(
     ROWS: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Add the weights of all rows to the scores of some tokens. Grid ``(blocks of KEYS, kv_heads)``.
+    """Add the weights of all rows to the scores of some tokens.
+
+    Grid ``(blocks of KEYS, kv_heads)``.
 
     Args:
         sums: of :func:`prompt_sums_kernel`.
@@ -133,9 +133,7 @@ def prompt_scores_kernel(
     """
     block, head = tl.program_id(0), tl.program_id(1)
     offset = head * native_head_stride
-    native = NativePages(
-        keys + offset, keys, native_page_stride, native_token_stride, native_table
-    )
+    native = NativePages(keys + offset, keys, native_page_stride, native_token_stride, native_table)
     q += head * L.group * L.head_dim
     num_rows = num_queries * L.group
     part = tl.arange(0, PARTS)[:, None]

@@ -173,7 +173,7 @@ def low_keys(record, L: tl.constexpr, C: tl.constexpr):
     if MAIN == 2:
         words = words >> (tile % 4 * 2)
     extra = words
-    if MAIN < C.key_bits:
+    if C.key_bits > MAIN:
         line = L.head_dim * MAIN // 16 + tile // 8
         extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
     numbers = unpack_words(words[None] >> (MAIN * half), extra[None] >> half, MAIN, C.key_bits)
@@ -202,7 +202,7 @@ def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: t
     if TAKEN < 8 // MAIN:
         words = words >> (tile % (8 // MAIN) * MAIN)
     extra = words
-    if MAIN < C.value_bits:
+    if C.value_bits > MAIN:
         line = C.values + L.head_dim * MAIN // 16 + tile // 8
         extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
     numbers = unpack_words(words[None] >> (MAIN * taken), extra[None] >> taken, MAIN, C.value_bits)

@@ -87,11 +87,11 @@ def pack_chunk(stream, line, keys, values, L: tl.constexpr, C: tl.constexpr):
         keys, values: uint8 pointers to integers ``[32, head_dim]``.
     """
     pack_plane(stream, line, keys, 0, C.key_main, True, L)
-    if C.key_main < C.key_bits:
+    if C.key_bits > C.key_main:
         extra = line + L.head_dim * C.key_main // 16
         pack_plane(stream, extra, keys, C.key_main, 1, True, L)
     line += C.values
     pack_plane(stream, line, values, 0, C.value_main, False, L)
-    if C.value_main < C.value_bits:
+    if C.value_bits > C.value_main:
         extra = line + L.head_dim * C.value_main // 16
         pack_plane(stream, extra, values, C.value_main, 1, False, L)

@@ -1,0 +1,117 @@
+"""Check the Triton kernels on this GPU, then time them against bf16 attention.
+
+python -m benchmarks.gpu                       # all of it, under 8 minutes
+python -m benchmarks.gpu --contexts 32768 --batches 8 --ratios 4 --skip-tests
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.cases import MODELS, Heads, decode_rows, prompt_rows
+from benchmarks.gpu.timing import copy_bandwidth
+from benchmarks.report import table
+
+TESTS = ("test_triton_decode.py", "test_triton_compress.py")
+
+
+def check_kernels() -> None:
+    """Run the kernels' tests on this device."""
+    tests = [f"tests/kernels/{name}" for name in TESTS]
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], check=True)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Speed-up over bf16 against context, a panel for each model and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
+    columns = max(sum(model == other for other, _ in panels) for model, _ in panels)
+    count = -(-len(panels) // columns)
+    figure, axes = plt.subplots(count, columns, figsize=(4 * columns, 3.5 * count), squeeze=False)
+    for axis, (model, batch) in zip(axes.flat, panels, strict=False):
+        mine = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
+        for name in dict.fromkeys((row["contender"], row["ratio"]) for row in mine):
+            points = [
+                (row["context"], row["speed-up"])
+                for row in mine
+                if (row["contender"], row["ratio"]) == name
+            ]
+            label = f"{name[0]}, ratio {name[1]:g}"
+            axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.set(title=f"{model}, batch {batch}", xlabel="context, tokens", ylabel="speed-up")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+    axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def chosen(names: list[str]) -> list[Heads]:
+    return [heads for heads in MODELS if heads.model in names]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [heads.model for heads in MODELS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 32768, 131072])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--skip-tests", action="store_true", help="do not check the kernels first")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(
+            "python -m benchmarks.gpu times kernels on a CUDA device, and torch finds none; "
+            "without one, `python -m benchmarks.gpu.compile` shows what they compile to",
+            file=sys.stderr,
+        )
+        return 1
+    if not args.skip_tests:
+        check_kernels()
+    device = torch.cuda.get_device_name()
+    bandwidth = copy_bandwidth()
+    memory = torch.cuda.get_device_properties(0).total_memory
+    print(f"{device}: a copy reads and writes {bandwidth / 1e9:.0f} GB/s", flush=True)
+    decode, prompts = [], []
+    for heads in chosen(args.models):
+        for context in args.contexts:
+            for row in decode_rows(heads, context, args.batches, args.ratios, bandwidth, memory):
+                decode.append(row)
+                print(f"  {row}", flush=True)
+        prompts += [row for context in args.contexts for row in prompt_rows(heads, context, 4.0)]
+    result = {
+        "date": date.today().isoformat(),
+        "device": device,
+        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+        "copy_gb_per_s": round(bandwidth / 1e9),
+        "decode": decode,
+        "prompt": prompts,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu-{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(decode, path.with_suffix(".png"))
+    print(table(decode))
+    print()
+    print(table(prompts))
+    print(f"written: {path}, {path.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

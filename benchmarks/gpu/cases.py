@@ -1,0 +1,260 @@
+"""Layers with compressed requests in them, and the same tokens uncompressed."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu.timing import device_time
+from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
+from mikv_vllm.kernels.triton.layer import PROGRAMS
+from mikv_vllm.tiers.formats import TierGeometry
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+
+BLOCK_SIZE, WINDOW, RECENT, DECAY = 64, 32, 16, 0.98
+CACHE_BYTES = 256 << 20
+"""Memory that runs go around in: several times the cache of a GPU."""
+DTYPE = torch.bfloat16
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of a model's layer."""
+
+    programs: ClassVar[int] = PROGRAMS
+
+    model: str
+    head_dim: int
+    kv_heads: int
+    group: int
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    def ops(self, scratch: Scratch, high_bits: int = 8) -> LayerOps:
+        return LayerOps(
+            self.head_dim,
+            self.heads,
+            self.kv_heads,
+            BLOCK_SIZE,
+            high_bits,
+            self.head_dim**-0.5,
+            0.0,
+            None,
+            DECAY,
+            RECENT,
+            scratch,
+            self.programs,
+        )
+
+    def native_bytes(self, tokens: int) -> int:
+        return 4 * self.head_dim * self.kv_heads * tokens
+
+
+MODELS = (Heads("Llama-3.1-8B", 128, 8, 4), Heads("Qwen3-32B", 128, 8, 8))
+
+
+class Prompt:
+    """One request's random tokens in native pages, its last queries and its scores."""
+
+    def __init__(self, heads: Heads, tokens: int, scratch: Scratch) -> None:
+        self.heads, self.tokens, self.scratch = heads, tokens, scratch
+        pages = -(-tokens // BLOCK_SIZE)
+        size = (2, pages, BLOCK_SIZE, heads.kv_heads, heads.head_dim)
+        self.cache = torch.randn(size, dtype=DTYPE, device=DEVICE)
+        self.table = torch.randperm(pages, device=DEVICE).to(torch.int32)
+        size = (WINDOW, heads.heads, heads.head_dim)
+        self.q = torch.randn(size, dtype=DTYPE, device=DEVICE)
+        self.scores = torch.zeros(heads.kv_heads, tokens, device=DEVICE)
+        self.ops = heads.ops(scratch)
+
+    def score(self) -> None:
+        self.ops.score(self.cache[0], self.table, self.tokens, self.q, self.scores)
+
+    def planner(self, ratio: float, high_bits: int = 8) -> TierPlanner:
+        geometry = TierGeometry(self.heads.head_dim, BLOCK_SIZE, high_bits)
+        return TierPlanner(geometry, ratio, RECENT)
+
+    def compress(
+        self,
+        ops: LayerOps,
+        state: TierState,
+        planner: TierPlanner,
+        pages: torch.Tensor,
+        table: torch.Tensor,
+    ) -> None:
+        low_format = planner.low_format
+        ops.compress(*self.cache, self.table, pages, table, state, low_format, self.scores, self.q)
+
+
+class Compressed:
+    """``batch`` copies of a compressed prompt in pages of their own, about to decode."""
+
+    def __init__(self, prompt: Prompt, ratio: float, batch: int, demote: bool = False) -> None:
+        heads, self.scratch = prompt.heads, prompt.scratch
+        if ratio == 1:
+            # Every token at 16 bits: the same kernel on uncompressed numbers.
+            self.planner = prompt.planner(1.5, high_bits=16)
+            geometry = self.planner.geometry
+            pages = -(-geometry.high_bytes(prompt.tokens + 1) // geometry.page_bytes)
+            state = TierState(pages, prompt.tokens, 0, pages * geometry.page_bytes)
+        else:
+            self.planner = prompt.planner(ratio)
+            geometry = self.planner.geometry
+            found = self.planner.compress(prompt.tokens)
+            assert found is not None, f"nothing to save at ratio {ratio}"
+            state = found
+        self.ops = heads.ops(self.scratch, geometry.high_bits)
+        self.state, self.name = state, "16-bit" if ratio == 1 else self.planner.low_format.name
+        record = geometry.low(self.planner.low_format).num_bytes
+        high = geometry.high_bytes(state.high_tokens)
+        self.num_bytes = heads.kv_heads * batch * (high + state.low_chunks * record)
+        rows = pages = state.pages + 1
+        sets = max(1, min(32, -(-CACHE_BYTES // self.num_bytes)))
+        size = (sets * batch * rows, heads.kv_heads, geometry.page_bytes)
+        self.pages = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+        first = torch.arange(pages, dtype=torch.int32, device=DEVICE)
+        prompt.compress(self.ops, state, self.planner, self.pages, first)
+        self.pages.view(-1, pages, *size[1:])[1:] = self.pages[:pages]
+        chunks = state.low_chunks + demote
+        after = TierState(pages, state.high_tokens + 1 - 32 * demote, chunks, state.low_end)
+        step = AppendStep(1, 0, int(demote), after)
+        order = torch.randperm(len(self.pages) // pages).tolist()
+        self.batches = []
+        for i in range(sets):
+            described = [
+                (
+                    row,
+                    range(order[i * batch + row] * pages, (order[i * batch + row] + 1) * pages),
+                    state,
+                    step,
+                    self.planner.low_format,
+                )
+                for row in range(batch)
+            ]
+            self.batches.append(DecodeBatch.build(described, DEVICE))
+        self.q = torch.randn(batch, heads.heads, heads.head_dim, dtype=DTYPE, device=DEVICE)
+        self.out = torch.empty_like(self.q)
+
+    def attend(self) -> list[Callable[[], object]]:
+        """Attention on each of the sets."""
+        return [
+            lambda batch=batch: self.ops.attend(self.pages, batch, self.q, self.out)
+            for batch in self.batches
+        ]
+
+    def change(self) -> list[Callable[[], object]]:
+        """The demote on each of the sets."""
+        return [
+            lambda batch=batch: self.ops.change(self.pages, batch, DTYPE) for batch in self.batches
+        ]
+
+
+def flash_attention(heads: Heads, tokens: int, batch: int) -> float:
+    """Seconds of torch's flash attention on bf16 keys and values of the same sizes.
+
+    The query heads of a KV head are its queries, so that none is read twice.
+    """
+    sets = max(1, min(32, -(-CACHE_BYTES // (batch * heads.native_bytes(tokens)))))
+    shape = (sets, 2, batch, heads.kv_heads, tokens, heads.head_dim)
+    cache = torch.empty(shape, dtype=DTYPE, device=DEVICE)
+    for part in cache.flatten(0, 2):
+        part.normal_()
+    size = (batch, heads.kv_heads, heads.group, heads.head_dim)
+    q = torch.randn(size, dtype=DTYPE, device=DEVICE)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        return device_time(
+            [lambda one=one: F.scaled_dot_product_attention(q, one[0], one[1]) for one in cache]
+        )
+
+
+def prefill_attention(heads: Heads, tokens: int) -> float:
+    """Seconds of torch's causal flash attention over a prompt."""
+    size = (1, heads.heads, tokens, heads.head_dim)
+    q, k, v = (torch.randn(size, dtype=DTYPE, device=DEVICE) for _ in range(3))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        return device_time([lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)], 3)
+
+
+def decode_rows(
+    heads: Heads,
+    tokens: int,
+    batches: list[int],
+    ratios: list[float],
+    bandwidth: float,
+    memory: int,
+) -> Iterator[dict]:
+    """One row for each contender and batch that fits.
+
+    Args:
+        bandwidth: bytes that a copy reads and writes in a second.
+        memory: bytes of the device.
+    """
+    scratch = Scratch(DEVICE)
+    prompt = Prompt(heads, tokens, scratch)
+    prompt.score()
+    for batch in batches:
+        native = batch * heads.native_bytes(tokens)
+        if 1.5 * native > memory:
+            continue
+        flash = flash_attention(heads, tokens, batch)
+        measured = [("torch flash", 1.0, native, flash)]
+        for ratio in ratios:
+            case = Compressed(prompt, ratio, batch)
+            seconds = device_time(case.attend())
+            measured.append((f"ours {case.name}", ratio, case.num_bytes, seconds))
+            del case
+            gc.collect()
+            torch.cuda.empty_cache()
+        fastest = min(seconds for _, ratio, _, seconds in measured if ratio == 1)
+        for name, ratio, num_bytes, seconds in measured:
+            yield {
+                "model": heads.model,
+                "context": tokens,
+                "batch": batch,
+                "contender": name,
+                "ratio": ratio,
+                "MB": round(num_bytes / 1e6, 3),
+                "us": round(1e6 * seconds, 1),
+                "GB/s": round(num_bytes / seconds / 1e9),
+                "of copy": f"{num_bytes / seconds / bandwidth:.0%}",
+                "copy us": round(1e6 * num_bytes / bandwidth, 1),
+                "speed-up": round(fastest / seconds, 2),
+            }
+
+
+def prompt_rows(heads: Heads, tokens: int, ratio: float) -> Iterator[dict]:
+    """What it costs to score, compress and demote."""
+    scratch = Scratch(DEVICE)
+    prompt = Prompt(heads, tokens, scratch)
+    prefill = prefill_attention(heads, tokens)
+    planner = prompt.planner(ratio)
+    state = planner.compress(tokens)
+    assert state is not None
+    size = (state.pages, heads.kv_heads, planner.geometry.page_bytes)
+    pages = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    table = torch.arange(state.pages, dtype=torch.int32, device=DEVICE)
+    case = Compressed(prompt, ratio, 8, demote=True)
+
+    def compress() -> None:
+        prompt.compress(prompt.ops, state, planner, pages, table)
+
+    for name, seconds in (
+        ("score", device_time([prompt.score])),
+        # torch's Cholesky factorization cannot be captured.
+        ("compress", device_time([compress], graph=False)),
+        ("demote, batch 8", device_time(case.change())),
+    ):
+        yield {
+            "model": heads.model,
+            "context": tokens,
+            "operation": name,
+            "us": round(1e6 * seconds, 1),
+            "us per 1k tokens": round(1e9 * seconds / tokens, 2),
+            "of prefill attention": f"{seconds / prefill:.1%}",
+        }

@@ -1,0 +1,32 @@
+"""The GPU benchmark's cases hold together, in the interpreter and at a toy's size."""
+
+import pytest
+import torch
+
+from benchmarks.gpu import cases
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs here")
+def test_the_benchmark_covers_every_contender(device, monkeypatch):
+    def run_once(runs, rounds=1, graph=True):
+        for run in runs[:1]:
+            run()
+        return 1e-3
+
+    monkeypatch.setattr(cases, "device_time", run_once)
+    monkeypatch.setattr(cases, "DEVICE", device)
+    monkeypatch.setattr(cases, "CACHE_BYTES", 1)
+    monkeypatch.setattr(cases.Heads, "programs", 8)
+    heads = cases.Heads("toy", 64, 1, 2)
+    rows = list(cases.decode_rows(heads, 320, [1, 2, 999], [1, 2, 4], 1e9, 10**6))
+    assert [(row["batch"], row["contender"]) for row in rows] == [
+        (batch, name)
+        for batch in (1, 2)
+        for name in ("torch flash", "ours 16-bit", "ours K5V4", "ours K4V3")
+    ]
+    native = heads.native_bytes(320)
+    for row in rows:
+        tokens = native * row["batch"] / 1e6 / row["MB"]
+        assert tokens == pytest.approx(row["ratio"], rel=0.2)
+    operations = [row["operation"] for row in cases.prompt_rows(heads, 320, 4.0)]
+    assert operations == ["score", "compress", "demote, batch 8"]
