@@ -18,15 +18,15 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
     monkeypatch.setattr(cases, "CACHE_BYTES", 1)
     monkeypatch.setattr(cases.Heads, "programs", 8)
     heads = cases.Heads("toy", 64, 1, 2)
-    rows = list(cases.decode_rows(heads, 320, [1, 2, 999], [1, 2, 4], 1e9, 10**6))
+    rows = list(cases.decode_rows(heads, 704, [1, 2, 999], [1, 2, 4], 1e9, 10**6))
     assert [(row["batch"], row["contender"]) for row in rows] == [
         (batch, name)
         for batch in (1, 2)
         for name in ("torch flash", "ours 16-bit", "ours K5V4", "ours K4V3")
     ]
-    native = heads.native_bytes(320)
+    native = heads.native_bytes(704)
     for row in rows:
         tokens = native * row["batch"] / 1e6 / row["MB"]
         assert tokens == pytest.approx(row["ratio"], rel=0.2)
-    operations = [row["operation"] for row in cases.prompt_rows(heads, 320, 4.0)]
+    operations = [row["operation"] for row in cases.prompt_rows(heads, 704, 4.0)]
     assert operations == ["score", "compress", "demote, batch 8"]
