@@ -18,11 +18,9 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
     monkeypatch.setattr(cases, "CACHE_BYTES", 1)
     monkeypatch.setattr(cases.Heads, "programs", 8)
     heads = cases.Heads("toy", 64, 1, 2)
-    rows = list(cases.decode_rows(heads, 704, [1, 2, 999], [1, 2, 4], 1e9, 10**6))
+    rows = list(cases.decode_rows(heads, 704, [2, 999], [1, 4], 1e9, 10**6))
     assert [(row["batch"], row["contender"]) for row in rows] == [
-        (batch, name)
-        for batch in (1, 2)
-        for name in ("torch flash", "ours 16-bit", "ours K5V4", "ours K4V3")
+        (2, name) for name in ("torch flash", "ours 16-bit", "ours K4V3")
     ]
     native = heads.native_bytes(704)
     for row in rows:
