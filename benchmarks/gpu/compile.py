@@ -72,6 +72,13 @@ KERNELS = {
 BY_FORMAT = {"attend", "change", "write_low"}
 
 
+H100_SLOTS = 132 * 4 * 1.755e9
+"""Warp instructions a second: multiprocessors, schedulers, boost clock of the SXM board."""
+H100_BANDWIDTH = 3.35e12
+"""Bytes a second, from its data sheet."""
+INSTRUCTION = r"^\s+/\*[0-9a-f]+\*/\s+[@A-Z]"
+
+
 @dataclass(frozen=True)
 class Job:
     """One kernel for one layer, low format and target."""
@@ -104,6 +111,8 @@ class Needs:
     """Bytes of a program."""
     instructions: int
     warps: int
+    loops: tuple[int, ...]
+    """Instructions of each loop with matrix products, in the order of the code."""
 
 
 def compile_job(job: Job) -> Needs:
@@ -149,14 +158,30 @@ def compile_job(job: Job) -> Needs:
         usage = run("cuobjdump", "-res-usage")
         listing = run("nvdisasm")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+[@A-Z]", listing, re.MULTILINE)
     return Needs(
         int(registers),
         int(stack),
         compiled.metadata.shared,
-        len(instructions),
+        len(re.findall(INSTRUCTION, listing, re.MULTILINE)),
         compiled.metadata.num_warps,
+        matrix_loops(listing),
     )
+
+
+def matrix_loops(listing: str) -> tuple[int, ...]:
+    """Instructions between a label and the branch back to it, where tensor cores are used."""
+    labels, seen, loops = {}, [], []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(seen)
+        elif re.match(INSTRUCTION, line):
+            seen.append(line)
+            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if branch and branch[1] in labels:
+                body = seen[labels[branch[1]] :]
+                if any("HMMA" in instruction for instruction in body):
+                    loops.append(len(body))
+    return tuple(loops)
 
 
 def jobs(quick: bool, targets: list[int]) -> list[Job]:
@@ -194,6 +219,30 @@ def table(every: list[Job], needs: list[Needs]) -> str:
     return "\n".join(lines)
 
 
+def decode_table(every: list[Job], needs: list[Needs]) -> str:
+    """What the decode kernel issues for each byte of cache: where arithmetic would be the limit."""
+    slots = H100_SLOTS / H100_BANDWIDTH
+    lines = [
+        "decode: instructions of all warps for a block of 32 tokens; an H100 issues "
+        f"{slots:.3f} while it reads a byte",
+        f"{'kernel':28} {'target':>7} {'tier':>5} {'instructions':>12} {'bytes':>6} "
+        f"{'per byte':>9}",
+    ]
+    for job, need in zip(every, needs, strict=True):
+        layout, low = job.layout, job.low_format
+        if job.kernel != "attend" or layout.high_bits != 8 or len(need.loops) != 2:
+            continue
+        chunk = layout.geometry.low(low).num_bytes
+        blocks = (chunk, 2 * layout.geometry.high.num_bytes)
+        for tier, loop, size in zip(("low", "high"), need.loops, blocks, strict=True):
+            count = loop * need.warps
+            lines.append(
+                f"{job.name:28} {f'sm_{job.target}':>7} {tier:>5} {count:12} {size:6} "
+                f"{count / size:9.3f}"
+            )
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one low format of each kernel")
@@ -204,6 +253,8 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs) as pool:
         needs = list(pool.map(compile_job, every))
     print(table(every, needs))
+    print()
+    print(decode_table(every, needs))
     spilling = {job.name for job, need in zip(every, needs, strict=True) if need.stack}
     if spilling:
         print(f"spills: {', '.join(sorted(spilling))}", file=sys.stderr)

@@ -15,7 +15,8 @@ def test_kernels_compile_and_attention_spills_nothing():
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    lines = [re.split(r"\s{2,}", line) for line in result.stdout.splitlines()[1:]]
+    resources, _, _ = result.stdout.partition("\n\n")
+    lines = [re.split(r"\s{2,}", line) for line in resources.splitlines()[1:]]
     compiled = {(line[0].split()[0], line[1]) for line in lines}
     kernels = {kernel for kernel, _ in compiled}
     assert len(kernels) == 11

@@ -14,11 +14,13 @@ from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped, power_of_two, weigh
 from mikv_vllm.kernels.triton.stream import (
+    SUBNORMAL,
     byte_pointer,
     channel_order,
     either,
     high_keys,
     high_values,
+    key_row_factor,
     load_bytes,
     load_fp16,
     low_keys,
@@ -27,11 +29,10 @@ from mikv_vllm.kernels.triton.stream import (
     small_fp16,
     token_order,
     value_channel_order,
+    value_row_factor,
     within,
 )
 
-SUBNORMAL = tl.constexpr(2.0**24)
-"""What products of unpacked integers have to be multiplied by."""
 HIGH_ZERO = tl.constexpr(128)
 HIGH_EXPONENT = tl.constexpr(127 - 22)
 """A float32's exponent bits less this count from where the 8-bit scales' exponents do."""
@@ -50,6 +51,13 @@ def splits_of(chunks, blocks, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def load_queries(q, channel, member, L: tl.constexpr):
+    """Queries ``[channels, members]``; 0 beyond the channels and the group."""
+    inside = (channel < L.head_dim)[:, None] & (member < L.group)[None, :]
+    return tl.load(q + member[None, :] * L.head_dim + channel[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
 def query_fold(q):
     """A power of two for each head that makes ``q`` times a byte fit fp16, and its inverse."""
     exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 127
@@ -62,33 +70,33 @@ def query_parts(per_unit, L: tl.constexpr):
     """Split query factors so that fp16 products with a byte keep 15 bits of them.
 
     The first part has 3 significant bits, 11 after the multiplication: exact. Of the second, an
-    eighth as large, 11 remain. If the heads leave half of the columns free, their copies there are
-    the second part; else it is put behind them.
+    eighth as large, 11 remain.
+
+    Args:
+        per_unit: ``[padded, L.members]``.
 
     Returns:
-        fp16 ``[padded, L.query_columns]``.
+        fp16 ``[padded, 2 * L.members]``, the first parts in front.
     """
     bits = per_unit.to(tl.int32, bitcast=True)
     first = ((bits + 0x00100000) & -0x00200000).to(tl.float32, bitcast=True)
-    second = per_unit - first
-    if L.query_columns == L.heads:
-        column = tl.arange(0, L.heads)[None, :]
-        parts = tl.where(column < L.heads // 2, first, second).to(tl.float16)
-    else:
-        parts = tl.join(first.to(tl.float16), second.to(tl.float16))
-        parts = tl.reshape(tl.permute(parts, (0, 2, 1)), (L.padded, L.query_columns))
-    return parts
+    parts = tl.join(first.to(tl.float16), (per_unit - first).to(tl.float16))
+    return tl.reshape(tl.permute(parts, (0, 2, 1)), (L.padded, 2 * L.members))
 
 
 @triton.jit
 def add_parts(logits, L: tl.constexpr):
-    """Logits ``[32, heads]`` from those of both parts."""
-    HALF: tl.constexpr = L.query_columns // 2
-    both = tl.sum(tl.reshape(logits, (32, 2, HALF)), 1)
-    if L.query_columns == L.heads:
-        both = tl.broadcast_to(both[:, None, :], (32, 2, HALF))
-        both = tl.reshape(both, (32, L.heads))
-    return both
+    """Logits ``[32, members]`` from those of both parts."""
+    return tl.sum(tl.reshape(logits, (32, 2, L.members)), 1)
+
+
+@triton.jit
+def fill_columns(logits, L: tl.constexpr):
+    """Repeat ``[32, members]`` until it has ``heads`` columns, which a tensor core wants."""
+    if L.members < L.heads:
+        copies = tl.broadcast_to(logits[:, None, :], (32, L.heads // L.members, L.members))
+        logits = tl.reshape(copies, (32, L.heads))
+    return logits
 
 
 @triton.jit
@@ -104,7 +112,7 @@ def attend_low(
     """Attention over low chunks ``first`` to ``last``.
 
     Args:
-        q: float32 ``[padded, heads]``, scaled, to base 2, in :func:`~stream.channel_order`.
+        q: float32 ``[padded, members]``, scaled, to base 2, in :func:`~stream.channel_order`.
         low_line: line of chunk 0.
 
     Returns:
@@ -124,19 +132,20 @@ def attend_low(
     base = tl.sum(q * load_fp16(header, 2 * channel)[:, None], 0)
     per_unit = q * load_fp16(header, 2 * (L.head_dim + channel))[:, None]
     fold, unfold = query_fold(per_unit)
-    parts = query_parts(per_unit * fold[None, :], L)
+    per_unit *= fold[None, :]
+    parts = query_parts(per_unit, L)
     token = tl.arange(0, 32 * GROUPS)
     order = token_order()
     for chunk in range(first, last):
         record = record_at(stream, low_line + chunk * C.count, C.count, L)
         scales = small_fp16(load_bytes(record, C.key_scales, channel))
         zeros = small_fp16(load_bytes(record, C.key_scales, L.head_dim + channel) ^ 0x80)
-        zeros = (zeros.to(tl.float32) - 128.0) * 0.5
-        steps = parts * scales[:, None]
-        logits = tl.dot(low_keys(record, L, C), steps) * SUBNORMAL
-        logits += tl.sum(steps.to(tl.float32) * zeros[:, None], 0)[None, :]
-        logits = add_parts(logits, L)
+        zeros = (zeros.to(tl.float32) - 128.0) * (0.5 * scales.to(tl.float32))
+        logits = tl.dot(low_keys(record, L, C), parts * scales[:, None])
+        logits = add_parts(logits * key_row_factor(C)[:, None], L)
+        logits += tl.sum(per_unit * zeros[:, None], 0)[None, :]
         logits = capped(logits * unfold[None, :] + base[None, :], SOFTCAP)
+        logits = fill_columns(logits, L)
         weights, top, total, older = weigh(logits, top, total)
 
         largest = tl.max(load_bytes(record, C.value_scales, token), 0) // 8
@@ -156,7 +165,8 @@ def attend_low(
             offsets = replaced(offsets, g, offset)
     unit = power_of_two(exponent - 22)
     for g in tl.static_range(GROUPS):
-        group = (sums[g] * SUBNORMAL + tl.sum(offsets[g], 0)[None, :]) * unit
+        group = sums[g] * value_row_factor(CHANNELS, C)[:, None]
+        group = (group + tl.sum(offsets[g], 0)[None, :]) * unit
         sums = replaced(sums, g, group)
     return top, total, sums
 
@@ -326,22 +336,17 @@ def attend_kernel(
     kv_heads = tl.num_programs(1)
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     column = tl.arange(0, L.heads)
-    # Where half of the columns are free, they hold the heads again.
-    member = column % (L.query_columns // 2)
-    q += row.token.to(tl.int64) * q_stride + (head * L.group + member[None, :]) * L.head_dim
+    q += row.token.to(tl.int64) * q_stride + head * L.group * L.head_dim
     part = (index * kv_heads + head) * SPLITS + split
     partial_sums += part * 2 * L.heads + column
     partial_out += part * L.heads * L.padded + column[None, :] * L.padded
-
-    channel = channel_order(L.padded)
-    inside = (channel < L.head_dim)[:, None] & (member < L.group)[None, :]
-    queries = tl.load(q + channel[:, None], mask=inside, other=0.0).to(tl.float32)
     scale *= LOG2E
     if split < low_splits:
         first = row.low_chunks * split // low_splits
         last = row.low_chunks * (split + 1) // low_splits
         low_line = row.low_end - row.low_chunks * C.count
-        queries *= scale
+        member = tl.arange(0, L.members)
+        queries = load_queries(q, channel_order(L.padded), member, L).to(tl.float32) * scale
         top, total, sums = attend_low(stream, queries, first, last, low_line, SOFTCAP, L, C)
         GROUPS: tl.constexpr = C.value_groups
         CHANNELS: tl.constexpr = L.padded // GROUPS
@@ -357,13 +362,13 @@ def attend_kernel(
         high = row.high_tokens
         if L.high_bits == 8:
             to = value_channel_order(L.padded)
+            raw = load_queries(q, channel_order(L.padded), column, L).to(tl.float32)
             top, total, out = attend_high(
-                stream, queries, first, last, high, high_logits, logits_stride, scale, SOFTCAP, L
+                stream, raw, first, last, high, high_logits, logits_stride, scale, SOFTCAP, L
             )
         else:
             to = tl.arange(0, L.padded)
-            inside = (to < L.head_dim)[:, None] & (member < L.group)[None, :]
-            raw = tl.load(q + to[:, None], mask=inside, other=0.0)
+            raw = load_queries(q, to, column, L)
             top, total, out = attend_high_16(
                 stream,
                 raw,

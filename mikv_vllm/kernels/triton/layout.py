@@ -40,14 +40,14 @@ class Layout:
         return max(SMALLEST_TILE, power_of_two(self.group))
 
     @property
-    def query_columns(self) -> int:
-        """Columns of queries in two parts; no more than ``heads`` if half of those are free."""
-        return self.heads if 2 * power_of_two(self.group) <= self.heads else 2 * self.heads
+    def members(self) -> int:
+        """Columns of queries: in two parts they fill a tile, if ``group`` leaves half of it."""
+        return max(SMALLEST_TILE // 2, power_of_two(self.group))
 
     @property
     def warps(self) -> int:
         """Warps of a decode program: one, if queries and outputs fit its registers."""
-        return max(1, self.padded * self.query_columns * self.high_bits // 8192)
+        return max(1, self.padded * 2 * self.members * self.high_bits // 8192)
 
     @property
     def page_lines(self) -> int:

@@ -14,6 +14,8 @@ from mikv_vllm.tiers.formats import LINE_BYTES as _LINE_BYTES
 
 LINE_BYTES = tl.constexpr(_LINE_BYTES)
 LINE_WORDS = tl.constexpr(_LINE_BYTES // 4)
+SUBNORMAL = tl.constexpr(2.0**24)
+"""What makes an fp16 number with an integer's bits that integer."""
 
 
 @triton.jit
@@ -36,15 +38,18 @@ def byte_pointer(stream, line, byte, L: tl.constexpr):
 
 
 class Record(NamedTuple):
-    """A record no longer than a page: it lies in one page or two."""
+    """A record no longer than a page: it lies in one page or two.
+
+    Places count lines of the cache, 32-bit: cheap to work out for every load.
+    """
 
     pages: object
     start: object
-    """Word of the pages at which its first line is."""
+    """Where its first line is."""
     wrap: object
     """Lines until the page's end."""
     jump: object
-    """Words to add beyond it."""
+    """Lines to add beyond it."""
 
 
 @triton.jit
@@ -52,22 +57,19 @@ def record_at(stream, line, COUNT: tl.constexpr, L: tl.constexpr):
     """The record of ``COUNT`` lines at ``line``."""
     line = line.to(tl.uint32)
     first = (line % L.page_lines).to(tl.int32)
-    page = tl.load(stream.table + line // L.page_lines).to(tl.int64)
-    last_page = tl.load(stream.table + (line + (COUNT - 1)) // L.page_lines).to(tl.int64)
-    return Record(
-        stream.pages,
-        page * stream.page_stride + first * LINE_WORDS,
-        L.page_lines - first,
-        (last_page - page) * stream.page_stride - L.page_lines * LINE_WORDS,
-    )
+    page = tl.load(stream.table + line // L.page_lines)
+    last_page = tl.load(stream.table + (line + (COUNT - 1)) // L.page_lines)
+    stride = stream.page_stride // LINE_WORDS
+    jump = (last_page - page) * stride - L.page_lines
+    return Record(stream.pages, page * stride + first, L.page_lines - first, jump)
 
 
 @triton.jit
 def record_words(record, line, word):
     """Pointer to word ``word`` of line ``line`` of a record."""
     # Not tl.where: Triton would no longer know that words are neighbours, and load them one by one.
-    jump = (line >= record.wrap).to(tl.int64) * record.jump
-    return record.pages + (record.start + jump) + (line * LINE_WORDS + word)
+    line += record.start + (line >= record.wrap).to(tl.int32) * record.jump
+    return record.pages + line.to(tl.int64) * LINE_WORDS + word
 
 
 @triton.jit
@@ -126,25 +128,28 @@ def as_halves(pairs):
 
 
 @triton.jit
-def unpack_words(words, extra, MAIN: tl.constexpr, BITS: tl.constexpr):
-    """Integers of words as fp16 numbers ``n * 2**-24``.
+def unpack_words(words, extra, step, bit, MAIN: tl.constexpr, BITS: tl.constexpr):
+    """Integers of words as fp16 numbers ``n * 2**(MAIN * step - 24)``.
 
-    A small integer in the lowest bits of an fp16 number *is* that subnormal number: unpacking takes
-    a shift and a mask for two of them, and tensor cores multiply subnormals exactly.
+    A small integer in the lowest bits of an fp16 number *is* a subnormal number: unpacking takes a
+    mask for two of them, and tensor cores multiply subnormals exactly. Integers are not shifted
+    down to the lowest bits either: what they are too large by is known for each row.
 
     Args:
-        words: int32, plane bits of bytes 0 to 3 at the lowest bits of each byte.
-        extra: the same of the 1-bit plane; any value where there is none.
+        words: int32, of the first plane, whose integer number ``step`` of every byte is wanted.
+        extra: of the 1-bit plane, of which bit ``bit`` of every byte is; or anything.
 
     Returns:
         ``[..., 2, 2]``: byte ``j + 2 * h`` of the word at ``[..., j, h]``.
     """
-    MASK: tl.constexpr = ((1 << MAIN) - 1) * 0x00010001
     words, extra = tl.expand_dims(words, -1), tl.expand_dims(extra, -1)
+    step, bit = tl.expand_dims(step, -1), tl.expand_dims(bit, -1)
     eight = tl.arange(0, 2) * 8
-    pairs = (words >> eight) & MASK
-    if MAIN < BITS:
-        pairs |= ((extra >> eight) & 0x00010001) << MAIN
+    pairs = (words >> eight) & ((((1 << MAIN) - 1) * 0x00010001) << (MAIN * step))
+    if BITS > MAIN:
+        place = MAIN * (step + 1)
+        moved = (extra >> eight) << 8 >> (8 + bit - place)
+        pairs |= moved & (0x00010001 << place)
     return as_halves(pairs)
 
 
@@ -158,6 +163,7 @@ def within(index, PADDED: tl.constexpr, COUNT: tl.constexpr):
 def low_keys(record, L: tl.constexpr, C: tl.constexpr):
     """Keys of a chunk as the left operand of a dot: fp16 ``[32, L.padded]``.
 
+    Rows are to be multiplied by :func:`key_row_factor`.
     Row ``16a + 8b + c`` is token ``16a + 2c + b``, column ``16a + 8b + 2c + d`` channel
     ``16a + 4c + 2d + b``: so a thread of the tensor core holds the words that it loads, if none of
     the operands' inputs is an 8-bit load. Columns from ``L.head_dim`` on repeat others.
@@ -176,7 +182,7 @@ def low_keys(record, L: tl.constexpr, C: tl.constexpr):
     if C.key_bits > MAIN:
         line = L.head_dim * MAIN // 16 + tile // 8
         extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
-    numbers = unpack_words(words[None] >> (MAIN * half), extra[None] >> half, MAIN, C.key_bits)
+    numbers = unpack_words(words[None], extra[None], half, half, MAIN, C.key_bits)
     return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
 
 
@@ -184,6 +190,7 @@ def low_keys(record, L: tl.constexpr, C: tl.constexpr):
 def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
     """Values of a chunk as the left operand of a dot: fp16 ``[CHANNELS, 32]``.
 
+    Rows are to be multiplied by :func:`value_row_factor`.
     Channels start at ``16 * first_tile``; row ``16a + 8b + c`` is channel ``16a + 2c + b`` from
     there, and columns are in the order of :func:`low_keys`'s rows.
     """
@@ -205,7 +212,7 @@ def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: t
     if C.value_bits > MAIN:
         line = C.values + L.head_dim * MAIN // 16 + tile // 8
         extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
-    numbers = unpack_words(words[None] >> (MAIN * taken), extra[None] >> taken, MAIN, C.value_bits)
+    numbers = unpack_words(words[None], extra[None], taken, taken, MAIN, C.value_bits)
     return tl.reshape(tl.permute(numbers, (2, 0, 5, 3, 1, 6, 4, 7)), (CHANNELS, 32))
 
 
@@ -222,7 +229,7 @@ def high_keys(records, L: tl.constexpr):
     pair = tl.arange(0, 2)[None, None, None, None, :]
     tile = within(step * 4 + quad, L.padded // 4, L.head_dim // 4)
     words = tl.load(record_words(records, tile, row * 2 + pair))
-    numbers = unpack_words(words, words, 8, 8)
+    numbers = unpack_words(words, words, tl.zeros_like(words), words, 8, 8)
     return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
 
 
@@ -236,8 +243,22 @@ def high_values(records, L: tl.constexpr):
     pair = tl.arange(0, 2)[None, None, None, None, :]
     tile = L.head_dim // 4 + quad * TILES + within(block, L.padded // 16, TILES)
     words = tl.load(record_words(records, tile, row * 2 + pair))
-    numbers = unpack_words(words, words, 8, 8)
+    numbers = unpack_words(words, words, tl.zeros_like(words), words, 8, 8)
     return tl.reshape(tl.permute(numbers, (1, 4, 2, 0, 5, 3, 6)), (L.padded, 32))
+
+
+@triton.jit
+def key_row_factor(C: tl.constexpr):
+    """What makes rows of :func:`low_keys` the integers stored, ``[32]``."""
+    half = tl.arange(0, 32) // 16
+    return tl.where(half == 0, 1.0, 1.0 / (1 << C.key_main)) * SUBNORMAL
+
+
+@triton.jit
+def value_row_factor(CHANNELS: tl.constexpr, C: tl.constexpr):
+    """What makes rows of :func:`low_values` the integers stored, ``[CHANNELS]``."""
+    step = tl.arange(0, CHANNELS) // 16 % C.value_tiles_taken
+    return 1.0 / (1 << (C.value_main * step)).to(tl.float32) * SUBNORMAL
 
 
 @triton.jit
