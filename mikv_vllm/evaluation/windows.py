@@ -19,12 +19,20 @@ def topics_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def cut_windows(tokenizer: Any, count: int, prompt: int, continuation: int) -> list[Window]:
-    """``count`` windows, spread evenly over :func:`topics_text`, lengths in tokens."""
-    tokens = tokenizer(topics_text()).input_ids
+def cut_windows(
+    tokenizer: Any, count: int, prompt: int, continuation: int, text: str | None = None
+) -> list[Window]:
+    """``count`` windows, spread evenly over ``text`` (:func:`topics_text`), lengths in tokens.
+
+    Raises:
+        ValueError: the text is too short for as many.
+    """
+    tokens = tokenizer(topics_text() if text is None else text).input_ids
     stride = (len(tokens) - prompt - continuation) // count
-    if stride < prompt + continuation and count > 1:
-        raise ValueError(f"{count} windows of {prompt + continuation} tokens would overlap")
+    if stride < 0 or (stride < prompt + continuation and count > 1):
+        raise ValueError(
+            f"{count} windows of {prompt} + {continuation} tokens do not fit {len(tokens)} tokens"
+        )
     starts = [i * stride for i in range(count)]
     return [
         Window(tokens[s : s + prompt], tokens[s + prompt : s + prompt + continuation])

@@ -153,7 +153,7 @@ def key_feedback(queries: torch.Tensor, unit: torch.Tensor) -> KeyFeedback:
 def quantize_keys(
     keys: torch.Tensor, frame: KeyFrame, bits: int, feedback: KeyFeedback | None = None
 ) -> Quantized:
-    """Quantize one chunk of keys ``[32, head_dim]`` per channel."""
+    """Quantize chunks of one head's keys ``[..., 32, head_dim]`` per channel."""
     x, unit = keys.float() - frame.center.float(), frame.unit.float()
     top = (1 << bits) - 1
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
@@ -166,13 +166,13 @@ def quantize_keys(
     if feedback is None:
         integers = (x / steps - offsets).round().clamp(0, top)
     else:
-        integers, errors = torch.empty_like(x), x[:, :0]
+        integers, errors = torch.empty_like(x), x[..., :0]
         for channel, weights in zip(feedback.order.tolist(), feedback.weights, strict=True):
-            target = x[:, channel] + errors @ weights[: errors.shape[1]]
-            step, offset = steps[0, channel], offsets[0, channel]
-            integers[:, channel] = (target / step - offset).round().clamp(0, top)
-            error = x[:, channel] - step * (integers[:, channel] + offset)
-            errors = torch.cat([errors, error[:, None]], 1)
+            target = x[..., channel] + errors @ weights[: errors.shape[-1]]
+            step, offset = steps[..., channel], offsets[..., channel]
+            integers[..., channel] = (target / step - offset).round().clamp(0, top)
+            error = x[..., channel] - step * (integers[..., channel] + offset)
+            errors = torch.cat([errors, error[..., None]], -1)
     return Quantized(
         integers.to(torch.uint8),
         scales.to(torch.uint8),

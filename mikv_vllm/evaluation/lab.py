@@ -1,0 +1,160 @@
+"""Methods side by side on the same prompts: what each does to a model's predictions, and its bytes.
+
+Every measurement is a line of ``results.jsonl``; a run that was cut off goes on where it stopped.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+from mikv_vllm.evaluation.methods import CacheMethod
+from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel
+from mikv_vllm.evaluation.windows import Window
+
+UNCOMPRESSED = "uncompressed"
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One method on one window."""
+
+    task: str
+    window: int
+    family: str
+    setting: str
+    ratio: float
+    """16-bit bytes by stored bytes, everything counted."""
+    divergence: float
+    """Mean KL divergence to the uncompressed model's next-token distribution, nats."""
+    agreement: float
+    """Share of tokens whose likeliest successor is the same."""
+    log_loss: float
+    """Mean negative log-probability of the known continuation, nats."""
+    accuracy: float
+    """Share of the continuation's tokens that are the likeliest ones."""
+    exact: float
+    """1 if all of them are."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method on one task: means over windows, and half their 95 % confidence intervals."""
+
+    task: str
+    family: str
+    setting: str
+    windows: int
+    ratio: float
+    divergence: float
+    divergence_error: float
+    agreement: float
+    agreement_error: float
+    log_loss: float
+    accuracy: float
+    accuracy_error: float
+    exact: float
+    exact_error: float
+
+
+def measure(
+    model: ReferenceModel, task: str, windows: list[Window], methods: list[CacheMethod], out: Path
+) -> Iterator[Measurement]:
+    """Measure what is not yet in ``out/results.jsonl``, and write it there, window by window."""
+    path = out / "results.jsonl"
+    done = {(m.task, m.window, m.family, m.setting) for m in load(out)}
+    for index, window in enumerate(windows):
+        todo = [m for m in methods if (task, index, m.family, m.setting) not in done]
+        reference_done = (task, index, UNCOMPRESSED, "") in done
+        if not todo and reference_done:
+            continue
+        prefill = model.prefill(window.prompt)
+        tokens = [window.prompt[-1], *window.continuation[:-1]]
+        wanted = torch.tensor(window.continuation)
+        reference = model.continue_with(prefill, tokens, None).log_probs
+        runs: list[CacheMethod | None] = [*([] if reference_done else [None]), *todo]
+        with path.open("a") as results:
+            for method in runs:
+                found = _compare(model, prefill, tokens, wanted, reference, method)
+                measurement = Measurement(
+                    task,
+                    index,
+                    UNCOMPRESSED if method is None else method.family,
+                    "" if method is None else method.setting,
+                    **found,
+                )
+                results.write(json.dumps(asdict(measurement)) + "\n")
+                results.flush()
+                yield measurement
+
+
+def _compare(
+    model: ReferenceModel,
+    prefill: Prefill,
+    tokens: list[int],
+    wanted: torch.Tensor,
+    reference: torch.Tensor,
+    method: CacheMethod | None,
+) -> dict[str, float]:
+    """A measurement's numbers."""
+    run = model.continue_with(prefill, tokens, method)
+    mine, theirs = run.log_probs.double(), reference.double()
+    likeliest = mine.argmax(-1)
+    right = (likeliest == wanted).double()
+    return {
+        "ratio": run.ratio,
+        "divergence": (theirs.exp() * (theirs - mine)).sum(-1).mean().item(),
+        "agreement": (likeliest == theirs.argmax(-1)).double().mean().item(),
+        "log_loss": -mine.gather(1, wanted[:, None]).mean().item(),
+        "accuracy": right.mean().item(),
+        "exact": right.min().item(),
+    }
+
+
+def load(out: Path) -> list[Measurement]:
+    """All measurements of a folder; a last line that was cut off is ignored."""
+    path = out / "results.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [Measurement(**json.loads(line)) for line in whole.splitlines()]
+
+
+def summarize(measurements: list[Measurement]) -> list[Summary]:
+    """Means by task and method, in the order of their first measurement."""
+    grouped: dict[tuple[str, str, str], list[Measurement]] = {}
+    for one in measurements:
+        grouped.setdefault((one.task, one.family, one.setting), []).append(one)
+
+    def mean(rows: list[Measurement], name: str) -> float:
+        return fmean(getattr(row, name) for row in rows)
+
+    def error(rows: list[Measurement], name: str) -> float:
+        if len(rows) == 1:
+            return float("nan")
+        return NORMAL_95 * stdev(getattr(row, name) for row in rows) / len(rows) ** 0.5
+
+    return [
+        Summary(
+            *key,
+            windows=len(rows),
+            ratio=mean(rows, "ratio"),
+            divergence=mean(rows, "divergence"),
+            divergence_error=error(rows, "divergence"),
+            agreement=mean(rows, "agreement"),
+            agreement_error=error(rows, "agreement"),
+            log_loss=mean(rows, "log_loss"),
+            accuracy=mean(rows, "accuracy"),
+            accuracy_error=error(rows, "accuracy"),
+            exact=mean(rows, "exact"),
+            exact_error=error(rows, "exact"),
+        )
+        for key, rows in grouped.items()
+    ]

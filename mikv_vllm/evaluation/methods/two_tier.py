@@ -1,0 +1,106 @@
+"""Every token kept, the important ones at more bits."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mikv_vllm.evaluation.methods.base import (
+    NATIVE_BYTES,
+    CacheMethod,
+    HeadCache,
+    Stored,
+    by_groups,
+)
+from mikv_vllm.evaluation.methods.uniform import GROUP_CHANNELS, PAIR_BYTES, balancer
+from mikv_vllm.tiers import codec
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, TierGeometry
+from mikv_vllm.tiers.plan import TierPlanner
+from mikv_vllm.tiers.reference import select_high
+
+
+@dataclass(frozen=True)
+class PaperMiKV(CacheMethod):
+    """The paper's own: heavy hitters and recent tokens high, the rest per token with its balancer.
+
+    Args:
+        low_bits: 2, 3 or 4.
+        high_bits: 16, or 8 per token.
+        high_share: share of tokens in the high tier, half of it recent ones.
+
+    Source: arXiv:2402.18096, section 3.
+    """
+
+    low_bits: int
+    high_bits: int
+    high_share: float = 0.2
+    family = "MiKV (paper)"
+
+    @property
+    def setting(self) -> str:
+        return f"{self.low_bits} bits, {self.high_share:.0%} at {self.high_bits}"
+
+    def store(self, cache: HeadCache) -> Stored:
+        tokens, head_dim = cache.keys.shape
+        num_high = int(self.high_share * tokens)
+        priority = cache.attention.clone()
+        priority[tokens - num_high // 2 :] = torch.inf
+        high = priority.topk(num_high).indices
+        factor = balancer(cache)
+        keys = by_groups(cache.keys * factor, self.low_bits, GROUP_CHANNELS) / factor
+        values = by_groups(cache.values, self.low_bits, GROUP_CHANNELS)
+        keys[high], values[high] = cache.keys[high], cache.values[high]
+        if self.high_bits < 8 * NATIVE_BYTES:
+            keys[high] = by_groups(keys[high], self.high_bits, GROUP_CHANNELS)
+            values[high] = by_groups(values[high], self.high_bits, GROUP_CHANNELS)
+        groups = max(1, head_dim // GROUP_CHANNELS)
+        low_bytes = 2 * (head_dim * self.low_bits / 8 + PAIR_BYTES * groups)
+        high_bytes = 2 * head_dim * self.high_bits / 8
+        if self.high_bits < 8 * NATIVE_BYTES:
+            high_bytes += 2 * PAIR_BYTES * groups
+        total = num_high * high_bytes + (tokens - num_high) * low_bytes
+        return Stored(keys, values, total + NATIVE_BYTES * head_dim)
+
+
+@dataclass(frozen=True)
+class MiKV(CacheMethod):
+    """What this package serves, in plain torch; bytes are whole pages.
+
+    Args:
+        ratio: requested compression ratio.
+        block_size: tokens of a native page.
+        recent: newest tokens that stay high.
+    """
+
+    ratio: float
+    block_size: int = 32
+    recent: int = 16
+    family = "MiKV for vLLM"
+
+    @property
+    def setting(self) -> str:
+        return f"ratio {self.ratio:g}"
+
+    def store(self, cache: HeadCache) -> Stored:
+        geometry = TierGeometry(cache.head_dim, self.block_size)
+        planner = TierPlanner(geometry, self.ratio, self.recent)
+        state = planner.compress(cache.num_tokens)
+        if state is None:
+            return Stored(cache.keys, cache.values, cache.native_bytes)
+        low_format = planner.low_format
+        high = select_high(cache.window_attention, state.high_tokens, self.recent)
+        is_low = torch.ones(cache.num_tokens, dtype=torch.bool)
+        is_low[high] = False
+        keys, values = (
+            codec.dequantize_high(*codec.quantize_high(x[high])) for x in (cache.keys, cache.values)
+        )
+        if state.low_chunks:
+            low_keys, low_values = (x[is_low] for x in (cache.keys, cache.values))
+            frame = codec.key_frame(cache.keys, low_keys, low_format.key_bits)
+            feedback = codec.key_feedback(cache.queries, frame.unit)
+            chunks = low_keys.unflatten(0, (-1, CHUNK_TOKENS))
+            quantized = codec.quantize_keys(chunks, frame, low_format.key_bits, feedback)
+            low_keys = quantized.dequantize().flatten(0, 1) + frame.center.float()
+            rotated = codec.quantize_values(low_values, low_format.value_bits)
+            low_values = codec.rotate(codec.merge_value_groups(rotated.dequantize()))
+            keys, values = torch.cat([keys, low_keys]), torch.cat([values, low_values])
+        return Stored(keys, values, state.pages * geometry.page_bytes)

@@ -1,0 +1,106 @@
+"""Results as CSV, charts and one HTML page that needs no other file."""
+
+import base64
+import csv
+import html
+import io
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from mikv_vllm.evaluation.lab import UNCOMPRESSED, Summary
+
+OURS = "MiKV for vLLM"
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; font-size: 13px }
+th, td { padding: .2rem .6rem; text-align: right }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+tr:nth-child(even) { background: #f4f4f4 } img { max-width: 100% }
+"""
+PANELS = {
+    "text": ("divergence", "KL divergence, nats"),
+    "generated": ("accuracy", "share of the answer's tokens right"),
+}
+
+
+def write_csv(summaries: list[Summary], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Summary)])
+        writer.writeheader()
+        writer.writerows(asdict(summary) for summary in summaries)
+
+
+def markdown(summaries: list[Summary]) -> str:
+    """One table for each task, smallest divergence at the smallest ratio first."""
+    parts = []
+    for task in dict.fromkeys(summary.task for summary in summaries):
+        rows = sorted((s for s in summaries if s.task == task), key=lambda s: s.ratio)
+        lines = [
+            "| method | setting | ratio | KL divergence | top-1 agreement | accuracy | exact |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for s in rows:
+            lines.append(
+                f"| {s.family} | {s.setting} | {s.ratio:.2f} "
+                f"| {s.divergence:.4f} ± {s.divergence_error:.4f} "
+                f"| {s.agreement:.3f} ± {s.agreement_error:.3f} "
+                f"| {s.accuracy:.3f} ± {s.accuracy_error:.3f} | {s.exact:.2f} |"
+            )
+        parts.append(f"## {task}, {rows[0].windows} windows\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def draw(summaries: list[Summary], paths: list[Path]) -> None:
+    """Quality against ratio, a panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(summary.task for summary in summaries))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 5), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        name, label = PANELS.get(task, PANELS["generated"])
+        mine = [summary for summary in summaries if summary.task == task]
+        for family in dict.fromkeys(summary.family for summary in mine):
+            rows = sorted((s for s in mine if s.family == family), key=lambda s: s.ratio)
+            if family == UNCOMPRESSED:
+                if name != "divergence":
+                    axis.axhline(getattr(rows[0], name), color="gray", ls=":", label=family)
+                continue
+            axis.errorbar(
+                [row.ratio for row in rows],
+                [getattr(row, name) for row in rows],
+                [getattr(row, f"{name}_error") for row in rows],
+                marker="o",
+                lw=3 if family == OURS else 1,
+                color="black" if family == OURS else None,
+                label=family,
+            )
+        axis.set(title=task, xlabel="compression ratio, all bytes counted", ylabel=label)
+        if name == "divergence":
+            axis.set_yscale("log")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    for path in paths:
+        figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_html(summaries: list[Summary], chart: Path, title: str, path: Path) -> None:
+    """The tables and the chart in one file."""
+    image = base64.b64encode(chart.read_bytes()).decode()
+    out = io.StringIO()
+    out.write(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>")
+    out.write(f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>")
+    out.write(f'<img alt="quality against ratio" src="data:image/png;base64,{image}">')
+    for part in markdown(summaries).split("## ")[1:]:
+        heading, _, rows = part.partition("\n\n")
+        out.write(f"<h2>{html.escape(heading)}</h2><table>")
+        names, _, *lines = rows.split("\n")
+        for line, tag in [(names, "th"), *((line, "td") for line in lines if line)]:
+            cells = (cell.strip() for cell in line.strip("|").split("|"))
+            row = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            out.write(f"<tr>{row}</tr>")
+        out.write("</table>")
+    path.write_text(out.getvalue())

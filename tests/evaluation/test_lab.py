@@ -1,0 +1,102 @@
+"""mikv-eval on the embedded model, in its quick form."""
+
+import csv
+import json
+
+import pytest
+
+from mikv_vllm.evaluation import cli, lab
+from mikv_vllm.evaluation.reference_model import ReferenceModel
+from mikv_vllm.evaluation.tasks import TASKS, windows_of
+
+METHODS = ["MiKV for vLLM", "H2O", "per-token"]
+
+
+@pytest.fixture(scope="module")
+def model(model_path):
+    return ReferenceModel(model_path)
+
+
+@pytest.fixture(scope="module")
+def quick(model_path, tmp_path_factory):
+    """A quick run's folder, and its summaries by task and method."""
+    out = tmp_path_factory.mktemp("curve")
+    command = ["curve", "--quick", "--out", str(out), "--ratios", "4", "--model", str(model_path)]
+    assert cli.main([*command, "--methods", *METHODS, "--tasks", "text", "copying"]) == 0
+    summaries = {(s.task, s.family, s.setting): s for s in lab.summarize(lab.load(out))}
+    return out, command, summaries
+
+
+def test_a_quick_run_writes_every_report(quick):
+    out, _, summaries = quick
+    rows = list(csv.DictReader((out / "summary.csv").open()))
+    assert len(rows) == len(summaries) == 2 * (1 + 1 + 1 + 3)
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert page.count("<table>") == page.count("</table>") == 2
+    assert all(name in page and name in (out / "report.md").read_text() for name in METHODS)
+    assert (out / "chart.svg").stat().st_size > 10_000
+
+
+def test_a_run_goes_on_where_it_stopped(quick, capsys):
+    out, command, _ = quick
+    path = out / "results.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines()
+    path.write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])
+    assert cli.main([*command, "--methods", *METHODS, "--tasks", "text", "copying"]) == 0
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    for mine, theirs in zip(again, map(json.loads, lines), strict=True):
+        assert mine["family"] == theirs["family"]
+        assert mine["divergence"] == pytest.approx(theirs["divergence"], rel=1e-4, abs=1e-9)
+
+
+def test_keeping_every_token_beats_dropping_some(quick):
+    _, _, summaries = quick
+    for task in ("text", "copying"):
+        ours = summaries[task, "MiKV for vLLM", "ratio 4"]
+        dropped = summaries[task, "H2O", "ratio 4"]
+        assert ours.divergence < 0.2 * dropped.divergence
+    uncompressed = summaries["copying", lab.UNCOMPRESSED, ""]
+    assert uncompressed.accuracy > 0.8
+    assert summaries["copying", "MiKV for vLLM", "ratio 4"].accuracy > uncompressed.accuracy - 0.1
+    assert summaries["copying", "H2O", "ratio 4"].accuracy < 0.5
+
+
+def test_an_untouched_cache_changes_nothing(model):
+    (window,) = windows_of("text", model.tokenizer, 1, 200, 20)
+    prefill = model.prefill(window.prompt)
+    tokens = [window.prompt[-1], *window.continuation[:-1]]
+    ours = model.continue_with(prefill, tokens, None).log_probs
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = plain(torch.tensor([window.prompt + window.continuation[:-1]])).logits[0]
+    expected = logits[len(window.prompt) - 1 :].log_softmax(-1)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_windows_are_the_same_every_time(model, task):
+    first, again = (windows_of(task, model.tokenizer, 3, 400, 32) for _ in range(2))
+    assert first == again
+    assert [len(window.prompt) for window in first] == [400] * 3
+    assert len({tuple(window.prompt) for window in first}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratios", "9"], "--ratios: 9 is not above 1 and at most 6.4"),
+        (["--ratios", "1"], "--ratios: 1 is not above 1"),
+        (["--methods", "magic"], "--methods: there is no magic; there are per-token, "),
+        (["--prompt", "90000"], "8 windows of 90000 + 256 tokens do not fit"),
+        (["--tasks", "copying", "--prompt", "50"], "a prompt of 50 tokens cannot hold"),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(model_path, tmp_path, capsys, arguments, message):
+    command = ["curve", "--model", str(model_path), "--out", str(tmp_path / "out"), *arguments]
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
