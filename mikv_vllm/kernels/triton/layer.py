@@ -28,7 +28,7 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LEAST_BLOCKS = 8
 """Blocks of 32 tokens below which another split costs more to merge than it saves."""
 OPTIONS = {
-    "attend": {"num_stages": 2},
+    "attend": {"num_stages": 2, "maxnreg": 255},
     "append": {"num_warps": 1},
     "change": {"num_warps": 8},
     "write_high": {"num_warps": 8},
