@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from mikv_vllm.evaluation.tasks import TASKS
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def curve(args: argparse.Namespace) -> None:
     """Measure, then write the report."""
+    if missing := [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]:
+        raise ValueError(f"needs {' and '.join(missing)}: pip install 'mikv-vllm[eval]'")
     import transformers
     from tqdm import tqdm
 

@@ -26,6 +26,7 @@ class PaperMiKV(CacheMethod):
         low_bits: 2, 3 or 4.
         high_bits: 16, or 8 per token.
         high_share: share of tokens in the high tier, half of it recent ones.
+        inverted: put the least important tokens there instead, to see what importance is worth.
 
     Source: arXiv:2402.18096, section 3.
     """
@@ -33,18 +34,20 @@ class PaperMiKV(CacheMethod):
     low_bits: int
     high_bits: int
     high_share: float = 0.2
+    inverted: bool = False
     family = "MiKV (paper)"
 
     @property
     def setting(self) -> str:
-        return f"{self.low_bits} bits, {self.high_share:.0%} at {self.high_bits}"
+        which = "least important " if self.inverted else ""
+        return f"{self.low_bits} bits, {which}{self.high_share:.0%} at {self.high_bits}"
 
     def store(self, cache: HeadCache) -> Stored:
         tokens, head_dim = cache.keys.shape
         num_high = int(self.high_share * tokens)
         priority = cache.attention.clone()
         priority[tokens - num_high // 2 :] = torch.inf
-        high = priority.topk(num_high).indices
+        high = priority.topk(num_high, largest=not self.inverted).indices
         factor = balancer(cache)
         keys = by_groups(cache.keys * factor, self.low_bits, GROUP_CHANNELS) / factor
         values = by_groups(cache.values, self.low_bits, GROUP_CHANNELS)
