@@ -38,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
     curve.add_argument("--methods", nargs="+", metavar="NAME", help="families; all by default")
     curve.add_argument("--block-size", type=int, default=32, help="tokens of a page")
     curve.add_argument(
+        "--served",
+        choices=("bfloat16", "float16"),
+        help="measure what engines of this dtype serve too: ours, and stock vLLM's fp8 cache",
+    )
+    curve.add_argument(
         "--quick", action="store_true", help="2 short prompts of each task: a look in 3 minutes"
     )
     return top
@@ -85,6 +90,11 @@ def curve(args: argparse.Namespace) -> None:
     if wrong := [ratio for ratio in args.ratios if not 1.0 < ratio <= most]:
         raise ValueError(f"--ratios: {wrong[0]:g} is not above 1 and at most {most:g}")
     model = ReferenceModel(model_path)
+    served = None
+    if args.served:
+        from mikv_vllm.evaluation.served import Served
+
+        served = Served(model_path, args.ratios, args.block_size, args.served)
     text = args.text.read_text() if args.text else None
     args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
@@ -94,6 +104,11 @@ def curve(args: argparse.Namespace) -> None:
         steps = lab.measure(model, task, windows, methods, args.out)
         for _ in tqdm(steps, desc=task, total=len(windows) * (len(methods) + 1), unit="run"):
             pass
+        if served is not None:
+            steps = lab.measure_served(served, task, windows, args.out)
+            total = len(windows) * len(served.settings)
+            for _ in tqdm(steps, desc=f"{task}, served", total=total, unit="run"):
+                pass
     summaries = lab.summarize(lab.load(args.out))
     report.write_csv(summaries, args.out / "summary.csv")
     report.draw(summaries, [args.out / "chart.png", args.out / "chart.svg"])

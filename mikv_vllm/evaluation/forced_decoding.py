@@ -14,6 +14,8 @@ from vllm import SamplingParams
 from vllm.logits_process import LogitsProcessor as RequestLogitsProcessor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+COLUMNS = 4
+"""Numbers that are measured for each token."""
 FIELD = "forced_decoding"
 """Entry of ``SamplingParams.extra_args`` that carries a :class:`Forced`."""
 
@@ -25,9 +27,10 @@ class Forced:
     Attributes:
         tokens: token ids that the request has to produce.
         log_probs: file of float32 log-probabilities ``[tokens, vocabulary]``.
-        measured: file for the comparison, float64 ``[tokens, 2]``: KL divergence in nats from
-            ``log_probs`` to the request's own, and whether the likeliest token is the same. None
-            to write ``log_probs`` instead.
+        measured: file for the comparison, float64 ``[tokens, 4]``: KL divergence in nats from
+            ``log_probs`` to the request's own, whether the likeliest token is the same, the forced
+            token's log-probability, and whether it is the likeliest. None to write ``log_probs``
+            instead.
     """
 
     tokens: list[int]
@@ -82,6 +85,12 @@ def _store(forced: Forced, step: int, log_probs: torch.Tensor) -> None:
         forced.measured,
         dtype=np.float64,
         mode="r+" if Path(forced.measured).exists() else "w+",
-        shape=(len(forced.tokens), 2),
+        shape=(len(forced.tokens), COLUMNS),
     )
-    measured[step] = divergence.item(), float(reference.argmax() == log_probs.argmax())
+    likeliest, token = log_probs.argmax(), forced.tokens[step]
+    measured[step] = (
+        divergence.item(),
+        float(reference.argmax() == likeliest),
+        log_probs[token].item(),
+        float(likeliest == token),
+    )

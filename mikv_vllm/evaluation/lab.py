@@ -3,11 +3,14 @@
 Every measurement is a line of ``results.jsonl``; a run that was cut off goes on where it stopped.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +18,11 @@ from mikv_vllm.evaluation.methods import CacheMethod
 from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel
 from mikv_vllm.evaluation.windows import Window
 
+if TYPE_CHECKING:
+    from mikv_vllm.evaluation.served import Served
+
 UNCOMPRESSED = "uncompressed"
+FP8 = "stock vLLM, fp8"
 NORMAL_95 = 1.96
 
 
@@ -90,6 +97,28 @@ def measure(
                 results.write(json.dumps(asdict(measurement)) + "\n")
                 results.flush()
                 yield measurement
+
+
+def measure_served(
+    served: Served, task: str, windows: list[Window], out: Path
+) -> Iterator[Measurement]:
+    """The same of what engines serve, all windows of a setting at once."""
+    done = {(m.task, m.window, m.family, m.setting) for m in load(out)}
+    last = len(windows) - 1
+    todo = [name for name in served.settings if (task, last, *name) not in done]
+    if not todo:
+        return
+    for (family, setting), found in served.measure(windows, todo):
+        measurements = []
+        for i, one in enumerate(found):
+            numbers = asdict(one)
+            del numbers["low_format"]
+            if family == FP8:
+                numbers["ratio"] = 2.0
+            measurements.append(Measurement(task, i, family, setting, **numbers))
+        with (out / "results.jsonl").open("a") as results:
+            results.writelines(json.dumps(asdict(one)) + "\n" for one in measurements)
+        yield from measurements
 
 
 def _compare(

@@ -9,7 +9,7 @@ import numpy as np
 from vllm import LLM, RequestOutput
 
 from mikv_vllm.config import RATIO_FIELD, REPORT_FIELD
-from mikv_vllm.evaluation.forced_decoding import Forced
+from mikv_vllm.evaluation.forced_decoding import COLUMNS, Forced
 from mikv_vllm.evaluation.windows import Window
 
 
@@ -39,6 +39,23 @@ class Quality:
     low_format: str | None
 
 
+@dataclass(frozen=True)
+class WindowQuality:
+    """What one ratio does on one window: means over its tokens."""
+
+    ratio: float
+    """Achieved; 1.0 where the engine reports none."""
+    divergence: float
+    agreement: float
+    log_loss: float
+    """Negative log-probability of the forced tokens, nats."""
+    accuracy: float
+    """Share of them that are the likeliest."""
+    exact: float
+    """1 if all are."""
+    low_format: str | None
+
+
 class QualityRun:
     """Reference run of some windows, against which ratios are measured.
 
@@ -52,6 +69,10 @@ class QualityRun:
         self._windows = windows
         self._folder = tempfile.TemporaryDirectory(prefix="mikv-quality-")
         self._generate(1.0, None)
+
+    def engine(self, llm: LLM) -> None:
+        """Measure another engine from now on, against the same reference."""
+        self._llm = llm
 
     def _path(self, name: str, window: int) -> str:
         return str(Path(self._folder.name) / f"{name}-{window}")
@@ -70,24 +91,41 @@ class QualityRun:
             [{"prompt_token_ids": window.prompt} for window in self._windows],
             [one.sampling_params(**{RATIO_FIELD: ratio}) for one in forced],
         )
-        return [output.kv_transfer_params[REPORT_FIELD] for output in outputs]
+        return [(output.kv_transfer_params or {}).get(REPORT_FIELD, {}) for output in outputs]
 
-    def measure(self, ratio: float) -> Quality:
+    def measure_windows(self, ratio: float) -> list[WindowQuality]:
         """Run all windows at ``ratio`` and compare."""
         name = "measured"
         reports = self._generate(ratio, name)
-        paths = [Path(self._path(name, i)) for i in range(len(self._windows))]
-        rows = np.stack([np.fromfile(path).reshape(-1, 2) for path in paths])
-        for path in paths:
+        found = []
+        for i, report in enumerate(reports):
+            path = Path(self._path(name, i))
+            divergence, same, log_prob, right = np.fromfile(path).reshape(-1, COLUMNS).T
             path.unlink()
-        per_window = rows[..., 0].mean(1)
+            found.append(
+                WindowQuality(
+                    ratio=float(report.get("achieved_ratio", 1.0)),
+                    divergence=float(divergence.mean()),
+                    agreement=float(same.mean()),
+                    log_loss=-float(log_prob.mean()),
+                    accuracy=float(right.mean()),
+                    exact=float(right.min()),
+                    low_format=report.get("low_format"),
+                )
+            )
+        return found
+
+    def measure(self, ratio: float) -> Quality:
+        """Means over all windows at ``ratio``."""
+        found = self.measure_windows(ratio)
+        divergences = np.array([window.divergence for window in found])
         return Quality(
             ratio=ratio,
-            achieved_ratio=float(np.mean([r["achieved_ratio"] for r in reports])),
-            divergence=float(per_window.mean()),
-            divergence_error=float(per_window.std(ddof=1) / len(per_window) ** 0.5),
-            agreement=float(rows[..., 1].mean()),
-            low_format=reports[0]["low_format"],
+            achieved_ratio=float(np.mean([window.ratio for window in found])),
+            divergence=float(divergences.mean()),
+            divergence_error=float(divergences.std(ddof=1) / len(found) ** 0.5),
+            agreement=float(np.mean([window.agreement for window in found])),
+            low_format=found[0].low_format,
         )
 
     def close(self) -> None:

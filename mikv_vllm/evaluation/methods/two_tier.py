@@ -35,12 +35,15 @@ class PaperMiKV(CacheMethod):
     high_bits: int
     high_share: float = 0.2
     inverted: bool = False
-    family = "MiKV (paper)"
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        return f"MiKV (paper), {self.high_bits}-bit high"
 
     @property
     def setting(self) -> str:
         which = "least important " if self.inverted else ""
-        return f"{self.low_bits} bits, {which}{self.high_share:.0%} at {self.high_bits}"
+        return f"{self.low_bits} bits, {which}{self.high_share:.0%} high"
 
     def store(self, cache: HeadCache) -> Stored:
         tokens, head_dim = cache.keys.shape

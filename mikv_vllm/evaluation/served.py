@@ -1,0 +1,75 @@
+"""What engines serve, measured through forced decoding against their own uncompressed run."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm import LLM as StockLLM
+
+from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
+from mikv_vllm.evaluation.lab import FP8
+from mikv_vllm.evaluation.quality import QualityRun, WindowQuality
+from mikv_vllm.evaluation.windows import Window
+from mikv_vllm.server.llm import LLM
+
+OURS_SERVED = "MiKV for vLLM, served"
+STEP_TOKENS = 2048
+Name = tuple[str, str]
+"""Family and setting."""
+
+
+class Served:
+    """vLLM with our cache at some ratios, and stock vLLM with its fp8 cache.
+
+    Args:
+        model: folder or name.
+        ratios: requested compression ratios.
+        block_size: tokens of a page.
+        dtype: of the engines; in float16, less rounding hides what the tiers do.
+    """
+
+    def __init__(self, model: str | Path, ratios: list[float], block_size: int, dtype: str) -> None:
+        self._model, self._block_size, self._dtype = str(model), block_size, dtype
+        self._ratios = {(OURS_SERVED, f"ratio {ratio:g}, {dtype}"): ratio for ratio in ratios}
+        self._fp8 = (FP8, dtype)
+
+    @property
+    def settings(self) -> list[Name]:
+        return [*self._ratios, self._fp8]
+
+    def measure(
+        self, windows: list[Window], names: list[Name]
+    ) -> Iterator[tuple[Name, list[WindowQuality]]]:
+        """Measure some settings on windows, one engine at a time."""
+        longest = max(len(window.prompt) + len(window.continuation) for window in windows)
+        with self._engine(LLM, longest) as llm:
+            run = QualityRun(llm, windows)
+            for name in names:
+                if name in self._ratios:
+                    yield name, run.measure_windows(self._ratios[name])
+        if self._fp8 in names:
+            with self._engine(StockLLM, longest, kv_cache_dtype="fp8") as llm:
+                run.engine(llm)
+                yield self._fp8, run.measure_windows(1.0)
+        run.close()
+
+    @contextmanager
+    def _engine(self, kind: type, longest: int, **settings: str) -> Iterator[StockLLM]:
+        llm = kind(
+            model=self._model,
+            dtype=self._dtype,
+            block_size=self._block_size,
+            max_model_len=longest + self._block_size,
+            max_num_batched_tokens=max(STEP_TOKENS, longest),
+            kv_cache_memory_bytes=1 << 30,
+            enforce_eager=True,
+            logits_processors=[ForcedDecoding],
+            **settings,
+        )
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
