@@ -337,7 +337,7 @@ def attend_kernel(
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     column = tl.arange(0, L.heads)
     q += row.token.to(tl.int64) * q_stride + head * L.group * L.head_dim
-    part = (index * kv_heads + head) * SPLITS + split
+    part = (index * kv_heads + head).to(tl.int64) * SPLITS + split
     partial_sums += part * 2 * L.heads + column
     partial_out += part * L.heads * L.padded + column[None, :] * L.padded
     scale *= LOG2E
@@ -358,7 +358,7 @@ def attend_kernel(
     else:
         first = blocks * (split - low_splits) // (splits - low_splits)
         last = blocks * (split - low_splits + 1) // (splits - low_splits)
-        high_logits += (index * kv_heads + head) * L.group * logits_stride
+        high_logits += (index * kv_heads + head).to(tl.int64) * L.group * logits_stride
         high = row.high_tokens
         if L.high_bits == 8:
             to = value_channel_order(L.padded)

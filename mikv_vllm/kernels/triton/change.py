@@ -227,7 +227,7 @@ def change_kernel(
     if (row.token < 0) | (row.key_bits != C.key_bits) | (row.value_bits != C.value_bits):
         return
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
-    slot = index * tl.num_programs(0) + head
+    slot = (index * tl.num_programs(0) + head).to(tl.int64)
     for i in range(row.moved_chunks):
         source = row.low_end_before + (i - row.chunks_before) * C.count
         copy_lines(stream, source, row.low_end_before + i * C.count, C.count, L)

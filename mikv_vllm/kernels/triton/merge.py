@@ -106,7 +106,7 @@ def merge_kernel(
     kv_heads = tl.num_programs(1)
     member = tl.arange(0, L.heads)
     part = tl.arange(0, SPLITS)
-    first_part = (index * kv_heads + head) * SPLITS
+    first_part = (index * kv_heads + head).to(tl.int64) * SPLITS
     sums = partial_sums + first_part * 2 * L.heads
     tops_at = sums + (part * 2 * L.heads)[:, None] + member[None, :]
     written = (part < splits)[:, None]
@@ -140,7 +140,7 @@ def merge_kernel(
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     add_importance(
         stream,
-        high_logits + (index * kv_heads + head) * L.group * logits_stride,
+        high_logits + (index * kv_heads + head).to(tl.int64) * L.group * logits_stride,
         logits_stride,
         blocks * split // splits,
         blocks * (split + 1) // splits,
