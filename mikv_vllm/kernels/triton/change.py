@@ -4,12 +4,17 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot_signs
+from mikv_vllm.kernels.triton.high_tier import compact, read_high, score_pointers, store_high
 from mikv_vllm.kernels.triton.layout import Stream
+from mikv_vllm.kernels.triton.low_tier import (
+    pack_chunk,
+    store_key_metadata,
+    store_value_metadata,
+)
 from mikv_vllm.kernels.triton.quantize import key_steps, quantize_values, round_keys
 from mikv_vllm.kernels.triton.row import CHUNK, load_row
 from mikv_vllm.kernels.triton.select import split_tokens
-from mikv_vllm.kernels.triton.stream import LINE_BYTES, byte_pointer, line_pointer
-from mikv_vllm.kernels.triton.write import pack_chunk, store_high
+from mikv_vllm.kernels.triton.stream import line_pointer, load_frame
 
 COPY_LINES = tl.constexpr(64)
 
@@ -24,104 +29,6 @@ def copy_lines(stream, source, to, count, L: tl.constexpr):
         line = tl.minimum(line, count - 1)
         words = tl.load(line_pointer(stream, source + line, L) + word, mask=mask)
         tl.store(line_pointer(stream, to + line, L) + word, words, mask=mask)
-
-
-@triton.jit
-def high_pointers(stream, tokens, channel, L: tl.constexpr):
-    """Bytes of high tokens' keys and values, ``[n, channels]``, 8-bit."""
-    line = (L.header_lines + tokens // 16 * L.group_lines)[:, None]
-    slot = tokens[:, None] % 16
-    byte = channel // 4 * LINE_BYTES + slot * 4 + channel % 4
-    keys = byte_pointer(stream, line, byte, L)
-    tile = slot // 4 * (L.head_dim // 16) + channel // 16
-    byte = L.high_values + tile * LINE_BYTES + channel % 16 * 4 + slot % 4
-    return keys, byte_pointer(stream, line, byte, L)
-
-
-@triton.jit
-def high_pointers_16(stream, tokens, channel, L: tl.constexpr):
-    """The same of 16-bit tokens."""
-    line = (L.header_lines + tokens // 16 * L.group_lines)[:, None]
-    byte = 2 * (L.head_dim * (tokens[:, None] % 16) + channel)
-    return byte_pointer(stream, line, byte, L), byte_pointer(stream, line, L.high_values + byte, L)
-
-
-@triton.jit
-def high_field(stream, tokens, FIELD: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr):
-    """Where a number of ``SIZE`` bytes of each high token lies."""
-    line = L.header_lines + tokens // 16 * L.group_lines
-    return byte_pointer(stream, line, FIELD + SIZE * (tokens % 16), L)
-
-
-@triton.jit
-def read_high(stream, tokens, DTYPE: tl.constexpr, L: tl.constexpr):
-    """Keys and values of high tokens, dequantized, float32 ``[n, padded]``; 0 beyond the
-    channels."""
-    channel = tl.arange(0, L.padded)[None, :]
-    inside = (channel < L.head_dim) & (tokens[:, None] >= 0)
-    if L.high_bits == 16:
-        keys, values = high_pointers_16(stream, tokens, channel, L)
-        k = tl.load(keys.to(tl.pointer_type(DTYPE)), mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values.to(tl.pointer_type(DTYPE)), mask=inside, other=0.0).to(tl.float32)
-    else:
-        keys, values = high_pointers(stream, tokens, channel, L)
-        half = tl.pointer_type(tl.float16)
-        scale = tl.load(high_field(stream, tokens, L.high_key_scales, 2, L).to(half))
-        k = tl.load(keys, mask=inside, other=128).to(tl.float32) - 128.0
-        k *= scale.to(tl.float32)[:, None]
-        scale = tl.load(high_field(stream, tokens, L.high_value_scales, 2, L).to(half))
-        v = tl.load(values, mask=inside, other=128).to(tl.float32) - 128.0
-        v *= scale.to(tl.float32)[:, None]
-    return k, v
-
-
-@triton.jit
-def compact(stream, kept, first, count, DTYPE: tl.constexpr, L: tl.constexpr):
-    """Close the holes of the high tier; nothing is quantized again.
-
-    Args:
-        kept: int32 pointer to the places of the ``count`` tokens that stay, ascending; those before
-            ``first`` stay where they are.
-    """
-    slot = tl.arange(0, 16)
-    channel = tl.arange(0, L.padded)[None, :]
-    for start in range(first // 16 * 16, count, 16):
-        to = start + slot
-        mask = to < count
-        source = tl.load(kept + to, mask=mask, other=0)
-        inside = mask[:, None] & (channel < L.head_dim)
-        word = tl.pointer_type(tl.float32)
-        score = tl.load(high_field(stream, source, L.high_scores, 4, L).to(word), mask=mask)
-        if L.high_bits == 16:
-            half = tl.pointer_type(DTYPE)
-            keys, values = high_pointers_16(stream, source, channel, L)
-            k = tl.load(keys.to(half), mask=inside)
-            v = tl.load(values.to(half), mask=inside)
-            tl.debug_barrier()
-            keys, values = high_pointers_16(stream, to, channel, L)
-            tl.store(keys.to(half), k, mask=inside)
-            tl.store(values.to(half), v, mask=inside)
-        else:
-            half = tl.pointer_type(tl.int16)
-            keys, values = high_pointers(stream, source, channel, L)
-            k = tl.load(keys, mask=inside)
-            v = tl.load(values, mask=inside)
-            key_scale = tl.load(
-                high_field(stream, source, L.high_key_scales, 2, L).to(half), mask=mask
-            )
-            value_scale = tl.load(
-                high_field(stream, source, L.high_value_scales, 2, L).to(half), mask=mask
-            )
-            tl.debug_barrier()
-            keys, values = high_pointers(stream, to, channel, L)
-            tl.store(keys, k, mask=inside)
-            tl.store(values, v, mask=inside)
-            at = high_field(stream, to, L.high_key_scales, 2, L).to(half)
-            tl.store(at, key_scale, mask=mask)
-            at = high_field(stream, to, L.high_value_scales, 2, L).to(half)
-            tl.store(at, value_scale, mask=mask)
-        tl.store(high_field(stream, to, L.high_scores, 4, L).to(word), score, mask=mask)
-        tl.debug_barrier()
 
 
 @triton.jit
@@ -147,10 +54,9 @@ def demote(
     """
     high = row.high_before
     lane = tl.arange(0, 256)
-    word = tl.pointer_type(tl.float32)
     for start in range(0, high, 256):
         token = start + lane
-        at = high_field(stream, tl.minimum(token, high - 1), L.high_scores, 4, L).to(word)
+        at = score_pointers(stream, tl.minimum(token, high - 1), L)
         tl.store(scores + token, tl.load(at), mask=token < high)
     tl.debug_barrier()
     split_tokens(scores, high, high - recent, CHUNK, victims, kept, False)
@@ -160,10 +66,7 @@ def demote(
     channel = tl.arange(0, L.padded)
     inside = channel < L.head_dim
     keys, values = read_high(stream, token, DTYPE, L)
-    at = byte_pointer(stream, 0, 2 * tl.minimum(channel, L.head_dim - 1), L)
-    center = tl.load(at.to(tl.pointer_type(tl.float16))).to(tl.float32)
-    at = byte_pointer(stream, 0, 2 * (L.head_dim + tl.minimum(channel, L.head_dim - 1)), L)
-    unit = tl.load(at.to(tl.pointer_type(tl.float16))).to(tl.float32)
+    center, unit = load_frame(stream, tl.minimum(channel, L.head_dim - 1), L)
     x = keys - center[None, :]
     scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, C.key_bits)
     place = tl.arange(0, 32)[:, None] * L.head_dim + channel[None, :]
@@ -180,17 +83,8 @@ def demote(
     compact(stream, kept, first, high - CHUNK, DTYPE, L)
     line = row.low_end - row.low_chunks * C.count
     pack_chunk(stream, line, integers, value_integers, L, C)
-    at = byte_pointer(stream, line + C.key_scales, channel, L)
-    tl.store(at, scales.to(tl.uint8), mask=inside)
-    at = byte_pointer(stream, line + C.key_scales, L.head_dim + channel, L)
-    tl.store(at, zeros.to(tl.int8).to(tl.uint8, bitcast=True), mask=inside)
-    group = tl.arange(0, C.value_groups)[None, :]
-    byte = 32 * group + tl.arange(0, 32)[:, None]
-    at = byte_pointer(stream, line + C.value_scales, byte, L)
-    tl.store(at, codes.to(tl.uint8))
-    at = byte_pointer(stream, line + C.value_scales, 32 * C.value_groups + byte, L)
-    tl.store(at, value_zeros.to(tl.int8).to(tl.uint8, bitcast=True))
-    tl.debug_barrier()
+    store_key_metadata(stream, line, channel, scales, zeros, inside, L, C)
+    store_value_metadata(stream, line, codes, value_zeros, L, C)
 
 
 @triton.jit
@@ -218,8 +112,8 @@ def change_kernel(
 
     Args:
         recent: newest tokens that are never demoted.
-        scores: scratch, float32 ``[rows, kv_heads, capacity]``; ``order``: int32, as much and 32
-                more for each head; ``integers``: uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
+        scores: scratch, float32 ``[rows, kv_heads, capacity]``; order: int32, as much and 32 more
+            for each head; integers: uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
         DTYPE: of 16-bit high tokens.
     """
     head, index = tl.program_id(0), tl.program_id(1)

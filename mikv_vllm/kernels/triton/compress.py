@@ -4,8 +4,14 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
+from mikv_vllm.kernels.triton.high_tier import store_high
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.native import NativePages, load_native, load_native_values
+from mikv_vllm.kernels.triton.low_tier import (
+    pack_chunk,
+    store_key_metadata,
+    store_value_metadata,
+)
+from mikv_vllm.kernels.triton.native import NativePages, load_native
 from mikv_vllm.kernels.triton.quantize import (
     INFINITY,
     KEY_ZERO_STEPS,
@@ -16,8 +22,7 @@ from mikv_vllm.kernels.triton.quantize import (
 )
 from mikv_vllm.kernels.triton.row import CHUNK
 from mikv_vllm.kernels.triton.select import split_tokens
-from mikv_vllm.kernels.triton.stream import byte_pointer
-from mikv_vllm.kernels.triton.write import pack_chunk, store_high
+from mikv_vllm.kernels.triton.stream import byte_pointer, load_frame
 
 FEEDBACK_BLOCK = tl.constexpr(16)
 """Channels whose errors reach one another one by one; earlier ones' come as a matrix product."""
@@ -41,7 +46,6 @@ def select_kernel(scores, score_stride, num_tokens, num_high, recent, order, ord
 @triton.jit
 def measure_kernel(
     keys,
-    values,
     native_page_stride,
     native_token_stride,
     native_head_stride,
@@ -62,10 +66,8 @@ def measure_kernel(
         partial: float32 ``[kv_heads, PARTS, 3, padded]``.
     """
     part, head = tl.program_id(0), tl.program_id(1)
-    offset = head * native_head_stride
-    native = NativePages(
-        keys + offset, values + offset, native_page_stride, native_token_stride, native_table
-    )
+    native = NativePages(native_page_stride, native_token_stride, native_table)
+    keys += head * native_head_stride
     channel = tl.arange(0, L.padded)
     total = tl.zeros([L.padded], tl.float32)
     least = tl.full([L.padded], INFINITY, tl.float32)
@@ -76,7 +78,7 @@ def measure_kernel(
         place = start + tl.arange(0, KEYS_AT_ONCE)
         mask = place < num_tokens
         token = tl.load(order + head * order_stride + place, mask=mask, other=0)
-        x = load_native(native, token, channel, mask, L).to(tl.float32)
+        x = load_native(keys, native, token, channel, mask, L).to(tl.float32)
         total += tl.sum(x, 0)
         is_low = (mask & (place >= first_low))[:, None]
         least = tl.minimum(least, tl.min(tl.where(is_low, x, INFINITY), 0))
@@ -144,17 +146,16 @@ def write_high_kernel(
 ):
     """Write a high group. Grid ``(groups, kv_heads)``."""
     group, head = tl.program_id(0), tl.program_id(1)
-    offset = head * native_head_stride
-    native = NativePages(
-        keys + offset, values + offset, native_page_stride, native_token_stride, native_table
-    )
+    native = NativePages(native_page_stride, native_token_stride, native_table)
+    keys += head * native_head_stride
+    values += head * native_head_stride
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
     channel = tl.arange(0, L.padded)
     place = group * 16 + tl.arange(0, 16)
     mask = place < num_high
     token = tl.load(order + head * order_stride + place, mask=mask, other=0)
-    k = load_native(native, token, channel, mask, L)
-    v = load_native_values(native, token, channel, mask, L)
+    k = load_native(keys, native, token, channel, mask, L)
+    v = load_native(values, native, token, channel, mask, L)
     score = tl.load(scores + head * score_stride + token, mask=mask, other=0.0)
     place = tl.minimum(place, num_high - 1)
     store_high(stream, k, v, score, place, mask, L)
@@ -213,10 +214,7 @@ def write_values(
     numbers, codes, zeros = quantize_values(x, inside, C.value_groups, C.value_bits)
     at = integers + row * L.head_dim + channel[None, :]
     tl.store(at, numbers.to(tl.uint8), mask=inside[None, :])
-    byte = 32 * tl.arange(0, C.value_groups)[None, :] + row
-    tl.store(byte_pointer(stream, line + C.value_scales, byte, L), codes.to(tl.uint8))
-    at = byte_pointer(stream, line + C.value_scales, 32 * C.value_groups + byte, L)
-    tl.store(at, zeros.to(tl.int8).to(tl.uint8, bitcast=True))
+    store_value_metadata(stream, line, codes, zeros, L, C)
 
 
 @triton.jit
@@ -255,10 +253,9 @@ def write_low_kernel(
         integers: scratch, uint8 ``[kv_heads, chunks, 2, 32, head_dim]``.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
-    offset = head * native_head_stride
-    native = NativePages(
-        keys + offset, values + offset, native_page_stride, native_token_stride, native_table
-    )
+    native = NativePages(native_page_stride, native_token_stride, native_table)
+    keys += head * native_head_stride
+    values += head * native_head_stride
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
     line = low_end - (num_chunks - chunk) * C.count
     channels += head * L.head_dim
@@ -266,8 +263,6 @@ def write_low_kernel(
     slot = head * num_chunks + chunk
     errors += slot * 32 * L.head_dim
     integers += slot * 64 * L.head_dim
-    half = tl.pointer_type(tl.float16)
-
     row = tl.arange(0, 32)
     every = row >= 0
     token = tl.load(order + head * order_stride + num_high + chunk * CHUNK + row)
@@ -275,12 +270,9 @@ def write_low_kernel(
     row_start = row[:, None] * L.head_dim
     for start in range(0, L.head_dim, FEEDBACK_BLOCK):
         channel = tl.load(channels + start + lane)
-        center = tl.load(byte_pointer(stream, 0, 2 * channel, L).to(half)).to(tl.float32)
-        unit = tl.load(byte_pointer(stream, 0, 2 * (L.head_dim + channel), L).to(half))
-        x = load_native(native, token, channel, every, L).to(tl.float32) - center[None, :]
-        scales, steps, zeros = key_steps(
-            tl.min(x, 0), tl.max(x, 0), unit.to(tl.float32), C.key_bits
-        )
+        center, unit = load_frame(stream, channel, L)
+        x = load_native(keys, native, token, channel, every, L).to(tl.float32) - center[None, :]
+        scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, C.key_bits)
         target = x
         for earlier in range(0, start, FEEDBACK_BLOCK):
             before = tl.load(errors + row_start + earlier + lane[None, :])
@@ -290,13 +282,10 @@ def write_low_kernel(
         numbers, error = round_block(x, target, steps, zeros, own, L, C.key_bits)
         tl.store(errors + row_start + start + lane[None, :], error)
         tl.store(integers + row_start + channel[None, :], numbers.to(tl.uint8))
-        at = byte_pointer(stream, line + C.key_scales, channel, L)
-        tl.store(at, scales.to(tl.uint8))
-        at = byte_pointer(stream, line + C.key_scales, L.head_dim + channel, L)
-        tl.store(at, zeros.to(tl.int8).to(tl.uint8, bitcast=True))
+        store_key_metadata(stream, line, channel, scales, zeros, channel >= 0, L, C)
         tl.debug_barrier()
 
-    x = load_native_values(native, token, tl.arange(0, L.padded), every, L)
+    x = load_native(values, native, token, tl.arange(0, L.padded), every, L)
     write_values(stream, line, x, integers + 32 * L.head_dim, hadamard, hadamard_scale, L, C)
     tl.debug_barrier()
     pack_chunk(stream, line, integers, integers + 32 * L.head_dim, L, C)

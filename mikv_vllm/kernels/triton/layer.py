@@ -308,7 +308,7 @@ class LayerOps:
         select_kernel[(heads,)](scores, scores.stride(0), tokens, high, self._recent, order, tokens)
         partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
         measure_kernel[(PARTS, heads)](
-            *native, order, tokens, tokens, high, partial, PARTS=PARTS, L=layout
+            native[0], *native[2:], order, tokens, tokens, high, partial, PARTS=PARTS, L=layout
         )
         unit_share = 2 / (255 * ((1 << low_format.key_bits) - 1))
         frame_kernel[(heads,)](*tiered, partial, tokens, unit_share, PARTS=PARTS, L=layout)

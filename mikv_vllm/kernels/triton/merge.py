@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.attend import splits_of
+from mikv_vllm.kernels.triton.high_tier import score_pointers
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER
-from mikv_vllm.kernels.triton.stream import byte_pointer
 
 PARTS_AT_ONCE = tl.constexpr(16)
 
@@ -53,9 +53,7 @@ def add_importance(
     for block in range(first, last):
         token = 32 * block + tl.arange(0, 32)
         valid = token < high_tokens
-        line = L.header_lines + tl.minimum(token, high_tokens - 1) // 16 * L.group_lines
-        at = byte_pointer(stream, line, L.high_scores + 4 * (token % 16), L)
-        at = at.to(tl.pointer_type(tl.float32))
+        at = score_pointers(stream, tl.minimum(token, high_tokens - 1), L)
         score = tl.load(at, mask=valid, other=0.0) * decay
         mask = valid[:, None] & (member < L.group)[None, :]
         place = logits + member[None, :] * logits_stride + token[:, None]

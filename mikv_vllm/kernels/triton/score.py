@@ -13,6 +13,7 @@ KEYS = tl.constexpr(64)
 
 @triton.jit
 def prompt_logits(
+    keys,
     native,
     q,
     q_stride,
@@ -34,8 +35,8 @@ def prompt_logits(
     inside = (row < num_rows)[:, None] & (channel < L.head_dim)[None, :]
     queries = tl.load(q + at, mask=inside, other=0.0)
     token = first_key + tl.arange(0, KEYS)
-    keys = load_native(native, tl.minimum(token, num_tokens - 1), channel, token < num_tokens, L)
-    logits = dot(queries, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32))
+    k = load_native(keys, native, tl.minimum(token, num_tokens - 1), channel, token < num_tokens, L)
+    logits = dot(queries, tl.trans(k), tl.zeros([ROWS, KEYS], tl.float32))
     logits = capped(logits * (scale * LOG2E), SOFTCAP)
     seen = token[None, :] <= (num_tokens - num_queries + query)[:, None]
     return tl.where(seen & (row < num_rows)[:, None], logits, NEVER)
@@ -68,8 +69,8 @@ def prompt_sums_kernel(
         sums: float32 ``[kv_heads, PARTS, 2, num_queries * group]``.
     """
     block, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offset = head * native_head_stride
-    native = NativePages(keys + offset, keys, native_page_stride, native_token_stride, native_table)
+    native = NativePages(native_page_stride, native_token_stride, native_table)
+    keys += head * native_head_stride
     q += head * L.group * L.head_dim
     num_rows = num_queries * L.group
     top = tl.full([ROWS], NEVER, tl.float32)
@@ -77,6 +78,7 @@ def prompt_sums_kernel(
     share = tl.cdiv(tl.cdiv(num_tokens, PARTS), KEYS) * KEYS
     for start in range(part * share, tl.minimum((part + 1) * share, num_tokens), KEYS):
         logits = prompt_logits(
+            keys,
             native,
             q,
             q_stride,
@@ -132,8 +134,8 @@ def prompt_scores_kernel(
         sinks: float32 ``[heads]``, read if ``HAS_SINKS``.
     """
     block, head = tl.program_id(0), tl.program_id(1)
-    offset = head * native_head_stride
-    native = NativePages(keys + offset, keys, native_page_stride, native_token_stride, native_table)
+    native = NativePages(native_page_stride, native_token_stride, native_table)
+    keys += head * native_head_stride
     q += head * L.group * L.head_dim
     num_rows = num_queries * L.group
     part = tl.arange(0, PARTS)[:, None]
@@ -151,6 +153,7 @@ def prompt_scores_kernel(
             total += tl.exp2(sink - top)
         total = tl.where(inside, total, 1.0)
         logits = prompt_logits(
+            keys,
             native,
             q,
             q_stride,

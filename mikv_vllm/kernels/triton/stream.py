@@ -37,10 +37,20 @@ def byte_pointer(stream, line, byte, L: tl.constexpr):
     return start.to(tl.pointer_type(tl.uint8)) + byte % LINE_BYTES
 
 
+@triton.jit
+def load_frame(stream, channel, L: tl.constexpr):
+    """Centres and units of some channels' keys, float32."""
+    half = tl.pointer_type(tl.float16)
+    center = tl.load(byte_pointer(stream, 0, 2 * channel, L).to(half))
+    unit = tl.load(byte_pointer(stream, 0, 2 * (L.head_dim + channel), L).to(half))
+    return center.to(tl.float32), unit.to(tl.float32)
+
+
 class Record(NamedTuple):
     """A record no longer than a page: it lies in one page or two.
 
-    Places count lines of the cache, 32-bit: cheap to work out for every load.
+    Places count lines of a layer's cache, 32-bit: cheap to work out for every load, and enough for
+    128 GiB.
     """
 
     pages: object

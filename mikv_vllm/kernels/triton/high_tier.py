@@ -1,0 +1,121 @@
+"""Where high tokens lie, and how they are read, stored and moved."""
+
+import triton
+import triton.language as tl
+
+from mikv_vllm.kernels.triton.quantize import HIGH_OFFSET, quantize_high
+from mikv_vllm.kernels.triton.stream import LINE_BYTES, byte_pointer
+
+
+@triton.jit
+def high_pointers(stream, tokens, channel, DTYPE: tl.constexpr, L: tl.constexpr):
+    """Keys' and values' numbers of tokens ``[n]`` at channels ``[1, c]``: bytes, or ``DTYPE``."""
+    line = (L.header_lines + tokens // 16 * L.group_lines)[:, None]
+    slot = tokens[:, None] % 16
+    if L.high_bits == 16:
+        byte = 2 * (L.head_dim * slot + channel)
+        keys = byte_pointer(stream, line, byte, L).to(tl.pointer_type(DTYPE))
+        values = byte_pointer(stream, line, L.high_values + byte, L).to(tl.pointer_type(DTYPE))
+    else:
+        byte = channel // 4 * LINE_BYTES + slot * 4 + channel % 4
+        keys = byte_pointer(stream, line, byte, L)
+        tile = slot // 4 * (L.head_dim // 16) + channel // 16
+        byte = L.high_values + tile * LINE_BYTES + channel % 16 * 4 + slot % 4
+        values = byte_pointer(stream, line, byte, L)
+    return keys, values
+
+
+@triton.jit
+def scale_pointers(stream, tokens, L: tl.constexpr):
+    """fp16 scales of 8-bit tokens' keys and values."""
+    line = L.header_lines + tokens // 16 * L.group_lines
+    byte = 2 * (tokens % 16)
+    keys = byte_pointer(stream, line, L.high_key_scales + byte, L)
+    values = byte_pointer(stream, line, L.high_value_scales + byte, L)
+    return keys.to(tl.pointer_type(tl.float16)), values.to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def score_pointers(stream, tokens, L: tl.constexpr):
+    """float32 scores of high tokens."""
+    line = L.header_lines + tokens // 16 * L.group_lines
+    at = byte_pointer(stream, line, L.high_scores + 4 * (tokens % 16), L)
+    return at.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def read_high(stream, tokens, DTYPE: tl.constexpr, L: tl.constexpr):
+    """Keys and values of tokens ``[n]``, dequantized, float32 ``[n, padded]``; 0 beyond the
+    channels."""
+    channel = tl.arange(0, L.padded)[None, :]
+    inside = (channel < L.head_dim) & (tokens[:, None] >= 0)
+    keys, values = high_pointers(stream, tokens, channel, DTYPE, L)
+    if L.high_bits == 16:
+        k = tl.load(keys, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(values, mask=inside, other=0.0).to(tl.float32)
+    else:
+        key_scales, value_scales = scale_pointers(stream, tokens, L)
+        k = tl.load(keys, mask=inside, other=HIGH_OFFSET).to(tl.float32) - HIGH_OFFSET
+        k *= tl.load(key_scales).to(tl.float32)[:, None]
+        v = tl.load(values, mask=inside, other=HIGH_OFFSET).to(tl.float32) - HIGH_OFFSET
+        v *= tl.load(value_scales).to(tl.float32)[:, None]
+    return k, v
+
+
+@triton.jit
+def store_high(stream, keys, values, scores, tokens, mask, L: tl.constexpr):
+    """Store high tokens.
+
+    Args:
+        keys, values: ``[n, padded]`` in the cache's dtype, 0 beyond the channels.
+        scores: float32 ``[n]``; tokens: their places in the tier, ``[n]``.
+        mask: which of them exist, ``[n]``.
+    """
+    channel = tl.arange(0, L.padded)[None, :]
+    inside = mask[:, None] & (channel < L.head_dim)
+    key_at, value_at = high_pointers(stream, tokens, channel, keys.dtype, L)
+    if L.high_bits == 16:
+        tl.store(key_at, keys, mask=inside)
+        tl.store(value_at, values, mask=inside)
+    else:
+        key_scale_at, value_scale_at = scale_pointers(stream, tokens, L)
+        integers, scales = quantize_high(keys.to(tl.float32))
+        tl.store(key_at, integers.to(tl.uint8), mask=inside)
+        tl.store(key_scale_at, scales, mask=mask)
+        integers, scales = quantize_high(values.to(tl.float32))
+        tl.store(value_at, integers.to(tl.uint8), mask=inside)
+        tl.store(value_scale_at, scales, mask=mask)
+    tl.store(score_pointers(stream, tokens, L), scores, mask=mask)
+
+
+@triton.jit
+def compact(stream, kept, first, count, DTYPE: tl.constexpr, L: tl.constexpr):
+    """Close the holes of the high tier; nothing is quantized again.
+
+    Args:
+        kept: int32 pointer to the places of the ``count`` tokens that stay, ascending; those before
+            ``first`` stay where they are.
+    """
+    channel = tl.arange(0, L.padded)[None, :]
+    for start in range(first // 16 * 16, count, 16):
+        to = start + tl.arange(0, 16)
+        mask = to < count
+        inside = mask[:, None] & (channel < L.head_dim)
+        source = tl.load(kept + to, mask=mask, other=0)
+        keys, values = high_pointers(stream, source, channel, DTYPE, L)
+        k, v = tl.load(keys, mask=inside), tl.load(values, mask=inside)
+        score = tl.load(score_pointers(stream, source, L), mask=mask)
+        if L.high_bits == 8:
+            key_scales, value_scales = scale_pointers(stream, source, L)
+            key_scale = tl.load(key_scales, mask=mask)
+            value_scale = tl.load(value_scales, mask=mask)
+        tl.debug_barrier()
+        keys, values = high_pointers(stream, to, channel, DTYPE, L)
+        tl.store(keys, k, mask=inside)
+        tl.store(values, v, mask=inside)
+        tl.store(score_pointers(stream, to, L), score, mask=mask)
+        if L.high_bits == 8:
+            key_scales, value_scales = scale_pointers(stream, to, L)
+            tl.store(key_scales, key_scale, mask=mask)
+            tl.store(value_scales, value_scale, mask=mask)
+        tl.debug_barrier()
