@@ -2,15 +2,7 @@
 
 from pathlib import Path
 
-
-def table(rows: list[dict]) -> str:
-    """Rows with the same names as a Markdown table."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = ("" if row[name] is None else str(row[name]) for name in names)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+from mikv_vllm.evaluation.tables import markdown_table
 
 
 def tables(result: dict) -> str:
@@ -18,7 +10,7 @@ def tables(result: dict) -> str:
     parts = [f"{result['date']}, {result['machine']}"]
     for name, rows in result.items():
         if isinstance(rows, list):
-            parts.append(f"## {name}\n\n{table(rows)}")
+            parts.append(f"## {name}\n\n{markdown_table(rows)}")
     return "\n\n".join(parts)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu.cases import MODELS, Heads, decode_rows, prompt_rows
 from benchmarks.gpu.timing import copy_bandwidth
-from benchmarks.report import table
+from mikv_vllm.evaluation.tables import markdown_table
 
 TESTS = ("test_triton_decode.py", "test_triton_compress.py")
 
@@ -106,9 +106,9 @@ def main() -> int:
     path = args.out / f"gpu-{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     plot(decode, path.with_suffix(".png"))
-    print(table(decode))
+    print(markdown_table(decode))
     print()
-    print(table(prompts))
+    print(markdown_table(prompts))
     print(f"written: {path}, {path.with_suffix('.png')}")
     return 0
 

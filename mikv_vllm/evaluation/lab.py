@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mikv_vllm.evaluation.served import Served
 
 UNCOMPRESSED = "uncompressed"
-FP8 = "stock vLLM, fp8"
 NORMAL_95 = 1.96
 
 
@@ -113,8 +112,6 @@ def measure_served(
         for i, one in enumerate(found):
             numbers = asdict(one)
             del numbers["low_format"]
-            if family == FP8:
-                numbers["ratio"] = 2.0
             measurements.append(Measurement(task, i, family, setting, **numbers))
         with (out / "results.jsonl").open("a") as results:
             results.writelines(json.dumps(asdict(one)) + "\n" for one in measurements)

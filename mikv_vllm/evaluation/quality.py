@@ -70,7 +70,7 @@ class QualityRun:
         self._folder = tempfile.TemporaryDirectory(prefix="mikv-quality-")
         self._generate(1.0, None)
 
-    def engine(self, llm: LLM) -> None:
+    def use(self, llm: LLM) -> None:
         """Measure another engine from now on, against the same reference."""
         self._llm = llm
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from mikv_vllm.evaluation.lab import UNCOMPRESSED, Summary
+from mikv_vllm.evaluation.tables import markdown_table
 
 OURS = "MiKV for vLLM"
 STYLE = """
@@ -30,24 +31,31 @@ def write_csv(summaries: list[Summary], path: Path) -> None:
         writer.writerows(asdict(summary) for summary in summaries)
 
 
-def markdown(summaries: list[Summary]) -> str:
-    """One table for each task, smallest divergence at the smallest ratio first."""
-    parts = []
+def tables(summaries: list[Summary]) -> dict[str, list[dict]]:
+    """Heading and rows of each task, ascending by ratio."""
+    found = {}
     for task in dict.fromkeys(summary.task for summary in summaries):
         rows = sorted((s for s in summaries if s.task == task), key=lambda s: s.ratio)
-        lines = [
-            "| method | setting | ratio | KL divergence | top-1 agreement | accuracy | exact |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+        found[f"{task}, {rows[0].windows} windows"] = [
+            {
+                "method": s.family,
+                "setting": s.setting,
+                "ratio": f"{s.ratio:.2f}",
+                "KL divergence": f"{s.divergence:.4f} ± {s.divergence_error:.4f}",
+                "top-1 agreement": f"{s.agreement:.3f} ± {s.agreement_error:.3f}",
+                "accuracy": f"{s.accuracy:.3f} ± {s.accuracy_error:.3f}",
+                "exact": f"{s.exact:.2f}",
+            }
+            for s in rows
         ]
-        for s in rows:
-            lines.append(
-                f"| {s.family} | {s.setting} | {s.ratio:.2f} "
-                f"| {s.divergence:.4f} ± {s.divergence_error:.4f} "
-                f"| {s.agreement:.3f} ± {s.agreement_error:.3f} "
-                f"| {s.accuracy:.3f} ± {s.accuracy_error:.3f} | {s.exact:.2f} |"
-            )
-        parts.append(f"## {task}, {rows[0].windows} windows\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
+    return found
+
+
+def markdown(summaries: list[Summary]) -> str:
+    """All tables."""
+    return "\n\n".join(
+        f"## {heading}\n\n{markdown_table(rows)}" for heading, rows in tables(summaries).items()
+    )
 
 
 def draw(summaries: list[Summary], paths: list[Path]) -> None:
@@ -94,13 +102,9 @@ def write_html(summaries: list[Summary], chart: Path, title: str, path: Path) ->
     out.write(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>")
     out.write(f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>")
     out.write(f'<img alt="quality against ratio" src="data:image/png;base64,{image}">')
-    for part in markdown(summaries).split("## ")[1:]:
-        heading, _, rows = part.partition("\n\n")
+    for heading, rows in tables(summaries).items():
         out.write(f"<h2>{html.escape(heading)}</h2><table>")
-        names, _, *lines = rows.split("\n")
-        for line, tag in [(names, "th"), *((line, "td") for line in lines if line)]:
-            cells = (cell.strip() for cell in line.strip("|").split("|"))
-            row = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            out.write(f"<tr>{row}</tr>")
+        for tag, cells in [("th", list(rows[0])), *(("td", list(row.values())) for row in rows)]:
+            out.write("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>")
         out.write("</table>")
     path.write_text(out.getvalue())

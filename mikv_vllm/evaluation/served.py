@@ -3,17 +3,18 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from vllm import LLM as StockLLM
 
 from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
-from mikv_vllm.evaluation.lab import FP8
 from mikv_vllm.evaluation.quality import QualityRun, WindowQuality
 from mikv_vllm.evaluation.windows import Window
 from mikv_vllm.server.llm import LLM
 
 OURS_SERVED = "MiKV for vLLM, served"
+FP8 = "stock vLLM, fp8"
 STEP_TOKENS = 2048
 Name = tuple[str, str]
 """Family and setting."""
@@ -44,14 +45,18 @@ class Served:
         """Measure some settings on windows, one engine at a time."""
         longest = max(len(window.prompt) + len(window.continuation) for window in windows)
         with self._engine(LLM, longest) as llm:
+            pages = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
             run = QualityRun(llm, windows)
             for name in names:
                 if name in self._ratios:
                     yield name, run.measure_windows(self._ratios[name])
         if self._fp8 in names:
             with self._engine(StockLLM, longest, kv_cache_dtype="fp8") as llm:
-                run.engine(llm)
-                yield self._fp8, run.measure_windows(1.0)
+                # Pages of the same pool: what a token takes, told by the engine itself.
+                more = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks / pages
+                run.use(llm)
+                found = run.measure_windows(1.0)
+                yield self._fp8, [replace(window, ratio=more) for window in found]
         run.close()
 
     @contextmanager

@@ -34,6 +34,15 @@ def small_engine(model_path):
     stop(llm)
 
 
+def quality(llm, ratio):
+    """Over two windows of 600 + 100 tokens."""
+    run = QualityRun(llm, cut_windows(llm.get_tokenizer(), 2, 600, 100))
+    measured = run.measure(ratio)
+    run.close()
+    print(measured)
+    return measured
+
+
 def preemptions(llm) -> int:
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
@@ -44,11 +53,7 @@ def test_statistics_before_the_first_request(small_engine):
 
 
 def test_quality_with_h2o_and_sixteen_bits(small_engine):
-    windows = cut_windows(small_engine.get_tokenizer(), 2, 600, 100)
-    run = QualityRun(small_engine, windows)
-    measured = run.measure(2.0)
-    run.close()
-    print(measured)
+    measured = quality(small_engine, 2.0)
     assert measured.achieved_ratio > 1.7
     assert 0 < measured.divergence < 0.01
 
@@ -86,10 +91,6 @@ def compiled_engine(model_path):
 
 
 def test_quality_with_torch_compile(compiled_engine):
-    windows = cut_windows(compiled_engine.get_tokenizer(), 2, 600, 100)
-    run = QualityRun(compiled_engine, windows)
-    measured = run.measure(3.0)
-    run.close()
-    print(measured)
+    measured = quality(compiled_engine, 3.0)
     assert measured.achieved_ratio > 2.5
     assert 0 < measured.divergence < 0.01

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from mikv_vllm.kernels import triton as kernels
 from mikv_vllm.tiers import reference
 from mikv_vllm.tiers.formats import LowFormat
 
@@ -15,22 +14,7 @@ from .tiered_cache import (
     state_of,
     tokens,
 )
-
-RECENT = 16
-
-
-def layer(shape, device, **kwargs):
-    parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None, "decay": 0.9}
-    return kernels.LayerOps(
-        shape.head_dim,
-        shape.heads,
-        shape.kv_heads,
-        shape.block_size,
-        shape.high_bits,
-        recent=RECENT,
-        scratch=kernels.Scratch(device),
-        **parameters | kwargs,
-    )
+from .triton_layer import RECENT, layer
 
 
 def native_cache(shape, keys, values, table, num_pages, device):

@@ -1,0 +1,11 @@
+"""Markdown tables."""
+
+
+def markdown_table(rows: list[dict]) -> str:
+    """Rows with the same names, which head the columns; None is an empty cell."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = ("" if row[name] is None else str(row[name]) for name in names)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
