@@ -17,7 +17,7 @@ from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
 HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 64, 9, 3, 64, 16
 """The embedded model's attention."""
-K4V3 = LowFormat(4, 3)
+K4V3 = LowFormat((6, 4, 3, 3), 3)
 
 
 def seconds(run: Callable[[], None], repeat: int = 7) -> float:
@@ -66,7 +66,7 @@ class Prompt:
     ) -> None:
         self.ops = layer_ops(geometry, heads, kv_heads)
         self.num_tokens = num_tokens
-        planner = TierPlanner(geometry, ratio, RECENT)
+        planner = TierPlanner.choose(geometry, ratio, RECENT, num_tokens)
         state = planner.compress(num_tokens)
         assert state is not None
         self.state, self.low_format = state, planner.low_format

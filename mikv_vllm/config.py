@@ -1,8 +1,20 @@
 """Server settings and per-request settings: the only place that validates them."""
 
-from typing import Any, Literal, Self
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from annotated_types import MinLen
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from mikv_vllm.tiers.formats import LADDER, LowFormat
 
 ADDITIONAL_CONFIG_KEY = "mikv"
 """Key under vLLM's ``--additional-config`` that carries :class:`CompressionConfig`."""
@@ -12,6 +24,32 @@ RATIO_FIELD = "kv_compression_ratio"
 
 REPORT_FIELD = "kv_compression"
 """Name of the per-request report, in a response body."""
+
+
+def _read_low_formats(value: Any) -> Any:
+    """Names out of a text: a file of ``mikv-eval calibrate``, or names with commas."""
+    if not isinstance(value, str):
+        return value
+    if not value.endswith(".json"):
+        return [name.strip() for name in value.split(",")]
+    try:
+        return json.loads(Path(value).read_text())["low_formats"]
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{value} is no file of low formats: {error}") from None
+
+
+def _sort_low_formats(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Richest first; refuses what is no name."""
+    formats = sorted(map(LowFormat.parse, dict.fromkeys(names)), key=lambda f: -f.token_bits)
+    return tuple(low_format.name for low_format in formats)
+
+
+LowFormatNames = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_read_low_formats),
+    MinLen(1),
+    AfterValidator(_sort_low_formats),
+]
 
 
 class CompressionConfig(BaseModel):
@@ -43,6 +81,18 @@ class CompressionConfig(BaseModel):
 
     codec: Literal["channel"] = "channel"
     """Low-tier codec: keys per channel, values per token."""
+
+    low_formats: LowFormatNames = Field(
+        default=tuple(low_format.name for low_format in LADDER),
+        description="names such as K6433V3, with commas, or a file of `mikv-eval calibrate`",
+    )
+    """Low-tier formats that a ratio chooses from: bits of the four quarters of a key's channels,
+    then of a value. The default was measured: see docs/quality.md."""
+
+    @property
+    def ladder(self) -> tuple[LowFormat, ...]:
+        """:attr:`low_formats`, richest first."""
+        return tuple(LowFormat.parse(name) for name in self.low_formats)
 
     @model_validator(mode="after")
     def _recent_fits(self) -> Self:

@@ -78,7 +78,7 @@ class Prompt:
 
     def planner(self, ratio: float, high_bits: int = 8) -> TierPlanner:
         geometry = TierGeometry(self.heads.head_dim, BLOCK_SIZE, high_bits)
-        return TierPlanner(geometry, ratio, RECENT)
+        return TierPlanner.choose(geometry, ratio, RECENT, self.tokens)
 
     def compress(
         self,
@@ -246,8 +246,7 @@ def prompt_rows(heads: Heads, tokens: int, ratio: float) -> Iterator[dict]:
 
     for name, seconds in (
         ("score", device_time([prompt.score])),
-        # torch's Cholesky factorization cannot be captured.
-        ("compress", device_time([compress], graph=False)),
+        ("compress", device_time([compress])),
         ("demote, batch 8", device_time(case.change())),
     ):
         yield {

@@ -33,7 +33,7 @@ TYPES = {
     "rows": INT32,
     "tables": INT32,
     "order": INT32,
-    "channels": INT32,
+    "channels": "*i64",
     "native_table": INT32,
     "tiered_table": INT32,
     "integers": BYTES,
@@ -45,12 +45,10 @@ TYPES = {
     "scores": FLOAT,
     "sums": FLOAT,
     "sinks": FLOAT,
-    "weights": FLOAT,
-    "errors": FLOAT,
+    "ranges": "*fp64",
     "scale": "fp32",
     "decay": "fp32",
     "hadamard_scale": "fp32",
-    "unit_share": "fp32",
 }
 NATIVE = {"q", "k", "v", "out", "keys", "values"}
 """Pointers to the cache's dtype."""
@@ -69,7 +67,7 @@ KERNELS = {
     "prompt_sums": score.prompt_sums_kernel,
     "prompt_scores": score.prompt_scores_kernel,
 }
-BY_FORMAT = {"attend", "change", "write_low"}
+BY_FORMAT = {"attend", "change", "frame", "write_low"}
 
 
 H100_SLOTS = 132 * 4 * 1.755e9
@@ -187,16 +185,16 @@ def matrix_loops(listing: str) -> tuple[int, ...]:
 def jobs(quick: bool, targets: list[int]) -> list[Job]:
     """What to compile: Llama-3.1-8B's and Qwen3-32B's heads in all formats, others in some."""
     llama = Layout(128, 4, 64, 8)
-    shapes = [(llama, "bf16", LADDER[:1] if quick else LADDER)]
-    shapes += [(Layout(128, 8, 64, 8), "bf16", LADDER[1:2])]
+    shapes = [(llama, "bf16", LADDER[3:4] if quick else LADDER)]
+    shapes += [(Layout(128, 8, 64, 8), "bf16", LADDER[3:4])]
     if not quick:
         shapes += [
             (Layout(64, 4, 64, 8), "bf16", LADDER),
-            (Layout(128, 4, 64, 16), "bf16", LADDER[1:2]),
-            (Layout(128, 4, 64, 8), "fp16", LADDER[1:2]),
-            (Layout(80, 1, 64, 8), "fp16", LADDER[2:3]),
-            (Layout(96, 1, 64, 8), "bf16", LADDER[2:3]),
-            (Layout(256, 8, 64, 8), "bf16", LADDER[1:2]),
+            (Layout(128, 4, 64, 16), "bf16", LADDER[3:4]),
+            (Layout(128, 4, 64, 8), "fp16", LADDER[3:4]),
+            (Layout(80, 1, 64, 8), "fp16", LADDER[4:5]),
+            (Layout(96, 1, 64, 8), "bf16", LADDER[4:5]),
+            (Layout(256, 8, 64, 8), "bf16", LADDER[3:4]),
         ]
     every = []
     for target in targets:

@@ -44,19 +44,11 @@ class TieredBlockManager(FullAttentionManager):
         self._released: list[KVCacheBlock] = []
         self._once_tiered: set[int] = set()
         self._to_zero: list[int] = []
-        self._planners: dict[float, TierPlanner] = {}
 
     @cached_property
     def geometry(self):
         """Sizes of the tiers (:class:`~mikv_vllm.tiers.formats.TierGeometry`)."""
         return self.kv_cache_spec.geometry
-
-    def planner(self, ratio: float) -> TierPlanner:
-        """The planner of all requests with this ratio."""
-        if ratio not in self._planners:
-            recent = self.kv_cache_spec.compression.recent
-            self._planners[ratio] = TierPlanner(self.geometry, ratio, recent)
-        return self._planners[ratio]
 
     # What vLLM calls.
 
@@ -142,7 +134,10 @@ class TieredBlockManager(FullAttentionManager):
         The request's native pages stay allocated until :meth:`release_native_pages`: other
         requests of the same step must not write to them before the workers have read them.
         """
-        planner = self.planner(ratio)
+        settings = self.kv_cache_spec.compression
+        planner = TierPlanner.choose(
+            self.geometry, ratio, settings.recent, num_tokens, settings.ladder
+        )
         state = planner.compress(num_tokens)
         if state is None:
             return None

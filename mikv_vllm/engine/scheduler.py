@@ -50,7 +50,9 @@ class TieredScheduler(AsyncScheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.tiers = next(m for m in managers if isinstance(m, TieredBlockManager))
         group = self.kv_cache_config.kv_cache_groups[self.tiers.kv_cache_group_id]
-        self.largest_ratio = largest_ratio(self.tiers.geometry.head_dim, config.high_bits)
+        self.largest_ratio = largest_ratio(
+            self.tiers.geometry.head_dim, config.high_bits, config.ladder
+        )
         self._heads = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
         self._heads *= self.parallel_config.tensor_parallel_size
         self._ratios: dict[str, float] = {}

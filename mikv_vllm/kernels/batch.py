@@ -13,7 +13,7 @@ DecodeRow = tuple[int, Any, TierState, AppendStep, LowFormat]
 step; what the step does; low format."""
 ROW_FIELDS = 10
 """Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
-and demoted; low end after it; bits of keys and of values. Ends count in lines."""
+and demoted; low end after it; bits of keys (``key_code``) and of values. Ends count in lines."""
 
 
 def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
             step.moved_chunks,
             step.demoted_chunks,
             after.low_end // LINE_BYTES,
-            low_format.key_bits,
+            low_format.key_code,
             low_format.value_bits,
         )
     return numbers, tables

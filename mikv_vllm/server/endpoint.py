@@ -46,7 +46,7 @@ class MiKVEndpoint:
             return
         vllm_config = engine_client.vllm_config
         head_dim = vllm_config.model_config.get_head_size()
-        state.mikv_largest_ratio = largest_ratio(head_dim, config.high_bits)
+        state.mikv_largest_ratio = largest_ratio(head_dim, config.high_bits, config.ladder)
         engine: Any = engine_client
         check_ratios(engine, state.mikv_largest_ratio)
         collect_reports(engine.output_processor)

@@ -21,6 +21,7 @@ FLAGS = {
     "high_bits": "--kv-high-bits",
     "min_tokens": "--kv-min-tokens",
     "codec": "--kv-codec",
+    "low_formats": "--kv-low-formats",
 }
 """Flag of each field of :class:`CompressionConfig`."""
 
@@ -46,6 +47,8 @@ def add_options(parser: FlexibleArgumentParser) -> None:
 def allowed(name: str) -> str:
     """The values that a setting takes, in words."""
     field = CompressionConfig.model_fields[name]
+    if field.description:
+        return field.description
     if get_origin(field.annotation) is Literal:
         return " or ".join(str(choice) for choice in get_args(field.annotation))
     bounds = {

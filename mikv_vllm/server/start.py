@@ -27,7 +27,7 @@ def check_and_echo(vllm_config: "VllmConfig", config: CompressionConfig, ratio_n
     """
     refusals.check(vllm_config)
     head_dim = vllm_config.model_config.get_head_size()
-    largest = largest_ratio(head_dim, config.high_bits)
+    largest = largest_ratio(head_dim, config.high_bits, config.ladder)
     parse_ratio(config.ratio, largest, ratio_name)
     settings = ", ".join(f"{name} {value}" for name, value in config.model_dump().items())
     logger.info("MiKV: %s; largest ratio %g (head size %d).", settings, largest, head_dim)

@@ -2,12 +2,12 @@
 
 Low tier, codec ``channel``: keys asymmetric per channel over a chunk of 32 tokens, values
 asymmetric per token in groups of channels, after a Hadamard rotation of the channels.
+Key channels are ranked, per request and head, by what their rounding would cost the logits of the
+prompt's last queries, and the costly ones get more bits (:func:`key_frame`).
 A key's scale is a multiple, 1 to 255, of its channel's unit, and its zero point an int8 in halves
 of the scale, counted from the channel's centre. Both ends of a chunk's range are met within a few
-per cent of a step so: the keys at the ends are the ones that attention tells apart. Centre and unit
-are kept once per request and head (:func:`key_frame`). When a prompt is compressed, its last
-queries say which errors matter, and the rounding of one channel makes up for that of others
-(:func:`key_feedback`); the stored form is the same.
+per cent of a step so: the keys at the ends are the ones that attention tells apart. Rank, centre
+and unit are kept once per request and head.
 A value's scale is an 8-bit float (:func:`encode_scale`), its zero point an int8 in whole scales.
 High tier, 8 bits: symmetric per token, one fp16 scale each for key and value.
 """
@@ -17,12 +17,10 @@ from functools import cache
 
 import torch
 
-from mikv_vllm.tiers.formats import KEY_ZERO_STEPS, LowFormat, LowLayout
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, KEY_ZERO_STEPS, VALUE_GROUP, LowFormat
 
 SCALE_BIAS = 22
 """Exponent bias of the 8-bit scale: 5 bits of exponent, 3 of mantissa, no sign."""
-FEEDBACK_DAMPING = 1.0
-"""Share of the queries' mean square that is added to every channel's in :func:`key_feedback`."""
 HIGH_OFFSET = 128
 """Added to a high-tier integer so that it is stored as an unsigned byte."""
 
@@ -87,92 +85,83 @@ class Quantized:
 
 @dataclass(frozen=True)
 class KeyFrame:
-    """What a request's keys are measured against in one head: fp16 ``[head_dim]`` each."""
+    """What a request's keys are measured against in one head, by rank: ``[head_dim]`` each.
 
-    center: torch.Tensor
-    unit: torch.Tensor
-
-
-def key_frame(keys: torch.Tensor, low_keys: torch.Tensor, bits: int) -> KeyFrame:
-    """Centre and unit of a head.
-
-    Args:
-        keys: ``[tokens, head_dim]``, all of the request; their mean is the centre.
-        low_keys: ``[n, head_dim]``, those that become low; all keys if there are none. The unit
-            lets a scale cover twice the farthest of them from the centre.
-    """
-    center = keys.float().mean(0).clamp(-65504, 65504).to(torch.float16)
-    far = (low_keys if len(low_keys) else keys).float() - center.float()
-    unit = far.abs().amax(0) * (2 / (255 * ((1 << bits) - 1)))
-    return KeyFrame(center, unit.clamp(6e-8, 65504).to(torch.float16))
-
-
-@dataclass(frozen=True)
-class KeyFeedback:
-    """How the errors of channels already rounded move the next one's target.
-
-    ``order``: channels as they are rounded, ``[..., head_dim]``. ``weights``: float32
-    ``[..., head_dim, head_dim]``; the target of the ``r``-th channel is its key plus
-    ``weights[r, :r] @ errors``, an error being key minus what is stored.
+    ``order``: int64, the channel of each rank. ``center``, ``unit``: fp16.
     """
 
     order: torch.Tensor
-    weights: torch.Tensor
+    center: torch.Tensor
+    unit: torch.Tensor
+
+    def rank(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys ``[..., head_dim]`` by rank, less their centres, float32."""
+        return keys[..., self.order].float() - self.center.float()
+
+    def restore(self, ranked: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`rank`."""
+        keys = torch.empty_like(ranked)
+        keys[..., self.order] = ranked + self.center.float()
+        return keys
 
 
-def key_feedback(queries: torch.Tensor, unit: torch.Tensor) -> KeyFeedback:
-    """Feedback that keeps the error of the logits small, rather than that of the keys.
+def key_cost(queries: torch.Tensor, low_keys: torch.Tensor) -> torch.Tensor:
+    """What rounding each channel to a given number of bits costs, up to a factor.
 
-    The logits' squared error over queries like these is ``e H e`` with their second moment ``H``.
-    With ``H = L D L'`` (unit lower triangle, last channel first) it splits into one square per
-    channel, which holds that channel's error and those before it: each rounding minimizes its own,
-    as in GPTQ (Frantar et al., 2022) and Babai's nearest plane. Queries to come are not these
-    queries, so ``H`` gets :data:`FEEDBACK_DAMPING` times its mean diagonal added. Channels
-    whose rounding costs most go first.
+    The logits' squared error grows with the square of the query, and that of the key's step, which
+    is a chunk's range.
 
     Args:
-        queries: ``[..., n, head_dim]``, the prompt's last ones, of all query heads of the KV head.
-        unit: ``[..., head_dim]``, of the head's :class:`KeyFrame`.
+        queries: ``[n, head_dim]``.
+        low_keys: ``[m, head_dim]``, a multiple of 32 tokens.
+
+    Returns:
+        float32 ``[head_dim]``.
     """
-    q = queries.double()
-    moment = q.mT @ q / q.shape[-2]
-    diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    damping = (FEEDBACK_DAMPING * diagonal.mean(-1)).clamp(min=1e-30)[..., None, None]
-    moment = moment + damping * torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
-    cost = (moment.diagonal(dim1=-2, dim2=-1) * unit.double() ** 2).float()
-    order = cost.argsort(dim=-1, descending=True, stable=True)
-    last_first = order.flip(-1)
-    moment = moment.take_along_dim(last_first[..., :, None], -2)
-    moment = moment.take_along_dim(last_first[..., None, :], -1)
-    # The damping makes it positive definite; checking would wait for the device.
-    factor = torch.linalg.cholesky_ex(moment).L
-    unit_factor = factor / factor.diagonal(dim1=-2, dim2=-1)[..., None, :]
-    return KeyFeedback(order, unit_factor.flip(-2, -1).mT.tril(-1).float().contiguous())
+    chunks = low_keys.float().unflatten(0, (-1, CHUNK_TOKENS))
+    ranges = (chunks.amax(1) - chunks.amin(1)).double().square().sum(0)
+    return (queries.double().square().sum(0) * ranges).float()
 
 
-def quantize_keys(
-    keys: torch.Tensor, frame: KeyFrame, bits: int, feedback: KeyFeedback | None = None
-) -> Quantized:
-    """Quantize chunks of one head's keys ``[..., 32, head_dim]`` per channel."""
-    x, unit = keys.float() - frame.center.float(), frame.unit.float()
-    top = (1 << bits) - 1
+def key_frame(
+    keys: torch.Tensor, low_keys: torch.Tensor, queries: torch.Tensor, low_format: LowFormat
+) -> KeyFrame:
+    """Rank, centre and unit of a head's channels.
+
+    Bits by rank are reverse water-filling in steps (Cover and Thomas, Elements of Information
+    Theory, 10.3.3): what a channel costs at equal bits differs by orders of magnitude.
+
+    Args:
+        keys: ``[tokens, head_dim]``, all of the request; their mean is the centre.
+        low_keys: ``[m, head_dim]``, those that become low. The unit lets a scale cover twice the
+            farthest of them from the centre. If there are none, channels keep their order, and
+            all keys take the place of the low ones.
+        queries: ``[n, head_dim]``, the prompt's last ones, of all query heads of the KV head.
+    """
+    cost = key_cost(queries, low_keys) if len(low_keys) else torch.zeros(keys.shape[1])
+    order = cost.argsort(descending=True, stable=True)
+    center = keys.float().mean(0).clamp(-65504, 65504).to(torch.float16)
+    far = ((low_keys if len(low_keys) else keys).float() - center.float()).abs().amax(0)
+    unit = far[order] * (2 / (255 * _tops(low_format, keys.shape[1])))
+    return KeyFrame(order, center[order], unit.clamp(6e-8, 65504).to(torch.float16))
+
+
+def _tops(low_format: LowFormat, head_dim: int) -> torch.Tensor:
+    """Largest integer of each key channel by rank, float32 ``[head_dim]``."""
+    return torch.tensor([(1 << bits) - 1.0 for bits in low_format.channel_bits(head_dim)])
+
+
+def quantize_keys(keys: torch.Tensor, frame: KeyFrame, low_format: LowFormat) -> Quantized:
+    """Quantize chunks of one head's keys ``[..., 32, head_dim]`` per channel; ranked."""
+    x, unit = frame.rank(keys), frame.unit.float()
+    top = _tops(low_format, keys.shape[-1])
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
     # The second term keeps the zero point within an int8 where a chunk lies far from the centre.
     scale = torch.maximum((high - low) / top, low.abs() * (KEY_ZERO_STEPS / 127))
     scales = (scale / unit).ceil().clamp(1, 255)
     steps = scales * unit
     zeros = (low / steps * KEY_ZERO_STEPS).round().clamp(-128, 127)
-    offsets = zeros / KEY_ZERO_STEPS
-    if feedback is None:
-        integers = (x / steps - offsets).round().clamp(0, top)
-    else:
-        integers, errors = torch.empty_like(x), x[..., :0]
-        for channel, weights in zip(feedback.order.tolist(), feedback.weights, strict=True):
-            target = x[..., channel] + errors @ weights[: errors.shape[-1]]
-            step, offset = steps[..., channel], offsets[..., channel]
-            integers[..., channel] = (target / step - offset).round().clamp(0, top)
-            error = x[..., channel] - step * (integers[..., channel] + offset)
-            errors = torch.cat([errors, error[..., None]], -1)
+    integers = torch.minimum((x / steps - zeros / KEY_ZERO_STEPS).round().clamp(min=0), top)
     return Quantized(
         integers.to(torch.uint8),
         scales.to(torch.uint8),
@@ -187,8 +176,7 @@ def quantize_values(values: torch.Tensor, bits: int) -> Quantized:
 
     Returns integers ``[..., groups, 32, head_dim / groups]``.
     """
-    layout = LowLayout(values.shape[-1], LowFormat(4, bits))
-    groups = layout.value_groups
+    groups = max(1, values.shape[-1] // VALUE_GROUP)
     split = rotate(values).reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
     x = split.movedim(-2, -3)
     top = (1 << bits) - 1

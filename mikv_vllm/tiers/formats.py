@@ -5,14 +5,18 @@ The pages of one compressed request form, for each layer and KV head, one *strea
 may cross from one page into the next, a line never does.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 LINE_BYTES = 64
 CHUNK_TOKENS = 32
 """Tokens of one low-tier record."""
 GROUP_TOKENS = 16
 """Tokens of one high-tier record."""
+BAND_CHANNELS = 16
+"""Key channels, neighbours by rank, that share their bits in the low tier."""
 VALUE_GROUP = 64
 """Channels that share a token's value scale in the low tier."""
 KEY_ZERO_STEPS = 2
@@ -28,32 +32,77 @@ def lines(num_bytes: int) -> int:
 
 @dataclass(frozen=True, order=True)
 class LowFormat:
-    """Bits of the low tier: keys per channel over a chunk, values per token."""
+    """Bits of the low tier: keys per channel over a chunk, values per token.
 
-    key_bits: int
+    ``key_bits``: of each quarter of a head's channels, those first whose errors cost attention most
+    (:func:`~mikv_vllm.tiers.codec.key_frame`).
+    """
+
+    key_bits: tuple[int, int, int, int]
     value_bits: int
 
     def __post_init__(self) -> None:
-        if not {self.key_bits, self.value_bits} <= {2, 3, 4, 5}:
-            raise ValueError(f"{self.name} is no low format: keys and values take 2 to 5 bits")
+        falling = sorted(self.key_bits, reverse=True) == list(self.key_bits)
+        if not (falling and set(self.key_bits) <= {2, 3, 4, 5, 6} and len(self.key_bits) == 4):
+            raise ValueError(f"{self.name}: keys take 2 to 6 bits in each quarter, falling")
+        if self.value_bits not in {2, 3, 4, 5}:
+            raise ValueError(f"{self.name}: values take 2 to 5 bits")
 
     @property
     def name(self) -> str:
-        """Short name, for example ``K4V3``."""
-        return f"K{self.key_bits}V{self.value_bits}"
+        """All bits: ``K6433V3`` has 6, 4, 3, 3 for the quarters of a key, and 3 for a value."""
+        return f"K{''.join(map(str, self.key_bits))}V{self.value_bits}"
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The format of a :attr:`name`.
+
+        Raises:
+            ValueError: it is no name of a format.
+        """
+        if not (found := re.fullmatch(r"K(\d{4})V(\d)", name)):
+            raise ValueError(f"{name!r} is no low format such as K6433V3")
+        return cls(tuple(map(int, found[1])), int(found[2]))  # type: ignore[arg-type]
+
+    @property
+    def key_code(self) -> int:
+        """``key_bits`` as one number for kernels, 4 bits each, the first in the lowest."""
+        return sum(bits << 4 * i for i, bits in enumerate(self.key_bits))
+
+    @property
+    def token_bits(self) -> float:
+        """Bits of a key's number and a value's, mean over channels."""
+        return sum(self.key_bits) / 4 + self.value_bits
+
+    def band_bits(self, head_dim: int) -> list[int]:
+        """Bits of each band of :data:`BAND_CHANNELS` channels."""
+        bands = head_dim // BAND_CHANNELS
+        return [self.key_bits[4 * band // bands] for band in range(bands)]
+
+    def channel_bits(self, head_dim: int) -> list[int]:
+        """Bits of each channel, by rank."""
+        return [bits for bits in self.band_bits(head_dim) for _ in range(BAND_CHANNELS)]
 
 
-LADDER = tuple(LowFormat(*bits) for bits in ((5, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2)))
-"""The low formats that a ratio can choose, richest first."""
+LADDER = tuple(
+    LowFormat.parse(name)
+    for name in (
+        *("K6655V5", "K6544V5", "K6544V4", "K6433V4", "K6433V3"),
+        *("K5332V3", "K4322V3", "K4322V2", "K3222V2"),
+    )
+)
+"""The low formats that a ratio can choose, richest first: what `mikv-eval calibrate` found on the
+embedded model (docs/quality.md)."""
 
 
 @dataclass(frozen=True)
 class LowLayout:
     """Byte offsets in a low-tier record of one head: 32 tokens.
 
-    ``keys``: per bit plane, tiles of 4 channels x 16 tokens (:func:`key_tiles`);
+    ``keys``: by band of 16 channels in rank order, per bit plane, tiles of 4 channels x 16 tokens
+    (:func:`~mikv_vllm.tiers.packing.key_tiles`);
     ``values``: per bit plane, tiles of 4 tokens x 16 channels;
-    ``key_scales``, ``key_zeros``: one byte per channel;
+    ``key_scales``, ``key_zeros``: one byte per channel, in rank order;
     ``value_scales``, ``value_zeros``: one byte per token, for each group of channels
     ``[value_groups, 32]``.
     """
@@ -72,7 +121,7 @@ class LowLayout:
 
     @cached_property
     def values(self) -> int:
-        return CHUNK_TOKENS * self.head_dim * self.low_format.key_bits // 8
+        return CHUNK_TOKENS * sum(self.low_format.channel_bits(self.head_dim)) // 8
 
     @cached_property
     def key_scales(self) -> int:
@@ -139,9 +188,9 @@ class TierGeometry:
     """Sizes of one model's tiers, per layer and KV head.
 
     A compressed request's pages, in block-table order, are one stream per layer and head. It
-    starts with the ``header``: fp16 per channel, the keys' centres, then the units of their scales.
-    High groups follow it upwards; low chunks lie at the other end and grow downwards. Free space is
-    the gap between them.
+    starts with the ``header``, all by rank of the key channels: their centres and the units of
+    their scales, fp16, and which channels they are, uint8. High groups follow it upwards; low
+    chunks lie at the other end and grow downwards. Free space is the gap between them.
     """
 
     head_dim: int
@@ -160,7 +209,7 @@ class TierGeometry:
 
     @property
     def header_bytes(self) -> int:
-        return lines(4 * self.head_dim)
+        return lines(5 * self.head_dim)
 
     @cached_property
     def high(self) -> HighLayout:

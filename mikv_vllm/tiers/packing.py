@@ -4,14 +4,15 @@ A *tile* is one 64-byte line of 16 x 4 small integers, shaped for a byte dot pro
 axis: keys take 16 tokens x 4 channels, values 16 channels x 4 tokens. Tiles are stored in *bit
 planes*: a plane of ``p`` bits keeps ``8 // p`` consecutive tiles in one line, tile ``j`` in bits
 ``[p*j, p*(j+1))`` of every byte. 2 and 4 bits are one plane; 3 and 5 bits are that plane of
-the low bits, then a 1-bit plane of the high bit; 8 bits are the tiles themselves.
+the low bits, then a 1-bit plane of the high bit; 6 bits are a 4-bit and a 2-bit plane; 8 bits are
+the tiles themselves. A low record's keys are packed band by band, 8 tiles each.
 """
 
 import torch
 
 from mikv_vllm.tiers.formats import LINE_BYTES
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 8: (8,)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Bits per number -> bits of its planes, low bits first."""
 
 
@@ -48,6 +49,19 @@ def value_tiles_inverse(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
     *lead, _, _ = tiles.shape
     split = tiles.reshape(*lead, tokens // 4, -1, 16, 4)
     return split.movedim(-1, -3).reshape(*lead, tokens, -1)
+
+
+def pack_bands(tiles: torch.Tensor, band_bits: list[int]) -> torch.Tensor:
+    """Pack key tiles ``[tiles, 64]``, each band of 8 at its own bits, into bytes ``[n]``, uint8."""
+    bands = tiles.reshape(len(band_bits), -1, LINE_BYTES)
+    return torch.cat([pack(band, bits) for band, bits in zip(bands, band_bits, strict=True)])
+
+
+def unpack_bands(packed: torch.Tensor, band_bits: list[int]) -> torch.Tensor:
+    """Undo :func:`pack_bands`: bytes ``[n]`` -> tiles ``[tiles, 64]``, int32."""
+    bands = packed.split([LINE_BYTES * bits for bits in band_bits])
+    tiles = [unpack(band, bits, 8) for band, bits in zip(bands, band_bits, strict=True)]
+    return torch.cat(tiles)
 
 
 def pack(tiles: torch.Tensor, bits: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ The scheduler runs them; nothing here looks at a key or a value.
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Self
 
 from mikv_vllm.tiers.formats import (
     CHUNK_TOKENS,
@@ -29,19 +30,13 @@ def high_fraction(geometry: TierGeometry, low_format: LowFormat, ratio: float) -
     return (geometry.token_bytes / ratio - low) / (high - low)
 
 
-def choose_low_format(geometry: TierGeometry, ratio: float) -> LowFormat:
-    """The richest format of the ladder that leaves the high tier :data:`LEAST_HIGH_FRACTION`."""
-    for low_format in LADDER:
-        if high_fraction(geometry, low_format, ratio) >= LEAST_HIGH_FRACTION:
-            return low_format
-    return LADDER[-1]
-
-
 @cache
-def largest_ratio(head_dim: int, high_bits: int = 8) -> float:
+def largest_ratio(
+    head_dim: int, high_bits: int = 8, ladder: tuple[LowFormat, ...] = LADDER
+) -> float:
     """Largest compression ratio that a model may be asked for, rounded down to a tenth."""
     geometry = TierGeometry(head_dim, 1, high_bits)
-    low = geometry.low(LADDER[-1]).num_bytes / CHUNK_TOKENS
+    low = geometry.low(ladder[-1]).num_bytes / CHUNK_TOKENS
     high = geometry.high.num_bytes / GROUP_TOKENS
     stored = low + LEAST_HIGH_FRACTION * (high - low)
     return math.floor(10 * geometry.token_bytes / stored) / 10
@@ -90,15 +85,41 @@ class TierPlanner:
         geometry: sizes of the model's records and pages.
         ratio: requested compression ratio, above 1.
         recent: newest tokens that are never demoted.
+        low_format: of the low tier.
     """
 
     geometry: TierGeometry
     ratio: float
     recent: int
+    low_format: LowFormat
 
-    @property
-    def low_format(self) -> LowFormat:
-        return choose_low_format(self.geometry, self.ratio)
+    @classmethod
+    def choose(
+        cls,
+        geometry: TierGeometry,
+        ratio: float,
+        recent: int,
+        num_tokens: int,
+        ladder: tuple[LowFormat, ...] = LADDER,
+    ) -> Self:
+        """The planner of the richest format with which a request of ``num_tokens`` tokens fits.
+
+        That is, the pages of the ratio; if no format does, one page more, and so on.
+
+        Args:
+            ladder: low formats, richest first.
+        """
+        planners = [
+            cls(geometry, ratio, recent, low_format)
+            for low_format in ladder
+            if high_fraction(geometry, low_format, ratio) >= LEAST_HIGH_FRACTION
+        ] or [cls(geometry, ratio, recent, ladder[-1])]
+        first = planners[0]
+        for pages in range(first.budget(num_tokens), first.native_pages(num_tokens)):
+            for planner in planners:
+                if planner._fit(num_tokens, pages):
+                    return planner
+        return first
 
     def least_high(self, num_tokens: int) -> int:
         """High tokens below which no demotion goes: the recent ones and some important ones."""

@@ -46,9 +46,17 @@ class Stream:
 
 
 def read_frame(stream: Stream, geometry: TierGeometry) -> codec.KeyFrame:
-    """The header: key centres and units."""
-    numbers = stream.read(0, 4 * geometry.head_dim).view(torch.float16)
-    return codec.KeyFrame(numbers[: geometry.head_dim], numbers[geometry.head_dim :])
+    """The header: key centres, units and ranks."""
+    head_dim = geometry.head_dim
+    numbers = stream.read(0, 4 * head_dim).view(torch.float16)
+    order = stream.read(4 * head_dim, head_dim).long()
+    return codec.KeyFrame(order, numbers[:head_dim], numbers[head_dim:])
+
+
+def write_frame(stream: Stream, frame: codec.KeyFrame) -> None:
+    """Store the header."""
+    numbers = torch.cat([frame.center, frame.unit]).view(torch.uint8)
+    stream.write(0, torch.cat([numbers, frame.order.to(torch.uint8)]))
 
 
 def group_offset(geometry: TierGeometry, group: int) -> int:
@@ -70,13 +78,13 @@ def write_chunk(
     offset: int,
     keys: torch.Tensor,
     values: torch.Tensor,
-    feedback: codec.KeyFeedback | None = None,
 ) -> None:
     """Quantize 32 tokens, keys and values ``[32, head_dim]``, into the chunk at ``offset``."""
     layout, frame = geometry.low(low_format), read_frame(stream, geometry)
-    quantized = codec.quantize_keys(keys, frame, low_format.key_bits, feedback)
+    quantized = codec.quantize_keys(keys, frame, low_format)
     tiles = packing.key_tiles(quantized.integers)
-    stream.write(offset + layout.keys, packing.pack(tiles, low_format.key_bits))
+    bands = low_format.band_bits(geometry.head_dim)
+    stream.write(offset + layout.keys, packing.pack_bands(tiles, bands))
     stream.write(offset + layout.key_scales, quantized.scales)
     stream.write(offset + layout.key_zeros, quantized.zeros)
     quantized = codec.quantize_values(values, low_format.value_bits)
@@ -97,7 +105,8 @@ def read_chunk(
     def part(start: int, num_bytes: int) -> torch.Tensor:
         return stream.read(offset + start, num_bytes)
 
-    tiles = packing.unpack(part(layout.keys, layout.values), low_format.key_bits, num_tiles)
+    bands = low_format.band_bits(head_dim)
+    tiles = packing.unpack_bands(part(layout.keys, layout.values), bands)
     frame = read_frame(stream, geometry)
     scales = part(layout.key_scales, head_dim)
     keys = codec.Quantized(
@@ -121,7 +130,7 @@ def read_chunk(
         .view(torch.int8)
         .reshape(groups, CHUNK_TOKENS, 1),
     ).dequantize()
-    return keys + frame.center.float(), codec.rotate(codec.merge_value_groups(values))
+    return frame.restore(keys), codec.rotate(codec.merge_value_groups(values))
 
 
 def write_high(
@@ -230,14 +239,12 @@ def compress(
         is_low = torch.ones(len(k), dtype=torch.bool)
         is_low[high] = False
         low = is_low.nonzero().flatten()
-        frame = codec.key_frame(k, k[low], low_format.key_bits)
-        stream.write(0, torch.cat([frame.center, frame.unit]))
         shared = queries.unflatten(1, (pages.shape[1], -1))[:, head].flatten(0, 1)
-        feedback = codec.key_feedback(shared, frame.unit)
+        write_frame(stream, codec.key_frame(k, k[low], shared, low_format))
         for chunk in range(state.low_chunks):
             tokens = low[CHUNK_TOKENS * chunk : CHUNK_TOKENS * (chunk + 1)]
             offset = chunk_offset(geometry, low_format, state, chunk)
-            write_chunk(stream, geometry, low_format, offset, k[tokens], v[tokens], feedback)
+            write_chunk(stream, geometry, low_format, offset, k[tokens], v[tokens])
 
 
 def move_chunks(

@@ -41,7 +41,7 @@ REQUEST = st.fixed_dictionaries(
         "prefix_tokens": st.sampled_from([0, 64, 200]),
         "own_tokens": st.integers(1, 500),
         "max_tokens": st.integers(1, 100),
-        "ratio": st.sampled_from([1.0, 1.0, 1.5, 2.0, 3.3, 4.0, 5.0, 6.4]),
+        "ratio": st.sampled_from([1.0, 1.0, 1.5, 2.0, 3.3, 4.0, 5.0, 6.1]),
         "abort_after": st.none() | st.integers(0, 60),
     }
 )

@@ -97,7 +97,7 @@ def test_levels_are_those_of_a_normal_number():
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 5.5])
 def test_ours_is_what_the_oracle_writes(cache, ratio):
     geometry = TierGeometry(HEAD_DIM, 32)
-    planner = TierPlanner(geometry, ratio, 16)
+    planner = TierPlanner.choose(geometry, ratio, 16, TOKENS)
     state = planner.compress(TOKENS)
     pages = torch.zeros(state.pages, 1, geometry.page_bytes, dtype=torch.uint8)
     table = list(range(state.pages))

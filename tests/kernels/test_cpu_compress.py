@@ -57,15 +57,15 @@ def layer(shape, index, **kwargs):
 @pytest.mark.parametrize(
     ("shape", "low_format", "high", "chunks", "order"),
     [
-        (Shape(), LowFormat(4, 3), 40, 9, None),
-        (Shape(64, block_size=16, group=1), LowFormat(5, 4), 16, 4, 1),
-        (Shape(80, block_size=32, dtype=torch.float16), LowFormat(5, 3), 47, 5, 2),
-        (Shape(96, block_size=32), LowFormat(3, 2), 33, 6, None),
-        (Shape(128, block_size=128), LowFormat(2, 2), 64, 12, None),
-        (Shape(128, high_bits=16), LowFormat(2, 4), 20, 7, 3),
-        (Shape(256, kv_heads=1, block_size=16), LowFormat(2, 3), 17, 5, 4),
-        (Shape(256, high_bits=16, dtype=torch.float16), LowFormat(4, 5), 31, 3, None),
-        (Shape(64, high_bits=16), LowFormat(3, 4), 130, 0, None),
+        (Shape(), LowFormat((6, 4, 3, 3), 3), 40, 9, None),
+        (Shape(64, block_size=16, group=1), LowFormat((6, 5, 5, 4), 4), 16, 4, 1),
+        (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 3), 47, 5, 2),
+        (Shape(96, block_size=32), LowFormat((5, 3, 2, 2), 2), 33, 6, None),
+        (Shape(128, block_size=128), LowFormat((4, 2, 2, 2), 2), 64, 12, None),
+        (Shape(128, high_bits=16), LowFormat((4, 2, 2, 2), 4), 20, 7, 3),
+        (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 2, 2, 2), 3), 17, 5, 4),
+        (Shape(256, high_bits=16, dtype=torch.float16), LowFormat((6, 4, 3, 3), 5), 31, 3, None),
+        (Shape(64, high_bits=16), LowFormat((5, 3, 2, 2), 4), 130, 0, None),
     ],
 )
 def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, order, threads):
@@ -156,7 +156,7 @@ def test_scores_add_up_over_the_chunks_of_a_prefill(threads):
 
 
 def test_low_keys_serve_the_queries_that_they_were_rounded_for():
-    shape, low_format = Shape(), LowFormat(3, 3)
+    shape, low_format = Shape(), LowFormat((5, 3, 2, 2), 3)
     state = state_of(shape, low_format, 16, 20)
     keys, values = tokens(shape, state.num_tokens, seed=0)
     q = last_queries(shape, 40)

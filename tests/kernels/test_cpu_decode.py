@@ -115,17 +115,25 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
 
 
 CASES = [
-    (Shape(), LowFormat(4, 3), {}),
-    (Shape(64, group=1, block_size=16), LowFormat(5, 4), {}),
-    (Shape(64, group=8, kv_heads=1, dtype=torch.float16), LowFormat(3, 3), {}),
-    (Shape(80, group=4, block_size=32), LowFormat(5, 2), {"softcap": 8.0}),
-    (Shape(80, group=5, dtype=torch.float16), LowFormat(2, 4), {"sinks": True}),
-    (Shape(96, group=3, block_size=128), LowFormat(2, 2), {}),
-    (Shape(96, group=2, high_bits=16), LowFormat(2, 3), {"softcap": 20.0, "sinks": True}),
-    (Shape(128, group=4, block_size=32), LowFormat(3, 4), {}),
-    (Shape(128, group=1, high_bits=16, dtype=torch.float16), LowFormat(4, 2), {}),
-    (Shape(256, group=3, block_size=16, kv_heads=1), LowFormat(4, 5), {}),
-    (Shape(256, group=7, kv_heads=1, dtype=torch.float16), LowFormat(3, 3), {"sinks": True}),
+    (Shape(), LowFormat((6, 4, 3, 3), 3), {}),
+    (Shape(64, group=1, block_size=16), LowFormat((6, 5, 5, 4), 4), {}),
+    (Shape(64, group=8, kv_heads=1, dtype=torch.float16), LowFormat((5, 3, 2, 2), 3), {}),
+    (Shape(80, group=4, block_size=32), LowFormat((6, 5, 5, 4), 2), {"softcap": 8.0}),
+    (Shape(80, group=5, dtype=torch.float16), LowFormat((4, 2, 2, 2), 4), {"sinks": True}),
+    (Shape(96, group=3, block_size=128), LowFormat((4, 2, 2, 2), 2), {}),
+    (
+        Shape(96, group=2, high_bits=16),
+        LowFormat((4, 2, 2, 2), 3),
+        {"softcap": 20.0, "sinks": True},
+    ),
+    (Shape(128, group=4, block_size=32), LowFormat((5, 3, 2, 2), 4), {}),
+    (Shape(128, group=1, high_bits=16, dtype=torch.float16), LowFormat((6, 4, 3, 3), 2), {}),
+    (Shape(256, group=3, block_size=16, kv_heads=1), LowFormat((6, 4, 3, 3), 5), {}),
+    (
+        Shape(256, group=7, kv_heads=1, dtype=torch.float16),
+        LowFormat((5, 3, 2, 2), 3),
+        {"sinks": True},
+    ),
 ]
 
 
@@ -134,7 +142,7 @@ def test_rows_of_different_states(shape, low_format, kwargs, threads):
     kwargs = dict(kwargs)
     if kwargs.get("sinks"):
         kwargs["sinks"] = 2 * torch.randn(shape.heads)
-    other = LowFormat(3, 3)
+    other = LowFormat((5, 3, 2, 2), 3)
     geometry = shape.geometry
     # High tokens, chunks, format; what the step does comes from the sizes.
     wanted = [(30, 20, low_format), (17, 1, other), (47, 0, low_format), (100, 9, other)]
@@ -172,7 +180,7 @@ def test_rows_of_different_states(shape, low_format, kwargs, threads):
 
 def test_a_long_row_is_split_between_threads(threads):
     shape = Shape(64, kv_heads=1)
-    low_format = LowFormat(4, 3)
+    low_format = LowFormat((6, 4, 3, 3), 3)
     before = state_of(shape, low_format, 600, 100)
     pages = new_pages(shape, before.pages + 1)
     table = torch.randperm(len(pages)).tolist()
@@ -186,7 +194,7 @@ def test_a_long_row_is_split_between_threads(threads):
 @pytest.mark.parametrize("poison", [0xFF, None])
 def test_many_steps_as_the_planner_plans_them(ratio, poison):
     shape = Shape(64, kv_heads=2, group=2, block_size=32)
-    planner = TierPlanner(shape.geometry, ratio, RECENT)
+    planner = TierPlanner.choose(shape.geometry, ratio, RECENT, 300)
     state = planner.compress(300)
     assert state is not None
     pages = new_pages(shape, 60, poison)
@@ -220,7 +228,7 @@ def outlier_error(seed):
     """Relative error of the output where one channel dwarfs the others."""
     torch.manual_seed(seed)
     shape = Shape(64, kv_heads=1, group=3)
-    low_format = LowFormat(4, 4)
+    low_format = LowFormat((6, 4, 3, 3), 4)
     state = state_of(shape, low_format, 32, 30)
     pages = new_pages(shape, state.pages)
     table = list(range(state.pages))

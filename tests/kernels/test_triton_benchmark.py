@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import cases
+from mikv_vllm.tiers.formats import TierGeometry
+from mikv_vllm.tiers.plan import TierPlanner
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs here")
@@ -19,8 +21,10 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
     monkeypatch.setattr(cases.Heads, "programs", 8)
     heads = cases.Heads("toy", 64, 1, 2)
     rows = list(cases.decode_rows(heads, 704, [2, 999], [1, 4], 1e9, 10**6))
+    geometry = TierGeometry(64, cases.BLOCK_SIZE)
+    planner = TierPlanner.choose(geometry, 4, cases.RECENT, 704)
     assert [(row["batch"], row["contender"]) for row in rows] == [
-        (2, name) for name in ("torch flash", "ours 16-bit", "ours K4V3")
+        (2, name) for name in ("torch flash", "ours 16-bit", f"ours {planner.low_format.name}")
     ]
     native = heads.native_bytes(704)
     for row in rows:

@@ -35,15 +35,20 @@ def table_tensor(table, device):
 @pytest.mark.parametrize(
     ("shape", "low_format", "high", "chunks"),
     [
-        (Shape(), LowFormat(4, 3), 40, 4),
-        (Shape(64, block_size=16, group=1), LowFormat(5, 4), 16, 3),
-        (Shape(80, block_size=32, dtype=torch.float16), LowFormat(5, 3), 47, 2),
-        (Shape(96, block_size=32), LowFormat(3, 2), 33, 3),
-        (Shape(128, block_size=128), LowFormat(2, 2), 64, 3),
-        (Shape(128, high_bits=16), LowFormat(2, 4), 20, 2),
-        (Shape(256, kv_heads=1, block_size=16), LowFormat(2, 3), 17, 2),
-        (Shape(256, kv_heads=1, high_bits=16, dtype=torch.float16), LowFormat(4, 5), 31, 1),
-        (Shape(64, high_bits=16), LowFormat(3, 4), 130, 0),
+        (Shape(), LowFormat((5, 3, 2, 2), 3), 40, 4),
+        (Shape(64, block_size=16, group=1), LowFormat((6, 5, 5, 4), 4), 16, 3),
+        (Shape(80, block_size=32, dtype=torch.float16), LowFormat((5, 5, 4, 2), 3), 47, 2),
+        (Shape(96, block_size=32), LowFormat((6, 4, 3, 3), 2), 33, 3),
+        (Shape(128, block_size=128), LowFormat((4, 2, 2, 2), 2), 64, 3),
+        (Shape(128, high_bits=16), LowFormat((2, 2, 2, 2), 4), 20, 2),
+        (Shape(256, kv_heads=1, block_size=16), LowFormat((6, 6, 3, 2), 3), 17, 2),
+        (
+            Shape(256, kv_heads=1, high_bits=16, dtype=torch.float16),
+            LowFormat((5, 4, 4, 4), 5),
+            31,
+            1,
+        ),
+        (Shape(64, high_bits=16), LowFormat((6, 4, 3, 3), 4), 130, 0),
     ],
 )
 def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, device):

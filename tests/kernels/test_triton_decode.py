@@ -97,7 +97,7 @@ class Step:
 
 def several_rows(shape, low_format, seed):
     """Four rows: one gets pages and moves chunks, one demotes, one has no chunk, two formats."""
-    other = LowFormat(3, 3)
+    other = LowFormat((6, 4, 3, 3), 3)
     geometry = shape.geometry
     wanted = [(30, 7, low_format), (17, 1, other), (47, 0, low_format), (90, 3, other)]
     states, steps, formats, tables = [], [], [], []
@@ -128,15 +128,27 @@ def several_rows(shape, low_format, seed):
 @pytest.mark.parametrize(
     ("shape", "low_format", "kwargs"),
     [
-        (Shape(), LowFormat(4, 3), {}),
-        (Shape(64, group=1, block_size=16), LowFormat(5, 4), {"softcap": 5.0}),
-        (Shape(80, group=4, block_size=32, dtype=torch.float16), LowFormat(2, 5), {"sinks": True}),
-        (Shape(96, group=8, kv_heads=1, block_size=32), LowFormat(4, 4), {}),
-        (Shape(128, group=4, kv_heads=1), LowFormat(4, 4), {}),
-        (Shape(128, group=16, kv_heads=1, block_size=128), LowFormat(3, 2), {"sinks": True}),
-        (Shape(64, high_bits=16, block_size=16), LowFormat(2, 3), {}),
-        (Shape(80, high_bits=16, dtype=torch.float16), LowFormat(5, 2), {"softcap": 3.0}),
-        (Shape(256, kv_heads=1, block_size=16), LowFormat(2, 2), {}),
+        (Shape(), LowFormat((5, 3, 2, 2), 3), {}),
+        (Shape(64, group=1, block_size=16), LowFormat((6, 5, 5, 4), 4), {"softcap": 5.0}),
+        (
+            Shape(80, group=4, block_size=32, dtype=torch.float16),
+            LowFormat((5, 5, 4, 2), 5),
+            {"sinks": True},
+        ),
+        (Shape(96, group=8, kv_heads=1, block_size=32), LowFormat((6, 4, 3, 3), 4), {}),
+        (Shape(128, group=4, kv_heads=1), LowFormat((6, 4, 3, 3), 4), {}),
+        (
+            Shape(128, group=16, kv_heads=1, block_size=128),
+            LowFormat((5, 3, 2, 2), 2),
+            {"sinks": True},
+        ),
+        (Shape(64, high_bits=16, block_size=16), LowFormat((2, 2, 2, 2), 3), {}),
+        (
+            Shape(80, high_bits=16, dtype=torch.float16),
+            LowFormat((6, 6, 3, 2), 2),
+            {"softcap": 3.0},
+        ),
+        (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 2, 2, 2), 2), {}),
     ],
 )
 def test_a_step_of_several_rows(shape, low_format, kwargs, device):
@@ -153,7 +165,7 @@ def test_a_step_of_several_rows(shape, low_format, kwargs, device):
 
 
 def test_a_long_row_is_split(device):
-    shape, low_format = Shape(64, kv_heads=1), LowFormat(4, 3)
+    shape, low_format = Shape(64, kv_heads=1), LowFormat((5, 3, 2, 2), 3)
     before = state_of(shape, low_format, 200, 40)
     pages = new_pages(shape, before.pages + 1)
     table = torch.randperm(len(pages)).tolist()
@@ -166,7 +178,7 @@ def test_a_long_row_is_split(device):
 
 def test_many_steps_as_the_planner_plans_them(device):
     shape = Shape(64, kv_heads=1, group=2, block_size=16)
-    planner = TierPlanner(shape.geometry, 4.0, RECENT)
+    planner = TierPlanner.choose(shape.geometry, 4.0, RECENT, 220)
     state = planner.compress(220)
     assert state is not None
     pages = new_pages(shape, 50)
@@ -185,9 +197,9 @@ def test_many_steps_as_the_planner_plans_them(device):
 
 
 def test_a_batch_with_room_for_more(device):
-    shape, low_format = Shape(), LowFormat(4, 3)
+    shape, low_format = Shape(), LowFormat((5, 3, 2, 2), 3)
     step = several_rows(shape, low_format, seed=2)
-    formats = [low_format, LowFormat(3, 3), LowFormat(2, 2)]
+    formats = [low_format, LowFormat((6, 4, 3, 3), 3), LowFormat((4, 2, 2, 2), 2)]
     batch = kernels.DecodeBatch.empty(6, 20, formats, 120, device)
     ops = layer(shape, device)
     q = torch.zeros(8, shape.heads, shape.head_dim, dtype=shape.dtype, device=device)
@@ -202,14 +214,14 @@ def test_a_batch_with_room_for_more(device):
 
 
 def test_a_batch_takes_no_more_than_it_has_room_for():
-    shape, low_format = Shape(), LowFormat(4, 3)
+    shape, low_format = Shape(), LowFormat((5, 3, 2, 2), 3)
     state = state_of(shape, low_format, 40, 3)
     row = (0, range(state.pages), state, AppendStep(0, 0, 0, state), low_format)
     for room, message in (
         ((1, 9, [low_format], 99), "the step has 2 rows, the batch has room for 1"),
         ((2, 0, [low_format], 99), f"the step has {state.pages} pages"),
         ((2, 9, [low_format], 39), "the step has 40 high tokens"),
-        ((2, 9, [LowFormat(2, 2)], 99), "the batch is not made for K4V3"),
+        ((2, 9, [LowFormat((4, 2, 2, 2), 2)], 99), f"the batch is not made for {low_format.name}"),
     ):
         with pytest.raises(ValueError, match=message):
             kernels.DecodeBatch.empty(*room, "cpu").update([row, row])
@@ -241,7 +253,7 @@ def test_what_the_kernels_are_not_made_for(changed, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 def test_a_captured_step_follows_the_tiers_sizes():
     shape = Shape(64, kv_heads=2, group=2, block_size=32)
-    planner = TierPlanner(shape.geometry, 4.0, RECENT)
+    planner = TierPlanner.choose(shape.geometry, 4.0, RECENT, 300)
     state = planner.compress(300)
     assert state is not None
     pages = new_pages(shape, 40, poison=None)

@@ -107,7 +107,7 @@ def live_bytes(
     """Every byte of one head's stream that means something, except for importance scores."""
     stream, geometry = reference.Stream(pages, table, head), shape.geometry
     layout, low = geometry.high, geometry.low(low_format)
-    parts = [stream.read(0, 2 * shape.head_dim)]
+    parts = [stream.read(0, 5 * shape.head_dim)]
     for group in range(-(-state.high_tokens // GROUP_TOKENS)):
         count = min(GROUP_TOKENS, state.high_tokens - group * GROUP_TOKENS)
         record = stream.read(reference.group_offset(geometry, group), layout.num_bytes)

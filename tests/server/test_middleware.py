@@ -22,7 +22,7 @@ REPORT = {
     "low_tokens": 96,
     "kv_bytes": 1000,
     "uncompressed_kv_bytes": 4000,
-    "low_format": "K4V3",
+    "low_format": "K6433V3",
 }
 
 
@@ -188,7 +188,7 @@ def test_reports_of_several_choices_are_summed():
         "low_tokens": 192,
         "kv_bytes": 4000,
         "uncompressed_kv_bytes": 7000,
-        "low_format": "K4V3",
+        "low_format": "K6433V3",
     }
 
 

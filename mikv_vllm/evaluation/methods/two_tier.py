@@ -13,7 +13,7 @@ from mikv_vllm.evaluation.methods.base import (
 )
 from mikv_vllm.evaluation.methods.uniform import GROUP_CHANNELS, PAIR_BYTES, balancer
 from mikv_vllm.tiers import codec
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, TierGeometry
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierPlanner
 from mikv_vllm.tiers.reference import select_high
 
@@ -88,25 +88,36 @@ class MiKV(CacheMethod):
 
     def store(self, cache: HeadCache) -> Stored:
         geometry = TierGeometry(cache.head_dim, self.block_size)
-        planner = TierPlanner(geometry, self.ratio, self.recent)
+        planner = TierPlanner.choose(geometry, self.ratio, self.recent, cache.num_tokens)
         state = planner.compress(cache.num_tokens)
         if state is None:
             return Stored(cache.keys, cache.values, cache.native_bytes)
-        low_format = planner.low_format
-        high = select_high(cache.window_attention, state.high_tokens, self.recent)
-        is_low = torch.ones(cache.num_tokens, dtype=torch.bool)
-        is_low[high] = False
-        keys, values = (
-            codec.dequantize_high(*codec.quantize_high(x[high])) for x in (cache.keys, cache.values)
-        )
-        if state.low_chunks:
-            low_keys, low_values = (x[is_low] for x in (cache.keys, cache.values))
-            frame = codec.key_frame(cache.keys, low_keys, low_format.key_bits)
-            feedback = codec.key_feedback(cache.queries, frame.unit)
-            chunks = low_keys.unflatten(0, (-1, CHUNK_TOKENS))
-            quantized = codec.quantize_keys(chunks, frame, low_format.key_bits, feedback)
-            low_keys = quantized.dequantize().flatten(0, 1) + frame.center.float()
-            rotated = codec.quantize_values(low_values, low_format.value_bits)
-            low_values = codec.rotate(codec.merge_value_groups(rotated.dequantize()))
-            keys, values = torch.cat([keys, low_keys]), torch.cat([values, low_values])
+        keys, values, _ = store_tiers(cache, state.high_tokens, self.recent, planner.low_format)
         return Stored(keys, values, state.pages * geometry.page_bytes)
+
+
+def store_tiers(
+    cache: HeadCache, num_high: int, recent: int, low_format: LowFormat
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put ``num_high`` tokens into the 8-bit high tier and the others, if any, into the low one.
+
+    Returns:
+        Keys and values ``[tokens, head_dim]`` as they are read back, high tokens first, and the
+        position of each.
+    """
+    high = select_high(cache.window_attention, num_high, recent)
+    is_low = torch.ones(cache.num_tokens, dtype=torch.bool)
+    is_low[high] = False
+    keys, values = (
+        codec.dequantize_high(*codec.quantize_high(x[high])) for x in (cache.keys, cache.values)
+    )
+    if num_high < cache.num_tokens:
+        low_keys, low_values = (x[is_low] for x in (cache.keys, cache.values))
+        frame = codec.key_frame(cache.keys, low_keys, cache.queries, low_format)
+        chunks = low_keys.unflatten(0, (-1, CHUNK_TOKENS))
+        quantized = codec.quantize_keys(chunks, frame, low_format)
+        low_keys = frame.restore(quantized.dequantize()).flatten(0, 1)
+        rotated = codec.quantize_values(low_values, low_format.value_bits)
+        low_values = codec.rotate(codec.merge_value_groups(rotated.dequantize()))
+        keys, values = torch.cat([keys, low_keys]), torch.cat([values, low_values])
+    return keys, values, torch.cat([high, is_low.nonzero().flatten()])

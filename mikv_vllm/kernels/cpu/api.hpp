@@ -36,7 +36,7 @@ struct Row {
     int32_t high_tokens, low_chunks, low_end;  // before the step
     int32_t moved_chunks, demoted_chunks;
     int32_t low_end_after;
-    int32_t key_bits, value_bits;
+    int32_t key_code, value_bits;  // key_code: see LowLayout
 };
 
 struct Batch {
@@ -62,7 +62,7 @@ struct Compression {
     const int32_t *native_table, *tiered_table;
     int num_tokens, tiered_pages;
     int high_tokens, low_chunks, low_end;  // sizes to reach; low_end in lines
-    int key_bits, value_bits;
+    int key_code, value_bits;
     const float* scores;  // [num_kv_heads, score_stride]
     int64_t score_stride;
     Rows queries;  // the prompt's last ones, at least one

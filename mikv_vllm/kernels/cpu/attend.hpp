@@ -30,7 +30,8 @@ template <int D, int G> struct AttendScratch {
     static constexpr int P = Shape<D>::padded, V = Shape<D>::value_groups;
     static constexpr int kBlock = Shape<D>::block;
     alignas(64) float query[G][P];    // scaled and divided by `amplitude`, zero from D on
-    alignas(64) float unit[D];        // of the key scales
+    alignas(64) float ranked[G][P];   // the same by the key channels' rank
+    alignas(64) float unit[D];        // of the key scales, as all that follows by rank
     alignas(64) float magnitude[P];   // the largest of all heads' queries, without signs
     QueryBytes<D, G> queries[Shape<D>::block_chunks];
     KeyProducts<G> products[Shape<D>::block_chunks];
@@ -100,10 +101,9 @@ template <int D, int G> class Attention {
 
   private:
     void prepare(const uint16_t* query) {
-        alignas(64) uint8_t header[(4 * D + 63) / 64 * 64];
-        const uint16_t* center =
-            reinterpret_cast<const uint16_t*>(stream_.view(0, header_lines(D), header));
-        for (int c = 0; c < D; c += 16) store(s_.unit + c, load_fp16(center + D + c));
+        alignas(64) uint8_t header[header_lines(D) * kLine];
+        const KeyFrame frame(stream_.view(0, header_lines(D), header), D);
+        for (int c = 0; c < D; c += 16) store(s_.unit + c, load_fp16(frame.unit + c));
         for (int c = 0; c < P; c += 16) store(s_.magnitude + c, splat(0.0f));
         // With a soft cap the logits become powers of two only behind it.
         const F scale = splat(layer_.softcap == 0.0f ? layer_.scale * kLog2E : layer_.scale);
@@ -112,17 +112,24 @@ template <int D, int G> class Attention {
             for (int c = 0; c < D; c += 16) {
                 const F q = mul(load_half(query + g * D + c, layer_.dtype), scale);
                 most = vmax(most, vabs(q));
-                product = fma(q, load_fp16(center + c), product);
                 store(s_.query[g] + c, q);
+            }
+            for (int r = 0; r < D; ++r) s_.ranked[g][r] = s_.query[g][frame.order[r]];
+            for (int c = 0; c < D; c += 16) {
+                product = fma(load(s_.ranked[g] + c), load_fp16(frame.center + c), product);
             }
             s_.center[g] = sum(product);
             const float largest_query = largest(most);
             s_.amplitude[g] = largest_query > 0.0f ? largest_query : 1.0f;
             const F inverse = splat(1.0f / s_.amplitude[g]);
             for (int c = 0; c < P; c += 16) {
-                float* q = s_.query[g] + c;
-                const F unit = c < D ? mul(load(q), inverse) : splat(0.0f);
-                store(q, unit);
+                const auto divide = [&](float* q) {
+                    const F unit = c < D ? mul(load(q), inverse) : splat(0.0f);
+                    store(q, unit);
+                    return unit;
+                };
+                divide(s_.query[g] + c);
+                const F unit = divide(s_.ranked[g] + c);
                 store(s_.magnitude + c, vmax(load(s_.magnitude + c), vabs(unit)));
             }
         }
@@ -328,7 +335,7 @@ template <int D, int G> class Attention {
             if (i < after) stream_.prefetch(at + kBlockChunks * low_.num_lines, low_.num_lines);
             s_.records[i] = stream_.view(at, low_.num_lines, s_.buffer[2 * i]);
             steps[i] = fold_scales(s_.records[i], s_.queries[i], zeros[i]);
-            unpack(s_.records[i], low_.key_bits, kChunk * D / kLine, s_.tiles + i * kChunk * D);
+            unpack_keys(s_.records[i], low_, s_.tiles + i * kChunk * D);
         }
         for (int i = 0; i < count; ++i) {
             const uint8_t* tiles = s_.tiles + i * kChunk * D;
@@ -396,7 +403,7 @@ template <int D, int G> class Attention {
                         x[i] = splat_i(0);
                         continue;
                     }
-                    const F folded = mul(load(s_.query[g] + 16 * at), scales[at]);
+                    const F folded = mul(load(s_.ranked[g] + 16 * at), scales[at]);
                     x[i] = to_int(folded);
                     // With the rounded query, so that most of its error cancels against that of
                     // the products: integers and zero points have opposite signs.

@@ -16,23 +16,22 @@ struct Head {
     uint16_t *keys, *values;   // [tokens, head_dim]
     double* page_sums;         // [pages, head_dim], of keys
     float* center;             // [head_dim]
-    uint16_t* units;           // [head_dim], fp16, of the low keys
+    uint8_t* header;           // [kHeader]
     uint64_t* sort_keys;       // [tokens]
     uint8_t* chosen;           // [tokens]
     int32_t *high, *low;       // positions, ascending
-    KeyFeedback feedback;
 
     static size_t bytes(int tokens, int pages, int head_dim) {
         return static_cast<size_t>(tokens) * (4 * head_dim + 8 + 1 + 4 + 4) +
-               static_cast<size_t>(pages) * head_dim * 8 + head_dim * 6 + KeyFeedback::bytes(head_dim) +
+               static_cast<size_t>(pages) * head_dim * 8 + head_dim * 4 + kHeader +
                16 * kLine;
     }
     static Head make(Arena& arena, int tokens, int pages, int d) {
         const size_t n = static_cast<size_t>(tokens);
         return {arena.take<uint16_t>(n * d), arena.take<uint16_t>(n * d),
                 arena.take<double>(static_cast<size_t>(pages) * d), arena.take<float>(d),
-                arena.take<uint16_t>(d), arena.take<uint64_t>(n), arena.take<uint8_t>(n),
-                arena.take<int32_t>(n), arena.take<int32_t>(n), KeyFeedback::make(arena, d)};
+                arena.take<uint8_t>(kHeader), arena.take<uint64_t>(n), arena.take<uint8_t>(n),
+                arena.take<int32_t>(n), arena.take<int32_t>(n)};
     }
 };
 
@@ -65,18 +64,17 @@ struct Compressor {
         }
     }
 
-    // Centre, choice, units, header and feedback of one head.
+    // Centre, choice, ranks, units and header of one head.
     void choose(const Head& h, int head, int num_pages) const {
         const int d = layer.head_dim;
-        alignas(64) uint8_t header[1024] = {};
         for (int c = 0; c < d; ++c) {
             double total = 0;
             for (int page = 0; page < num_pages; ++page) total += h.page_sums[page * d + c];
             const float mean = static_cast<float>(total / job.num_tokens);
             h.center[c] = mean < -65504.0f ? -65504.0f : mean > 65504.0f ? 65504.0f : mean;
         }
+        alignas(64) uint16_t half[16];
         for (int c = 0; c < d; c += 16) {
-            uint16_t* half = reinterpret_cast<uint16_t*>(header) + c;
             store_fp16(half, load(h.center + c));
             store(h.center + c, load_fp16(half));
         }
@@ -90,28 +88,78 @@ struct Compressor {
                 *to_low++ = t;
             }
         }
-        find_units(h);
-        __builtin_memcpy(header + 2 * d, h.units, 2 * static_cast<size_t>(d));
-        Stream(cache, layer, head, job.tiered_table).write(0, header_lines(d), header);
-        const int shared = layer.group();
-        h.feedback.find(job.queries, job.num_queries, head * shared, shared, layer.dtype, d,
-                        h.units);
+        write_header(h, head);
     }
 
-    // A scale of 255 units covers twice the farthest low key from the centre.
-    void find_units(const Head& h) const {
+    void write_header(const Head& h, int head) const {
+        const int d = layer.head_dim;
+        alignas(64) float far[256], cost[256];
+        int32_t order[256];
+        measure(h, head, far, cost);
+        order_by_cost(cost, d, order);
+        __builtin_memset(h.header, 0, kHeader);
+        uint16_t* half = reinterpret_cast<uint16_t*>(h.header);
+        for (int first = 0; first < d; first += kBand) {
+            alignas(64) float center[kBand], ranked_far[kBand];
+            for (int i = 0; i < kBand; ++i) {
+                center[i] = h.center[order[first + i]];
+                ranked_far[i] = far[order[first + i]];
+                h.header[4 * d + first + i] = static_cast<uint8_t>(order[first + i]);
+            }
+            // A scale of 255 units covers twice the farthest low key from the centre.
+            const int top = (1 << low.band_bits(first / kBand)) - 1;
+            const F unit = mul(load(ranked_far), splat(static_cast<float>(2.0 / (255 * top))));
+            store_fp16(half + first, load(center));
+            store_fp16(half + d + first, vmin(vmax(unit, splat(6e-8f)), splat(65504.0f)));
+        }
+        Stream(cache, layer, head, job.tiered_table).write(0, header_lines(d), h.header);
+    }
+
+    // How far low keys lie from the centre, and what rounding a channel costs: see key_cost in
+    // tiers/codec.py. Without low keys, all keys and no cost.
+    void measure(const Head& h, int head, float* far, float* cost) const {
         const int d = layer.head_dim, num_low = job.low_chunks * kChunk;
         const int count = num_low ? num_low : job.num_tokens;
-        const F share = splat(static_cast<float>(2.0 / (255 * ((1 << job.key_bits) - 1))));
+        alignas(64) double energy[256], ranges[16];
+        alignas(64) float range[16];
+        query_energy(head, energy);
         for (int c = 0; c < d; c += 16) {
-            F far = splat(0.0f);
-            for (int i = 0; i < count; ++i) {
-                const int64_t token = num_low ? h.low[i] : i;
-                const F key = load_half(h.keys + token * d + c, layer.dtype);
-                far = vmax(far, vabs(sub(key, load(h.center + c))));
+            F largest_distance = splat(0.0f);
+            for (double& sum : ranges) sum = 0;
+            for (int first = 0; first < count; first += kChunk) {
+                const int last = first + kChunk < count ? first + kChunk : count;
+                F least = splat(0.0f), most = least;
+                for (int i = first; i < last; ++i) {
+                    const int64_t token = num_low ? h.low[i] : i;
+                    const F key = load_half(h.keys + token * d + c, layer.dtype);
+                    least = i == first ? key : vmin(least, key);
+                    most = i == first ? key : vmax(most, key);
+                }
+                const F center = load(h.center + c);
+                largest_distance = vmax(
+                    largest_distance, vmax(vabs(sub(least, center)), vabs(sub(most, center))));
+                store(range, sub(most, least));
+                for (int i = 0; i < 16; ++i) ranges[i] += double{range[i]} * double{range[i]};
             }
-            const F unit = vmin(vmax(mul(far, share), splat(6e-8f)), splat(65504.0f));
-            store_fp16(h.units + c, unit);
+            store(far + c, largest_distance);
+            for (int i = 0; i < 16; ++i) {
+                cost[c + i] = num_low ? static_cast<float>(energy[c + i] * ranges[i]) : 0.0f;
+            }
+        }
+    }
+
+    // Sum of the squares of each channel's queries.
+    void query_energy(int head, double* energy) const {
+        const int d = layer.head_dim, shared = layer.group();
+        alignas(64) float x[16];
+        for (int c = 0; c < d; ++c) energy[c] = 0;
+        for (int row = 0; row < job.num_queries * shared; ++row) {
+            const uint16_t* q = job.queries.at(row / shared) +
+                                (head * shared + row % shared) * static_cast<int64_t>(d);
+            for (int c = 0; c < d; c += 16) {
+                store(x, load_half(q + c, layer.dtype));
+                for (int i = 0; i < 16; ++i) energy[c + i] += double{x[i]} * double{x[i]};
+            }
         }
     }
 
@@ -137,14 +185,13 @@ struct Compressor {
         for (int t = 0; t < kChunk; ++t) {
             const int64_t at = static_cast<int64_t>(tokens[t]) * d;
             for (int c = 0; c < d; c += 16) {
-                store(s.keys + t * d + c,
-                      sub(load_half(h.keys + at + c, layer.dtype), load(h.center + c)));
+                store(s.keys + t * d + c, load_half(h.keys + at + c, layer.dtype));
                 store(lanes, load_half(h.values + at + c, layer.dtype));
                 for (int i = 0; i < 16; ++i) s.values[(c + i) * kChunk + t] = lanes[i];
             }
         }
         __builtin_memset(record, 0, static_cast<size_t>(low.num_lines) * kLine);
-        quantize_chunk(s, low, h.units, &h.feedback, record);
+        quantize_chunk(s, low, KeyFrame(h.header, d), record);
         Stream(cache, layer, head, job.tiered_table)
             .write(job.low_end - (job.low_chunks - chunk) * low.num_lines, low.num_lines, record);
     }
@@ -162,7 +209,7 @@ void compress(const Layer& layer, const Cache& cache, const Compression& job) {
                        job,
                        {layer, cache, job.native_table},
                        HighLayout(d, layer.high_bits),
-                       LowLayout(d, job.key_bits, job.value_bits)};
+                       LowLayout(d, job.key_code, job.value_bits)};
     const size_t head_bytes = (Head::bytes(job.num_tokens, num_pages, d) + 4095) / 4096 * 4096;
     const size_t change_bytes = (ChangeScratch::bytes(0) + 4095) / 4096 * 4096;
     uint8_t* memory = workspace(wave * head_bytes + threads * change_bytes);

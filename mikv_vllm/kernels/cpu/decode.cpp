@@ -40,7 +40,7 @@ struct Step {
         return {row,
                 head,
                 Stream(cache, layer, head, table),
-                LowLayout(layer.head_dim, row->key_bits, row->value_bits),
+                LowLayout(layer.head_dim, row->key_code, row->value_bits),
                 {row->high_tokens - kChunk * row->demoted_chunks + 1,
                  row->low_chunks + row->demoted_chunks, row->low_end_after}};
     }

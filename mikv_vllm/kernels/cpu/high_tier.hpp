@@ -136,13 +136,8 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
     select_least(s.scores, candidates, kChunk, s.keys, s.chosen);
     __builtin_memset(s.chosen + candidates, 0, static_cast<size_t>(layer.recent));
 
-    alignas(64) uint8_t header[1024];
-    alignas(64) float center[256];
+    alignas(64) uint8_t header[kHeader];
     stream.read(0, header_lines(d), header);
-    const uint16_t* units = reinterpret_cast<const uint16_t*>(header) + d;
-    for (int c = 0; c < d; c += 16) {
-        store(center + c, load_fp16(reinterpret_cast<const uint16_t*>(header) + c));
-    }
     // Later tokens close the holes. A group is copied before anything is written over it.
     int kept = 0, victim = 0;
     for (int g = 0; g < groups; ++g) {
@@ -170,16 +165,10 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
         }
     }
     if (kept % kGroup) stream.write(high.group_line(kept / kGroup), high.num_lines, s.target);
-    for (int t = 0; t < kChunk; ++t) {
-        for (int c = 0; c < d; c += 16) {
-            float* key = s.chunk.keys + t * d + c;
-            store(key, sub(load(key), load(center + c)));
-        }
-    }
     sizes.high_tokens -= kChunk;
     sizes.low_chunks += 1;
     __builtin_memset(s.source, 0, static_cast<size_t>(low.num_lines) * kLine);
-    quantize_chunk(s.chunk, low, units, nullptr, s.source);
+    quantize_chunk(s.chunk, low, KeyFrame(header, d), s.source);
     stream.write(sizes.low_end - sizes.low_chunks * low.num_lines, low.num_lines, s.source);
 }
 

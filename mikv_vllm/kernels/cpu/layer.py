@@ -160,8 +160,8 @@ class LayerOps:
             native_table, tiered_table: page ids, integers; they may share pages.
             state: sizes to reach.
             scores: ``[kv_heads, >= state.num_tokens]``, float32, contiguous.
-            q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: low keys are
-                rounded so that these queries see the smallest error.
+            q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: the channels
+                of low keys whose rounding would cost these most get more bits.
         """
         native = np.ascontiguousarray(native_table, np.int32)
         tiered = np.ascontiguousarray(tiered_table, np.int32)
@@ -174,7 +174,7 @@ class LayerOps:
             state.high_tokens,
             state.low_chunks,
             state.low_end // LINE_BYTES,
-            low_format.key_bits,
+            low_format.key_code,
             low_format.value_bits,
             scores.data_ptr(),
             scores.stride(0),

@@ -15,24 +15,44 @@ constexpr int lines(int num_bytes) { return (num_bytes + kLine - 1) / kLine; }
 // A key's zero point is stored in units of its scale divided by this.
 constexpr int kKeyZeroSteps = 2;
 
-// Lines of a stream's header: the keys' centres and units, fp16.
-constexpr int header_lines(int head_dim) { return lines(4 * head_dim); }
+constexpr int kBand = 16;  // key channels, neighbours by rank, that share their bits
+
+// Lines of a stream's header.
+constexpr int header_lines(int head_dim) { return lines(5 * head_dim); }
+// A copy of one has room for this many bytes.
+constexpr int kHeader = 5 * 256;
+
+// What a header holds of the key channels, by rank.
+struct KeyFrame {
+    const uint16_t *center, *unit;  // fp16
+    const uint8_t* order;           // which channels they are
+
+    KeyFrame(const uint8_t* header, int head_dim)
+        : center(reinterpret_cast<const uint16_t*>(header)),
+          unit(center + head_dim),
+          order(header + 4 * head_dim) {}
+};
 
 // Byte offsets in a low record.
 struct LowLayout {
-    int head_dim, key_bits, value_bits;
+    int head_dim, key_code, value_bits;
     int values, key_scales, key_zeros, value_scales, value_zeros, num_lines;
 
-    LowLayout(int head_dim, int key_bits, int value_bits)
-        : head_dim(head_dim), key_bits(key_bits), value_bits(value_bits) {
+    // `key_code`: the keys' bits by quarter of the channels, 4 bits each.
+    LowLayout(int head_dim, int key_code, int value_bits)
+        : head_dim(head_dim), key_code(key_code), value_bits(value_bits) {
         const int groups = value_groups(head_dim);
-        values = kChunk * head_dim * key_bits / 8;
+        values = 0;
+        for (int band = 0; band < bands(); ++band) values += band_bits(band) * kLine;
         key_scales = values + kChunk * head_dim * value_bits / 8;
         key_zeros = key_scales + head_dim;
         value_scales = key_scales + lines(2 * head_dim) * kLine;
         value_zeros = value_scales + kChunk * groups;
         num_lines = lines(value_zeros + kChunk * groups);
     }
+    int bands() const { return head_dim / kBand; }
+    // A band of as many bits has as many lines.
+    int band_bits(int band) const { return key_code >> 4 * (4 * band / bands()) & 15; }
     static constexpr int value_groups(int head_dim) { return head_dim < 64 ? 1 : head_dim / 64; }
 };
 

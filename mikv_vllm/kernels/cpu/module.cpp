@@ -136,13 +136,13 @@ class LayerHandle {
 
     void compress(uintptr_t cache, int64_t page_stride, int64_t head_stride,
                   uintptr_t native_table, uintptr_t tiered_table, int num_tokens,
-                  int tiered_pages, int high_tokens, int low_chunks, int low_end, int key_bits,
+                  int tiered_pages, int high_tokens, int low_chunks, int low_end, int key_code,
                   int value_bits, uintptr_t scores, int64_t score_stride, uintptr_t queries,
                   int64_t query_stride, int num_queries) const {
         nb::gil_scoped_release unlocked;
         active->compress(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
                          {pointer<const int32_t>(native_table), pointer<const int32_t>(tiered_table),
-                          num_tokens, tiered_pages, high_tokens, low_chunks, low_end, key_bits,
+                          num_tokens, tiered_pages, high_tokens, low_chunks, low_end, key_code,
                           value_bits, pointer<const float>(scores), score_stride,
                           rows(queries, query_stride), num_queries});
     }

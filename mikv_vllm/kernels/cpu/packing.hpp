@@ -40,6 +40,20 @@ inline void unpack(const uint8_t* packed, int num_tiles, uint8_t* tiles) {
             tiles_of(2, high, shr_b<1>(high));
             tiles_of(3, shr_b<2>(high), shr_b<3>(high));
         }
+    } else if constexpr (Bits == 6) {
+        const uint8_t* top = packed + num_tiles / 2 * kLine;
+        const B mask = splat_b(15), bits = splat_b(48);
+        for (int i = 0; i < num_tiles; i += 4, packed += 2 * kLine, top += kLine) {
+            const B first = load_b(packed), second = load_b(packed + kLine), high = load_b(top);
+            const auto tile = [&](B low, B rest) {
+                store_b(tiles, or_b(and_b(low, mask), and_b(rest, bits)));
+                tiles += kLine;
+            };
+            tile(first, shl_b<4>(high));
+            tile(shr_b<4>(first), shl_b<2>(high));
+            tile(second, high);
+            tile(shr_b<4>(second), shr_b<2>(high));
+        }
     } else {
         static_assert(Bits == 3);
         const uint8_t* top = packed + num_tiles / 4 * kLine;
@@ -67,6 +81,7 @@ inline void unpack(const uint8_t* packed, int bits, int num_tiles, uint8_t* tile
         case 2: return unpack<2>(packed, num_tiles, tiles);
         case 3: return unpack<3>(packed, num_tiles, tiles);
         case 5: return unpack<5>(packed, num_tiles, tiles);
+        case 6: return unpack<6>(packed, num_tiles, tiles);
         default: return unpack<4>(packed, num_tiles, tiles);
     }
 }
@@ -100,9 +115,27 @@ inline void pack(const uint8_t* tiles, int bits, int num_tiles, uint8_t* packed)
     if (bits >= 4) {
         packed = pack_plane<4, 0>(tiles, num_tiles, packed);
         if (bits == 5) pack_plane<1, 4>(tiles, num_tiles, packed);
+        if (bits == 6) pack_plane<2, 4>(tiles, num_tiles, packed);
     } else {
         packed = pack_plane<2, 0>(tiles, num_tiles, packed);
         if (bits == 3) pack_plane<1, 2>(tiles, num_tiles, packed);
+    }
+}
+
+// Tiles of a low record's keys: 8 a band, each band at its own bits.
+inline void unpack_keys(const uint8_t* packed, const LowLayout& layout, uint8_t* tiles) {
+    for (int band = 0; band < layout.bands(); ++band, tiles += 8 * kLine) {
+        const int bits = layout.band_bits(band);
+        unpack(packed, bits, 8, tiles);
+        packed += bits * kLine;
+    }
+}
+
+inline void pack_keys(const uint8_t* tiles, const LowLayout& layout, uint8_t* packed) {
+    for (int band = 0; band < layout.bands(); ++band, tiles += 8 * kLine) {
+        const int bits = layout.band_bits(band);
+        pack(tiles, bits, 8, packed);
+        packed += bits * kLine;
     }
 }
 

@@ -14,6 +14,7 @@ from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped, power_of_two, weigh
 from mikv_vllm.kernels.triton.stream import (
+    BAND,
     SUBNORMAL,
     byte_pointer,
     channel_order,
@@ -107,13 +108,14 @@ def replaced(items, INDEX: tl.constexpr, item):
 
 @triton.jit
 def attend_low(
-    stream, q, first, last, low_line, SOFTCAP: tl.constexpr, L: tl.constexpr, C: tl.constexpr
+    stream, q, first, last, low_line, scale, SOFTCAP: tl.constexpr, L: tl.constexpr, C: tl.constexpr
 ):
     """Attention over low chunks ``first`` to ``last``.
 
     Args:
-        q: float32 ``[padded, members]``, scaled, to base 2, in :func:`~stream.channel_order`.
+        q: pointer to the KV head's queries, ``[group, head_dim]``.
         low_line: line of chunk 0.
+        scale: factor on the logits, to base 2.
 
     Returns:
         Maximum and sum of the weights, ``[heads]``, and for each value group its channels of the
@@ -127,10 +129,14 @@ def attend_low(
     sums = (tl.zeros([CHANNELS, L.heads], tl.float32),) * GROUPS
     offsets = (tl.zeros([32, L.heads], tl.float32),) * GROUPS
 
-    channel = within(channel_order(L.padded), L.padded, L.head_dim)
+    rank = within(channel_order(L.padded), L.padded, L.head_dim)
     header = record_at(stream, low_line * 0, L.header_lines, L)
-    base = tl.sum(q * load_fp16(header, 2 * channel)[:, None], 0)
-    per_unit = q * load_fp16(header, 2 * (L.head_dim + channel))[:, None]
+    channel = load_bytes(header, 0, 4 * L.head_dim + rank)
+    # Ranks beyond the last repeat it, but weigh nothing.
+    channel = tl.where(channel_order(L.padded) < L.head_dim, channel, L.head_dim)
+    q = load_queries(q, channel, tl.arange(0, L.members), L).to(tl.float32) * scale
+    base = tl.sum(q * load_fp16(header, 2 * rank)[:, None], 0)
+    per_unit = q * load_fp16(header, 2 * (L.head_dim + rank))[:, None]
     fold, unfold = query_fold(per_unit)
     per_unit *= fold[None, :]
     parts = query_parts(per_unit, L)
@@ -138,10 +144,11 @@ def attend_low(
     order = token_order()
     for chunk in range(first, last):
         record = record_at(stream, low_line + chunk * C.count, C.count, L)
-        scales = small_fp16(load_bytes(record, C.key_scales, channel))
-        zeros = small_fp16(load_bytes(record, C.key_scales, L.head_dim + channel) ^ 0x80)
+        scales = small_fp16(load_bytes(record, C.key_scales, rank))
+        zeros = small_fp16(load_bytes(record, C.key_scales, L.head_dim + rank) ^ 0x80)
         zeros = (zeros.to(tl.float32) - 128.0) * (0.5 * scales.to(tl.float32))
-        logits = tl.dot(low_keys(record, L, C), parts * scales[:, None])
+        keys = low_keys(record, 0, L.padded // BAND, C)
+        logits = tl.dot(keys, parts * scales[:, None])
         logits = add_parts(logits * key_row_factor(C)[:, None], L)
         logits += tl.sum(per_unit * zeros[:, None], 0)[None, :]
         logits = capped(logits * unfold[None, :] + base[None, :], SOFTCAP)
@@ -195,7 +202,7 @@ def attend_high(
     """Attention over blocks ``first`` to ``last`` of 32 high tokens of 8 bits.
 
     Args:
-        q: as in :func:`attend_low`, but not scaled.
+        q: float32 ``[padded, heads]``, not scaled, in :func:`~stream.channel_order`.
         logits_out: where logits of these tokens go, ``[group, logits_stride]``.
 
     Returns:
@@ -327,7 +334,7 @@ def attend_kernel(
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = load_row(rows, index)
-    if (row.token < 0) | (row.key_bits != C.key_bits) | (row.value_bits != C.value_bits):
+    if (row.token < 0) | (row.key_bits != C.key_code) | (row.value_bits != C.value_bits):
         return
     blocks = tl.cdiv(row.high_tokens, 32)
     splits, low_splits = splits_of(row.low_chunks, blocks, SPLITS, LEAST_BLOCKS)
@@ -345,9 +352,7 @@ def attend_kernel(
         first = row.low_chunks * split // low_splits
         last = row.low_chunks * (split + 1) // low_splits
         low_line = row.low_end - row.low_chunks * C.count
-        member = tl.arange(0, L.members)
-        queries = load_queries(q, channel_order(L.padded), member, L).to(tl.float32) * scale
-        top, total, sums = attend_low(stream, queries, first, last, low_line, SOFTCAP, L, C)
+        top, total, sums = attend_low(stream, q, first, last, low_line, scale, SOFTCAP, L, C)
         GROUPS: tl.constexpr = C.value_groups
         CHANNELS: tl.constexpr = L.padded // GROUPS
         for g in tl.static_range(GROUPS):

@@ -6,12 +6,7 @@ import triton.language as tl
 from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import compact, read_high, score_pointers, store_high
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.low_tier import (
-    pack_chunk,
-    store_key_metadata,
-    store_value_metadata,
-)
-from mikv_vllm.kernels.triton.quantize import key_steps, quantize_values, round_keys
+from mikv_vllm.kernels.triton.low_tier import write_chunk
 from mikv_vllm.kernels.triton.row import CHUNK, load_row
 from mikv_vllm.kernels.triton.select import split_tokens
 from mikv_vllm.kernels.triton.stream import line_pointer, load_frame
@@ -64,27 +59,17 @@ def demote(
 
     token = tl.load(victims + tl.arange(0, 32))
     channel = tl.arange(0, L.padded)
-    inside = channel < L.head_dim
-    keys, values = read_high(stream, token, DTYPE, L)
-    center, unit = load_frame(stream, tl.minimum(channel, L.head_dim - 1), L)
-    x = keys - center[None, :]
-    scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, C.key_bits)
-    place = tl.arange(0, 32)[:, None] * L.head_dim + channel[None, :]
-    numbers = round_keys(x, steps[None, :], zeros[None, :], C.key_bits)
-    tl.store(integers + place, numbers.to(tl.uint8), mask=inside[None, :])
+    center, unit, key_channel = load_frame(stream, L)
+    keys, values = read_high(stream, token, key_channel, DTYPE, L)
     signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
-    x = dot_signs(values, signs) * hadamard_scale
-    numbers, codes, value_zeros = quantize_values(x, inside, C.value_groups, C.value_bits)
-    value_integers = integers + 32 * L.head_dim
-    tl.store(value_integers + place, numbers.to(tl.uint8), mask=inside[None, :])
+    rotated = dot_signs(values, signs) * hadamard_scale
     tl.debug_barrier()
 
     first = tl.load(victims)
+    # It makes room for the chunk, whose keys and values are in registers.
     compact(stream, kept, first, high - CHUNK, DTYPE, L)
     line = row.low_end - row.low_chunks * C.count
-    pack_chunk(stream, line, integers, value_integers, L, C)
-    store_key_metadata(stream, line, channel, scales, zeros, inside, L, C)
-    store_value_metadata(stream, line, codes, value_zeros, L, C)
+    write_chunk(stream, line, keys, center, unit, rotated, integers, L, C)
 
 
 @triton.jit
@@ -118,7 +103,7 @@ def change_kernel(
     """
     head, index = tl.program_id(0), tl.program_id(1)
     row = load_row(rows, index)
-    if (row.token < 0) | (row.key_bits != C.key_bits) | (row.value_bits != C.value_bits):
+    if (row.token < 0) | (row.key_bits != C.key_code) | (row.value_bits != C.value_bits):
         return
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     slot = (index * tl.num_programs(0) + head).to(tl.int64)

@@ -6,26 +6,13 @@ import triton.language as tl
 from mikv_vllm.kernels.triton.dot import dot
 from mikv_vllm.kernels.triton.high_tier import store_high
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.low_tier import (
-    pack_chunk,
-    store_key_metadata,
-    store_value_metadata,
-)
+from mikv_vllm.kernels.triton.low_tier import write_chunk
 from mikv_vllm.kernels.triton.native import NativePages, load_native
-from mikv_vllm.kernels.triton.quantize import (
-    INFINITY,
-    KEY_ZERO_STEPS,
-    clamp,
-    key_steps,
-    quantize_values,
-    rint,
-)
+from mikv_vllm.kernels.triton.quantize import INFINITY, clamp, key_tops
 from mikv_vllm.kernels.triton.row import CHUNK
 from mikv_vllm.kernels.triton.select import split_tokens
-from mikv_vllm.kernels.triton.stream import byte_pointer, load_frame
+from mikv_vllm.kernels.triton.stream import frame_pointers, load_frame
 
-FEEDBACK_BLOCK = tl.constexpr(16)
-"""Channels whose errors reach one another one by one; earlier ones' come as a matrix product."""
 KEYS_AT_ONCE = tl.constexpr(64)
 
 
@@ -55,15 +42,17 @@ def measure_kernel(
     num_tokens,
     num_high,
     partial,
+    ranges,
     PARTS: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Sum, least and largest of a part of a head's keys, by channel. Grid ``(PARTS, kv_heads)``.
+    """Sums and extremes of a part of a head's keys, by channel. Grid ``(PARTS, kv_heads)``.
 
     Extremes are of low tokens; of all, if none is low.
 
     Args:
-        partial: float32 ``[kv_heads, PARTS, 3, padded]``.
+        partial: float32 ``[kv_heads, PARTS, 3, padded]``: sum, least and largest.
+        ranges: float64 ``[kv_heads, PARTS, padded]``: sum over low chunks of their squared ranges.
     """
     part, head = tl.program_id(0), tl.program_id(1)
     native = NativePages(native_page_stride, native_token_stride, native_table)
@@ -72,18 +61,29 @@ def measure_kernel(
     total = tl.zeros([L.padded], tl.float32)
     least = tl.full([L.padded], INFINITY, tl.float32)
     largest = tl.full([L.padded], -INFINITY, tl.float32)
+    squares = tl.zeros([L.padded], tl.float64)
     first_low = tl.where(num_high < num_tokens, num_high, 0)
-    share = tl.cdiv(tl.cdiv(num_tokens, PARTS), KEYS_AT_ONCE) * KEYS_AT_ONCE
-    for start in range(part * share, tl.minimum((part + 1) * share, num_tokens), KEYS_AT_ONCE):
+    # Chunks start at multiples of their size from here.
+    first = first_low - tl.cdiv(first_low, CHUNK) * CHUNK
+    share = tl.cdiv(tl.cdiv(num_tokens - first, PARTS), KEYS_AT_ONCE) * KEYS_AT_ONCE
+    first += part * share
+    for start in range(first, tl.minimum(first + share, num_tokens), KEYS_AT_ONCE):
         place = start + tl.arange(0, KEYS_AT_ONCE)
-        mask = place < num_tokens
+        mask = (place >= 0) & (place < num_tokens)
         token = tl.load(order + head * order_stride + place, mask=mask, other=0)
         x = load_native(keys, native, token, channel, mask, L).to(tl.float32)
         total += tl.sum(x, 0)
         is_low = (mask & (place >= first_low))[:, None]
-        least = tl.minimum(least, tl.min(tl.where(is_low, x, INFINITY), 0))
-        largest = tl.maximum(largest, tl.max(tl.where(is_low, x, -INFINITY), 0))
-    partial += (head * PARTS + part) * 3 * L.padded + channel
+        chunked: tl.constexpr = (KEYS_AT_ONCE // CHUNK, CHUNK, L.padded)
+        low = tl.min(tl.reshape(tl.where(is_low, x, INFINITY), chunked), 1)
+        high = tl.max(tl.reshape(tl.where(is_low, x, -INFINITY), chunked), 1)
+        least = tl.minimum(least, tl.min(low, 0))
+        largest = tl.maximum(largest, tl.max(high, 0))
+        span = tl.where(low <= high, high - low, 0.0).to(tl.float64)
+        squares += tl.sum(span * span, 0)
+    slot = head * PARTS + part
+    tl.store(ranges + slot * L.padded + channel, squares)
+    partial += slot * 3 * L.padded + channel
     tl.store(partial, total)
     tl.store(partial + L.padded, least)
     tl.store(partial + 2 * L.padded, largest)
@@ -96,19 +96,22 @@ def frame_kernel(
     head_stride,
     tiered_table,
     partial,
+    channels,
     num_tokens,
-    unit_share,
     PARTS: tl.constexpr,
     L: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """Write each head's header: centres and units of its keys. Grid ``(kv_heads,)``.
+    """Write each head's header: centres, units and channels, by rank. Grid ``(kv_heads,)``.
 
     Args:
-        unit_share: unit of a channel whose farthest low key is 1 from its centre.
+        partial: of :func:`measure_kernel`; channels: of each rank, int64 ``[kv_heads, head_dim]``.
     """
     head = tl.program_id(0)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    channel = tl.arange(0, L.padded)
+    rank = tl.arange(0, L.padded)
+    inside = rank < L.head_dim
+    channel = tl.load(channels + head * L.head_dim + rank, mask=inside, other=0)
     part = tl.arange(0, PARTS)[:, None]
     at = partial + (head * PARTS + part) * 3 * L.padded + channel[None, :]
     mean = tl.sum(tl.load(at), 0) / num_tokens
@@ -116,13 +119,13 @@ def frame_kernel(
     least = tl.min(tl.load(at + L.padded), 0) - center.to(tl.float32)
     largest = tl.max(tl.load(at + 2 * L.padded), 0) - center.to(tl.float32)
     far = tl.maximum(tl.abs(least), tl.abs(largest))
-    unit = clamp(far * unit_share, 6e-8, 65504.0).to(tl.float16)
-    inside = channel < L.head_dim
-    half = tl.pointer_type(tl.float16)
-    channel = tl.minimum(channel, L.head_dim - 1)
-    tl.store(byte_pointer(stream, 0, 2 * channel, L).to(half), center, mask=inside)
-    channel += L.head_dim
-    tl.store(byte_pointer(stream, 0, 2 * channel, L).to(half), unit, mask=inside)
+    # The largest scale, 255, covers twice the farthest key.
+    share = tl.div_rn(2.0, 255.0 * key_tops(rank, L, C))
+    unit = clamp(far * share, 6e-8, 65504.0).to(tl.float16)
+    center_at, unit_at, channel_at = frame_pointers(stream, rank, L)
+    tl.store(center_at, center, mask=inside)
+    tl.store(unit_at, unit, mask=inside)
+    tl.store(channel_at, channel.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -162,62 +165,6 @@ def write_high_kernel(
 
 
 @triton.jit
-def column(x, index):
-    """Column ``index`` of ``[n, FEEDBACK_BLOCK]``."""
-    lane = tl.arange(0, FEEDBACK_BLOCK)[None, :]
-    return tl.sum(tl.where(lane == index, x, 0.0), 1)
-
-
-@triton.jit
-def round_block(x, target, steps, zeros, weights, L: tl.constexpr, BITS: tl.constexpr):
-    """Round a block of channels one after the other, each for the errors of those before it.
-
-    Args:
-        x, target: keys less their centres, without and with what earlier blocks ask for,
-            ``[32, FEEDBACK_BLOCK]``.
-        steps, zeros: ``[FEEDBACK_BLOCK]``.
-        weights: float32 pointer to the block's part of the feedback's weights.
-
-    Returns:
-        Integers and errors, float32, like ``x``.
-    """
-    lane = tl.arange(0, FEEDBACK_BLOCK)
-    offsets = zeros / KEY_ZERO_STEPS
-    errors = tl.zeros([32, FEEDBACK_BLOCK], tl.float32)
-    numbers = tl.zeros([32, FEEDBACK_BLOCK], tl.float32)
-    for i in range(FEEDBACK_BLOCK):
-        weight = tl.load(weights + i * L.head_dim + lane)
-        step = tl.sum(tl.where(lane == i, steps, 0.0), 0)
-        offset = tl.sum(tl.where(lane == i, offsets, 0.0), 0)
-        wanted = column(target, i) + tl.sum(errors * weight[None, :], 1)
-        number = tl.div_rn(wanted, tl.zeros([32], tl.float32) + step) - offset
-        number = rint(clamp(number, 0.0, (1 << BITS) - 1.0))
-        error = column(x, i) - step * (number + offset)
-        mine = (lane == i)[None, :]
-        errors = tl.where(mine, error[:, None], errors)
-        numbers = tl.where(mine, number[:, None], numbers)
-    return numbers, errors
-
-
-@triton.jit
-def write_values(
-    stream, line, values, integers, hadamard, hadamard_scale, L: tl.constexpr, C: tl.constexpr
-):
-    """Quantize a chunk's values ``[32, padded]``: write scales and zero points into the chunk at
-    ``line``, and integers to uint8 ``[32, head_dim]``."""
-    row = tl.arange(0, 32)[:, None]
-    channel = tl.arange(0, L.padded)
-    inside = channel < L.head_dim
-    # Products with signs are exact in the cache's dtype.
-    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :]).to(values.dtype)
-    x = dot(values, signs, tl.zeros([32, L.padded], tl.float32)) * hadamard_scale
-    numbers, codes, zeros = quantize_values(x, inside, C.value_groups, C.value_bits)
-    at = integers + row * L.head_dim + channel[None, :]
-    tl.store(at, numbers.to(tl.uint8), mask=inside[None, :])
-    store_value_metadata(stream, line, codes, zeros, L, C)
-
-
-@triton.jit
 def write_low_kernel(
     keys,
     values,
@@ -234,58 +181,33 @@ def write_low_kernel(
     num_high,
     num_chunks,
     low_end,
-    channels,
-    weights,
-    errors,
     integers,
     hadamard,
     hadamard_scale,
     L: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Quantize a chunk, keys with feedback, and write it. Grid ``(chunks, kv_heads)``.
+    """Quantize a chunk and write it. Grid ``(chunks, kv_heads)``.
 
     Args:
         low_end: line behind the last chunk.
-        channels: int32 ``[kv_heads, head_dim]`` and weights: float32 ``[kv_heads, head_dim,
-            head_dim]``, a :class:`~mikv_vllm.tiers.codec.KeyFeedback` for each head.
-        errors: scratch, float32 ``[kv_heads, chunks, 32, head_dim]``.
         integers: scratch, uint8 ``[kv_heads, chunks, 2, 32, head_dim]``.
+        hadamard: bf16 ``[padded, padded]``, signs, 0 beyond the channels.
+        hadamard_scale: what makes them a rotation.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     native = NativePages(native_page_stride, native_token_stride, native_table)
-    keys += head * native_head_stride
-    values += head * native_head_stride
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
     line = low_end - (num_chunks - chunk) * C.count
-    channels += head * L.head_dim
-    weights += head * L.head_dim * L.head_dim
-    slot = head * num_chunks + chunk
-    errors += slot * 32 * L.head_dim
-    integers += slot * 64 * L.head_dim
+    integers += (head * num_chunks + chunk) * 64 * L.head_dim
     row = tl.arange(0, 32)
     every = row >= 0
     token = tl.load(order + head * order_stride + num_high + chunk * CHUNK + row)
-    lane = tl.arange(0, FEEDBACK_BLOCK)
-    row_start = row[:, None] * L.head_dim
-    for start in range(0, L.head_dim, FEEDBACK_BLOCK):
-        channel = tl.load(channels + start + lane)
-        center, unit = load_frame(stream, channel, L)
-        x = load_native(keys, native, token, channel, every, L).to(tl.float32) - center[None, :]
-        scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, C.key_bits)
-        target = x
-        for earlier in range(0, start, FEEDBACK_BLOCK):
-            before = tl.load(errors + row_start + earlier + lane[None, :])
-            at = weights + (start + lane)[None, :] * L.head_dim + earlier + lane[:, None]
-            target = dot(before, tl.load(at), target)
-        own = weights + start * L.head_dim + start
-        numbers, error = round_block(x, target, steps, zeros, own, L, C.key_bits)
-        tl.store(errors + row_start + start + lane[None, :], error)
-        tl.store(integers + row_start + channel[None, :], numbers.to(tl.uint8))
-        store_key_metadata(stream, line, channel, scales, zeros, channel >= 0, L, C)
-        tl.debug_barrier()
-
-    x = load_native(values, native, token, tl.arange(0, L.padded), every, L)
-    write_values(stream, line, x, integers + 32 * L.head_dim, hadamard, hadamard_scale, L, C)
-    tl.debug_barrier()
-    pack_chunk(stream, line, integers, integers + 32 * L.head_dim, L, C)
+    center, unit, key_channel = load_frame(stream, L)
+    k = load_native(keys + head * native_head_stride, native, token, key_channel, every, L)
+    channel = tl.arange(0, L.padded)
+    v = load_native(values + head * native_head_stride, native, token, channel, every, L)
+    # Products with signs are exact in the cache's dtype.
+    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :]).to(v.dtype)
+    rotated = dot(v, signs, tl.zeros([32, L.padded], tl.float32)) * hadamard_scale
+    write_chunk(stream, line, k, center, unit, rotated, integers, L, C)

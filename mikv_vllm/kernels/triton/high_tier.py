@@ -44,12 +44,17 @@ def score_pointers(stream, tokens, L: tl.constexpr):
 
 
 @triton.jit
-def read_high(stream, tokens, DTYPE: tl.constexpr, L: tl.constexpr):
+def read_high(stream, tokens, key_channel, DTYPE: tl.constexpr, L: tl.constexpr):
     """Keys and values of tokens ``[n]``, dequantized, float32 ``[n, padded]``; 0 beyond the
-    channels."""
+    channels.
+
+    Args:
+        key_channel: which channels of the keys, ``[padded]``.
+    """
     channel = tl.arange(0, L.padded)[None, :]
     inside = (channel < L.head_dim) & (tokens[:, None] >= 0)
-    keys, values = high_pointers(stream, tokens, channel, DTYPE, L)
+    keys, _ = high_pointers(stream, tokens, key_channel[None, :], DTYPE, L)
+    _, values = high_pointers(stream, tokens, channel, DTYPE, L)
     if L.high_bits == 16:
         k = tl.load(keys, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(values, mask=inside, other=0.0).to(tl.float32)

@@ -295,8 +295,8 @@ class LayerOps:
                 ``key_cache`` and ``value_cache`` are copies.
             state: sizes to reach.
             scores: ``[kv_heads, >= state.num_tokens]``, float32.
-            q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: low keys are
-                rounded so that these queries see the smallest error.
+            q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: key channels
+                that they weigh most get more bits.
         """
         assert key_cache.stride() == value_cache.stride(), "keys and values need equal strides"
         layout, heads, tokens = self._layout, self._kv_heads, state.num_tokens
@@ -307,11 +307,22 @@ class LayerOps:
         high = state.high_tokens
         select_kernel[(heads,)](scores, scores.stride(0), tokens, high, self._recent, order, tokens)
         partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
+        ranges = take("ranges", (heads, PARTS, layout.padded), torch.float64)
         measure_kernel[(PARTS, heads)](
-            native[0], *native[2:], order, tokens, tokens, high, partial, PARTS=PARTS, L=layout
+            native[0],
+            *native[2:],
+            order,
+            tokens,
+            tokens,
+            high,
+            partial,
+            ranges,
+            PARTS=PARTS,
+            L=layout,
         )
-        unit_share = 2 / (255 * ((1 << low_format.key_bits) - 1))
-        frame_kernel[(heads,)](*tiered, partial, tokens, unit_share, PARTS=PARTS, L=layout)
+        channels = self._ranked(q, ranges, state.low_chunks)
+        low = self._low(low_format)
+        frame_kernel[(heads,)](*tiered, partial, channels, tokens, PARTS=PARTS, L=layout, C=low)
         write_high_kernel[(triton.cdiv(high, GROUP_TOKENS), heads)](
             *native,
             *tiered,
@@ -325,11 +336,8 @@ class LayerOps:
         )
         if not state.low_chunks:
             return
-        queries = q.unflatten(1, (heads, layout.group)).movedim(1, 0).flatten(1, 2)
-        feedback = codec.key_feedback(queries, self._units(cache, tiered_table))
-        shape = (heads, state.low_chunks, CHUNK_TOKENS, layout.head_dim)
-        errors = take("errors", shape, torch.float32)
-        integers = take("integers", (*shape[:2], 2, *shape[2:]), torch.uint8)
+        shape = (heads, state.low_chunks, 2, CHUNK_TOKENS, layout.head_dim)
+        integers = take("integers", shape, torch.uint8)
         write_low_kernel[(state.low_chunks, heads)](
             *native,
             *tiered,
@@ -338,18 +346,23 @@ class LayerOps:
             high,
             state.low_chunks,
             state.low_end // LINE_BYTES,
-            feedback.order.to(torch.int32),
-            feedback.weights,
-            errors,
             integers,
             self._hadamard,
             self._hadamard_scale,
             L=layout,
-            C=self._low(low_format),
+            C=low,
             **OPTIONS["write_low"],
         )
 
-    def _units(self, cache: torch.Tensor, tiered_table: torch.Tensor) -> torch.Tensor:
-        """Units of the keys' scales in the header, fp16 ``[kv_heads, head_dim]``."""
-        first = cache.view(torch.float16)[tiered_table[:1].long()][0].flatten(1)
-        return first[:, self._layout.head_dim : 2 * self._layout.head_dim]
+    def _ranked(self, q: torch.Tensor, ranges: torch.Tensor, low_chunks: int) -> torch.Tensor:
+        """Channel of each rank, int64 ``[kv_heads, head_dim]``: :func:`~codec.key_frame`'s order.
+
+        Args:
+            ranges: of ``measure_kernel``.
+        """
+        heads, head_dim = self._kv_heads, self._layout.head_dim
+        if not low_chunks:
+            return torch.arange(head_dim, device=q.device).repeat(heads, 1)
+        squares = q.unflatten(1, (heads, -1)).double().square().sum((0, 2))
+        cost = (squares * ranges.sum(1)[:, :head_dim]).float()
+        return cost.argsort(dim=-1, descending=True, stable=True)

@@ -1,9 +1,16 @@
 """What the kernels are compiled for: sizes from ``tiers/formats.py``, counted in lines."""
 
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat, LowLayout, TierGeometry
+from mikv_vllm.tiers.formats import (
+    BAND_CHANNELS,
+    LINE_BYTES,
+    LowFormat,
+    LowLayout,
+    TierGeometry,
+)
 from mikv_vllm.tiers.packing import PLANES
 
 SMALLEST_TILE = 8
@@ -58,6 +65,11 @@ class Layout:
         return self.geometry.header_bytes // LINE_BYTES
 
     @property
+    def key_bands(self) -> int:
+        """Bands of key channels, neighbours by rank, that share their bits."""
+        return self.head_dim // BAND_CHANNELS
+
+    @property
     def group_lines(self) -> int:
         """Lines of a high group."""
         return self.geometry.high.num_bytes // LINE_BYTES
@@ -85,12 +97,21 @@ class LowLines:
     """A low format of one head size, as one compile-time argument. Offsets in lines."""
 
     head_dim: int
-    key_bits: int
+    key_bits: tuple[int, int, int, int]
     value_bits: int
 
     @property
+    def _low_format(self) -> LowFormat:
+        return LowFormat(self.key_bits, self.value_bits)
+
+    @property
     def _layout(self) -> LowLayout:
-        return LowLayout(self.head_dim, LowFormat(self.key_bits, self.value_bits))
+        return LowLayout(self.head_dim, self._low_format)
+
+    @property
+    def key_code(self) -> int:
+        """``key_bits`` as rows of a batch have them."""
+        return self._low_format.key_code
 
     @property
     def count(self) -> int:
@@ -114,13 +135,36 @@ class LowLines:
         return self._layout.value_groups
 
     @property
-    def key_main(self) -> int:
-        """Bits of the keys' first plane; a 1-bit plane holds the rest of 3 and 5 bits."""
-        return PLANES[self.key_bits][0]
+    def band_bits(self) -> tuple[int, ...]:
+        """Bits of each band of keys; up to a power of two, bands of 0 bits follow."""
+        bits = self._low_format.band_bits(self.head_dim)
+        return (*bits, *[0] * (power_of_two(len(bits)) - len(bits)))
+
+    @property
+    def band_lines(self) -> tuple[int, ...]:
+        """First line of each band, whose 8 tiles take a line for each bit."""
+        return tuple(accumulate(self.band_bits[:-1], initial=0))
+
+    @property
+    def band_mains(self) -> tuple[int, ...]:
+        """Bits of each band's first plane; a second one holds the rest of 3, 5 and 6 bits."""
+        return tuple(PLANES[bits][0] for bits in self.band_bits if bits)
+
+    @property
+    def key_gap(self) -> int:
+        """Bits between two integers of a word, as keys are unpacked: the most that a plane has."""
+        return self.band_mains[0]
+
+    @property
+    def band_runs(self) -> tuple[tuple[int, int], ...]:
+        """Bands with the same bits: the first, and how many."""
+        bands = range(len(self.band_mains))
+        runs = [list(run) for _, run in groupby(bands, self.band_bits.__getitem__)]
+        return tuple((run[0], len(run)) for run in runs)
 
     @property
     def value_main(self) -> int:
-        """The same for values."""
+        """Bits of the values' first plane; a second one holds the rest of 3 and 5 bits."""
         return PLANES[self.value_bits][0]
 
     @property

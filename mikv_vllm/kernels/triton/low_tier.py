@@ -1,29 +1,83 @@
-"""How a low chunk's parts are written."""
+"""How a low chunk is written."""
 
 import triton
 import triton.language as tl
 
+from mikv_vllm.kernels.triton.quantize import key_steps, key_tops, quantize_values, round_keys
 from mikv_vllm.kernels.triton.stream import byte_pointer
 
 
 @triton.jit
-def store_key_metadata(
-    stream, line, channel, scales, zeros, mask, L: tl.constexpr, C: tl.constexpr
-):
-    """Store scales and zero points, float32, of channels of the chunk at ``line``."""
-    at = byte_pointer(stream, line + C.key_scales, channel, L)
-    tl.store(at, scales.to(tl.uint8), mask=mask)
-    at = byte_pointer(stream, line + C.key_scales, L.head_dim + channel, L)
-    tl.store(at, zeros.to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
+def store_signed(stream, line, byte, numbers, mask, L: tl.constexpr):
+    """Store numbers -128 to 127, float32, ``byte`` bytes behind ``line``."""
+    at = byte_pointer(stream, line, byte, L)
+    tl.store(at, numbers.to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
 
 
 @triton.jit
-def store_value_metadata(stream, line, codes, zeros, L: tl.constexpr, C: tl.constexpr):
-    """Store scale codes and zero points ``[32, groups]`` of the chunk at ``line``."""
-    byte = 32 * tl.arange(0, C.value_groups)[None, :] + tl.arange(0, 32)[:, None]
+def write_chunk(
+    stream, line, keys, center, unit, values, integers, L: tl.constexpr, C: tl.constexpr
+):
+    """Quantize 32 tokens into the chunk at ``line``.
+
+    Args:
+        keys: ``[32, padded]``, by rank; center, unit: float32 ``[padded]``, of the header.
+        values: float32 ``[32, padded]``, rotated.
+        integers: scratch, uint8 ``[2, 32, head_dim]``.
+    """
+    row = tl.arange(0, 32)[:, None]
+    channel = tl.arange(0, L.padded)
+    inside = channel < L.head_dim
+    place = integers + row * L.head_dim + channel[None, :]
+
+    tops = key_tops(channel, L, C)
+    x = keys.to(tl.float32) - center[None, :]
+    scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, tops)
+    numbers = round_keys(x, steps[None, :], zeros[None, :], tops[None, :])
+    tl.store(place, numbers.to(tl.uint8), mask=inside[None, :])
+    at = byte_pointer(stream, line + C.key_scales, channel, L)
+    tl.store(at, scales.to(tl.uint8), mask=inside)
+    store_signed(stream, line + C.key_scales, L.head_dim + channel, zeros, inside, L)
+
+    numbers, codes, zeros = quantize_values(values, inside, C.value_groups, C.value_bits)
+    tl.store(place + 32 * L.head_dim, numbers.to(tl.uint8), mask=inside[None, :])
+    byte = 32 * tl.arange(0, C.value_groups)[None, :] + row
     tl.store(byte_pointer(stream, line + C.value_scales, byte, L), codes.to(tl.uint8))
-    at = byte_pointer(stream, line + C.value_scales, 32 * C.value_groups + byte, L)
-    tl.store(at, zeros.to(tl.int8).to(tl.uint8, bitcast=True))
+    store_signed(stream, line + C.value_scales, 32 * C.value_groups + byte, zeros, byte >= 0, L)
+
+    tl.debug_barrier()
+    for run in tl.static_range(len(C.band_runs)):
+        pack_keys(stream, line, integers, run, L, C)
+    pack_values(stream, line + C.values, integers + 32 * L.head_dim, L, C)
+
+
+@triton.jit
+def pack_keys(stream, line, integers, RUN: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    """Write a run of bands of the chunk at ``line``.
+
+    Args:
+        integers: uint8 pointer to ``[32, head_dim]``.
+    """
+    FIRST: tl.constexpr = C.band_runs[RUN][0]
+    COUNT: tl.constexpr = C.band_runs[RUN][1]
+    MAIN: tl.constexpr = C.band_mains[FIRST]
+    BITS: tl.constexpr = C.band_bits[FIRST]
+    line += C.band_lines[FIRST]
+    pack_plane(stream, line, integers, 0, MAIN, FIRST, COUNT, BITS, True, L)
+    if BITS > MAIN:
+        extra = line + MAIN
+        pack_plane(stream, extra, integers, MAIN, BITS - MAIN, FIRST, COUNT, BITS, True, L)
+
+
+@triton.jit
+def pack_values(stream, line, integers, L: tl.constexpr, C: tl.constexpr):
+    """Write a chunk's values from ``line`` on; integers as in :func:`pack_keys`."""
+    MAIN: tl.constexpr = C.value_main
+    BITS: tl.constexpr = C.value_bits
+    pack_plane(stream, line, integers, 0, MAIN, 0, 1, 0, False, L)
+    if BITS > MAIN:
+        extra = line + L.head_dim * MAIN // 16
+        pack_plane(stream, extra, integers, MAIN, BITS - MAIN, 0, 1, 0, False, L)
 
 
 @triton.jit
@@ -33,22 +87,31 @@ def pack_plane(
     integers,
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BANDS: tl.constexpr,
+    STRIDE: tl.constexpr,
     IS_KEY: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Write bits ``SHIFT`` to ``SHIFT + BITS`` of a chunk's integers as the plane at ``line``.
+    """Write bits ``SHIFT`` to ``SHIFT + BITS`` of some bands' integers as planes.
+
+    Values are one band.
 
     Args:
+        line: of the plane of band ``FIRST``.
         integers: uint8 pointer to ``[32, head_dim]``.
+        BANDS: how many bands.
+        STRIDE: lines from a band's plane to the next one's.
     """
-    TILES: tl.constexpr = 32 * L.head_dim // 64
+    TILES: tl.constexpr = 8 if IS_KEY else L.head_dim // 2
     LINES: tl.constexpr = TILES * BITS // 8
-    i = tl.arange(0, L.padded // 2)[:, None]
+    PADDED: tl.constexpr = triton.next_power_of_2(BANDS * LINES)
+    i = tl.arange(0, PADDED)[:, None]
     word = tl.arange(0, 16)[None, :]
-    inside = (i < LINES) & (word < 16)
-    words = tl.zeros([L.padded // 2, 16], tl.int32)
+    inside = (i < BANDS * LINES) & (word < 16)
+    words = tl.zeros([PADDED, 16], tl.int32)
     for n in tl.static_range(8 // BITS):
-        tile = i * (8 // BITS) + n
+        tile = FIRST * TILES + i * (8 // BITS) + n
         for byte in tl.static_range(4):
             if IS_KEY:
                 place = (tile % 2 * 16 + word) * L.head_dim + tile // 2 * 4 + byte
@@ -57,23 +120,6 @@ def pack_plane(
                 place = token * L.head_dim + tile % (L.head_dim // 16) * 16 + word
             number = tl.load(integers + place, mask=inside, other=0).to(tl.int32)
             words |= (number >> SHIFT & ((1 << BITS) - 1)) << (8 * byte + BITS * n)
-    at = byte_pointer(stream, line + i, 4 * word, L).to(tl.pointer_type(tl.int32))
+    to = line + i // LINES * STRIDE + i % LINES
+    at = byte_pointer(stream, to, 4 * word, L).to(tl.pointer_type(tl.int32))
     tl.store(at, words, mask=inside)
-
-
-@triton.jit
-def pack_chunk(stream, line, keys, values, L: tl.constexpr, C: tl.constexpr):
-    """Write the planes of the chunk at ``line``.
-
-    Args:
-        keys, values: uint8 pointers to integers ``[32, head_dim]``.
-    """
-    pack_plane(stream, line, keys, 0, C.key_main, True, L)
-    if C.key_bits > C.key_main:
-        extra = line + L.head_dim * C.key_main // 16
-        pack_plane(stream, extra, keys, C.key_main, 1, True, L)
-    line += C.values
-    pack_plane(stream, line, values, 0, C.value_main, False, L)
-    if C.value_bits > C.value_main:
-        extra = line + L.head_dim * C.value_main // 16
-        pack_plane(stream, extra, values, C.value_main, 1, False, L)

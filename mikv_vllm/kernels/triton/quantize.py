@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mikv_vllm.kernels.triton.stream import BAND
 from mikv_vllm.tiers import codec as _codec
 from mikv_vllm.tiers.formats import KEY_ZERO_STEPS as _KEY_ZERO_STEPS
 
@@ -25,10 +26,21 @@ def clamp(x, low, high):
 
 
 @triton.jit
-def key_steps(low, high, unit, BITS: tl.constexpr):
-    """Scales (1 to 255), steps and zero points of keys between ``low`` and ``high``; float32."""
-    top: tl.constexpr = (1 << BITS) - 1
-    scale = tl.maximum(tl.div_rn(high - low, top * 1.0), tl.abs(low) * (KEY_ZERO_STEPS / 127))
+def key_tops(rank, L: tl.constexpr, C: tl.constexpr):
+    """Largest integers of key channels, float32; those of the last quarter beyond the last rank."""
+    quarter = tl.minimum(4 * (rank // BAND) // L.key_bands, 3)
+    bits = C.key_code >> 4 * quarter & 0xF
+    return ((1 << bits) - 1).to(tl.float32)
+
+
+@triton.jit
+def key_steps(low, high, unit, tops):
+    """Scales (1 to 255), steps and zero points of keys between ``low`` and ``high``; float32.
+
+    Args:
+        tops: largest integers, float32.
+    """
+    scale = tl.maximum(tl.div_rn(high - low, tops), tl.abs(low) * (KEY_ZERO_STEPS / 127))
     scales = clamp(tl.ceil(tl.div_rn(scale, unit)), 1.0, 255.0)
     steps = scales * unit
     ratio = clamp(tl.div_rn(low, steps) * KEY_ZERO_STEPS, -1000.0, 1000.0)
@@ -36,10 +48,10 @@ def key_steps(low, high, unit, BITS: tl.constexpr):
 
 
 @triton.jit
-def round_keys(x, steps, zeros, BITS: tl.constexpr):
+def round_keys(x, steps, zeros, tops):
     """Integers of keys, float32."""
     ratio = tl.div_rn(x, steps) - zeros / KEY_ZERO_STEPS
-    return rint(clamp(ratio, 0.0, (1 << BITS) - 1.0))
+    return rint(clamp(ratio, 0.0, tops))
 
 
 @triton.jit

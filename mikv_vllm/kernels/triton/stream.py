@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import INTERPRETED
+from mikv_vllm.tiers.formats import BAND_CHANNELS as _BAND_CHANNELS
 from mikv_vllm.tiers.formats import LINE_BYTES as _LINE_BYTES
 
 LINE_BYTES = tl.constexpr(_LINE_BYTES)
 LINE_WORDS = tl.constexpr(_LINE_BYTES // 4)
+BAND = tl.constexpr(_BAND_CHANNELS)
 SUBNORMAL = tl.constexpr(2.0**24)
 """What makes an fp16 number with an integer's bits that integer."""
 
@@ -38,12 +40,22 @@ def byte_pointer(stream, line, byte, L: tl.constexpr):
 
 
 @triton.jit
-def load_frame(stream, channel, L: tl.constexpr):
-    """Centres and units of some channels' keys, float32."""
+def frame_pointers(stream, rank, L: tl.constexpr):
+    """Where the header keeps key centres and units (fp16) and channels (uint8) of some ranks."""
     half = tl.pointer_type(tl.float16)
-    center = tl.load(byte_pointer(stream, 0, 2 * channel, L).to(half))
-    unit = tl.load(byte_pointer(stream, 0, 2 * (L.head_dim + channel), L).to(half))
-    return center.to(tl.float32), unit.to(tl.float32)
+    center = byte_pointer(stream, 0, 2 * rank, L).to(half)
+    unit = byte_pointer(stream, 0, 2 * (L.head_dim + rank), L).to(half)
+    return center, unit, byte_pointer(stream, 0, 4 * L.head_dim + rank, L)
+
+
+@triton.jit
+def load_frame(stream, L: tl.constexpr):
+    """Key centres and units, float32, and channels by rank, ``[L.padded]``; the last rank's beyond
+    it."""
+    rank = within(tl.arange(0, L.padded), L.padded, L.head_dim)
+    center, unit, channel = frame_pointers(stream, rank, L)
+    channel = tl.load(channel).to(tl.int32)
+    return tl.load(center).to(tl.float32), tl.load(unit).to(tl.float32), channel
 
 
 class Record(NamedTuple):
@@ -138,8 +150,8 @@ def as_halves(pairs):
 
 
 @triton.jit
-def unpack_words(words, extra, step, bit, MAIN: tl.constexpr, BITS: tl.constexpr):
-    """Integers of words as fp16 numbers ``n * 2**(MAIN * step - 24)``.
+def unpack_words(words, extra, step, MAIN: tl.constexpr, BITS: tl.constexpr, GAP: tl.constexpr):
+    """Integers of words as fp16 numbers ``n * 2**(GAP * step - 24)``.
 
     A small integer in the lowest bits of an fp16 number *is* a subnormal number: unpacking takes a
     mask for two of them, and tensor cores multiply subnormals exactly. Integers are not shifted
@@ -147,19 +159,22 @@ def unpack_words(words, extra, step, bit, MAIN: tl.constexpr, BITS: tl.constexpr
 
     Args:
         words: int32, of the first plane, whose integer number ``step`` of every byte is wanted.
-        extra: of the 1-bit plane, of which bit ``bit`` of every byte is; or anything.
+        extra: of the plane of 1 or 2 bits, whose integer number ``step`` is; or anything.
+        GAP: bits from an integer to the next, at least ``MAIN``.
 
     Returns:
         ``[..., 2, 2]``: byte ``j + 2 * h`` of the word at ``[..., j, h]``.
     """
     words, extra = tl.expand_dims(words, -1), tl.expand_dims(extra, -1)
-    step, bit = tl.expand_dims(step, -1), tl.expand_dims(bit, -1)
+    step = tl.expand_dims(step, -1)
     eight = tl.arange(0, 2) * 8
-    pairs = (words >> eight) & ((((1 << MAIN) - 1) * 0x00010001) << (MAIN * step))
+    pairs = (words >> eight) << ((GAP - MAIN) * step)
+    pairs &= (((1 << MAIN) - 1) * 0x00010001) << (GAP * step)
     if BITS > MAIN:
-        place = MAIN * (step + 1)
-        moved = (extra >> eight) << 8 >> (8 + bit - place)
-        pairs |= moved & (0x00010001 << place)
+        REST: tl.constexpr = BITS - MAIN
+        place = GAP * step + MAIN
+        moved = (extra >> eight) << 8 >> (8 + REST * step - place)
+        pairs |= moved & ((((1 << REST) - 1) * 0x00010001) << place)
     return as_halves(pairs)
 
 
@@ -170,30 +185,54 @@ def within(index, PADDED: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def low_keys(record, L: tl.constexpr, C: tl.constexpr):
-    """Keys of a chunk as the left operand of a dot: fp16 ``[32, L.padded]``.
+def key_words(record, line, row, quad, pair, BITS: tl.constexpr):
+    """Words of planes of bands, shifted so that a quad's two tiles come first in every byte."""
+    words = tl.load(record_words(record, line + quad * BITS // 4, row * 2 + pair))
+    if BITS < 4:
+        words = words >> (quad * 2 * BITS % 8)
+    return words
 
-    Rows are to be multiplied by :func:`key_row_factor`.
-    Row ``16a + 8b + c`` is token ``16a + 2c + b``, column ``16a + 8b + 2c + d`` channel
-    ``16a + 4c + 2d + b``: so a thread of the tensor core holds the words that it loads, if none of
-    the operands' inputs is an 8-bit load. Columns from ``L.head_dim`` on repeat others.
-    """
-    step = tl.arange(0, L.padded // 16)[:, None, None, None]
+
+@triton.jit
+def run_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
+    """:func:`low_keys` of bands that have the same bits."""
+    MAIN: tl.constexpr = C.band_mains[FIRST]
+    BITS: tl.constexpr = C.band_bits[FIRST]
+    step = tl.arange(0, COUNT)[:, None, None, None]
     row = tl.arange(0, 8)[None, :, None, None]
     quad = tl.arange(0, 4)[None, None, :, None]
     pair = tl.arange(0, 2)[None, None, None, :]
     half = tl.arange(0, 2)[:, None, None, None, None]
-    MAIN: tl.constexpr = C.key_main
-    tile = 2 * within(step * 4 + quad, L.padded // 4, L.head_dim // 4)
-    words = tl.load(record_words(record, tile * MAIN // 8, row * 2 + pair))
-    if MAIN == 2:
-        words = words >> (tile % 4 * 2)
+    line = C.band_lines[FIRST] + step * BITS
+    words = key_words(record, line, row, quad, pair, MAIN)
     extra = words
-    if C.key_bits > MAIN:
-        line = L.head_dim * MAIN // 16 + tile // 8
-        extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
-    numbers = unpack_words(words[None], extra[None], half, half, MAIN, C.key_bits)
-    return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
+    if BITS > MAIN:
+        extra = key_words(record, line + MAIN, row, quad, pair, BITS - MAIN)
+    numbers = unpack_words(words[None], extra[None], half, MAIN, BITS, C.key_gap)
+    return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, BAND * COUNT))
+
+
+@triton.jit
+def low_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
+    """Keys of a chunk's bands ``FIRST`` to ``FIRST + COUNT`` as the left operand of a dot: fp16
+    ``[32, BAND * COUNT]``.
+
+    Rows are to be multiplied by :func:`key_row_factor`.
+    Row ``16a + 8b + c`` is token ``16a + 2c + b``, column ``16a + 8b + 2c + d`` the channel of rank
+    ``16a + 4c + 2d + b``: so a thread of the tensor core holds the words that it loads, if none of
+    the operands' inputs is an 8-bit load. Bands that do not exist repeat others.
+    """
+    if C.band_bits[FIRST] == C.band_bits[FIRST + COUNT - 1]:
+        keys = run_keys(record, FIRST, COUNT, C)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        lower = low_keys(record, FIRST, HALF, C)
+        upper = lower
+        if C.band_bits[FIRST + HALF] > 0:
+            upper = low_keys(record, FIRST + HALF, HALF, C)
+        keys = tl.permute(tl.join(lower, upper), (0, 2, 1))
+        keys = tl.reshape(keys, (32, BAND * COUNT))
+    return keys
 
 
 @triton.jit
@@ -222,13 +261,15 @@ def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: t
     if C.value_bits > MAIN:
         line = C.values + L.head_dim * MAIN // 16 + tile // 8
         extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
-    numbers = unpack_words(words[None], extra[None], taken, taken, MAIN, C.value_bits)
+    numbers = unpack_words(words[None], extra[None], taken, MAIN, C.value_bits, MAIN)
     return tl.reshape(tl.permute(numbers, (2, 0, 5, 3, 1, 6, 4, 7)), (CHANNELS, 32))
 
 
 @triton.jit
 def high_keys(records, L: tl.constexpr):
-    """8-bit keys of two groups, in the order of :func:`low_keys`.
+    """8-bit keys of two groups, fp16 ``[32, L.padded]``.
+
+    Rows are in the order of :func:`low_keys`'s, columns in :func:`channel_order`.
 
     Args:
         records: the groups', ``[2, 1, 1, 1, 1]``.
@@ -239,7 +280,7 @@ def high_keys(records, L: tl.constexpr):
     pair = tl.arange(0, 2)[None, None, None, None, :]
     tile = within(step * 4 + quad, L.padded // 4, L.head_dim // 4)
     words = tl.load(record_words(records, tile, row * 2 + pair))
-    numbers = unpack_words(words, words, tl.zeros_like(words), words, 8, 8)
+    numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
     return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
 
 
@@ -253,15 +294,14 @@ def high_values(records, L: tl.constexpr):
     pair = tl.arange(0, 2)[None, None, None, None, :]
     tile = L.head_dim // 4 + quad * TILES + within(block, L.padded // 16, TILES)
     words = tl.load(record_words(records, tile, row * 2 + pair))
-    numbers = unpack_words(words, words, tl.zeros_like(words), words, 8, 8)
+    numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
     return tl.reshape(tl.permute(numbers, (1, 4, 2, 0, 5, 3, 6)), (L.padded, 32))
 
 
 @triton.jit
 def key_row_factor(C: tl.constexpr):
     """What makes rows of :func:`low_keys` the integers stored, ``[32]``."""
-    half = tl.arange(0, 32) // 16
-    return tl.where(half == 0, 1.0, 1.0 / (1 << C.key_main)) * SUBNORMAL
+    return tl.where(tl.arange(0, 32) < 16, 1.0, 1.0 / (1 << C.key_gap)) * SUBNORMAL
 
 
 @triton.jit
@@ -280,7 +320,7 @@ def token_order():
 
 @triton.jit
 def channel_order(PADDED: tl.constexpr):
-    """Channel of each column of :func:`low_keys`."""
+    """Channel of each column of :func:`high_keys`, and rank of each of all bands' keys."""
     column = tl.arange(0, PADDED)
     return column // 16 * 16 + column // 2 % 4 * 4 + column % 2 * 2 + column // 8 % 2
 
