@@ -15,6 +15,18 @@ Results go to --out: results.jsonl (a run that is cut off goes on), summary.csv,
 report.html and report.md.
 """
 
+CALIBRATE_DESCRIPTION = """\
+Find the low formats that buy the most for their bytes on a model, and write them to --out.
+
+mikv-serve --kv-low-formats FILE lets ratios choose from them. The text is not that of `curve`.
+"""
+COMPARE_DESCRIPTION = """\
+Send the same prompts to a running mikv-serve at several ratios and compare with ratio 1.
+
+Ratio 1 among the ratios is asked twice: what differs there is not compression, but what shares a
+step with what. Answers are greedy, one at a time, without the prefix cache.
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mikv-eval", description=__doc__)
@@ -45,23 +57,54 @@ def parser() -> argparse.ArgumentParser:
     curve.add_argument(
         "--quick", action="store_true", help="2 short prompts of each task: a look in 3 minutes"
     )
+    curve.set_defaults(run=run_curve)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="the low formats for a model, from measurements",
+        description=CALIBRATE_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    calibrate.add_argument("--model", help="folder or name of a model; the embedded one by default")
+    calibrate.add_argument("--out", type=Path, default=Path("low-formats.json"), metavar="FILE")
+    calibrate.add_argument("--text", type=Path, help="a text file instead of the Python reference")
+    calibrate.add_argument("--windows", type=int, default=4, help="pieces of the text")
+    calibrate.add_argument("--prompt", type=int, default=1536, help="tokens of a prompt")
+    calibrate.add_argument("--continuation", type=int, default=256, help="tokens that follow it")
+    calibrate.set_defaults(run=run_calibrate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="a running server's answers at several ratios",
+        description=COMPARE_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("--url", required=True, help="of mikv-serve, without /v1")
+    compare.add_argument("--api-key", help="what the server was started with")
+    compare.add_argument("--model", help="served model; the first by default")
+    compare.add_argument(
+        "--ratios", nargs="+", type=float, default=[1.0, 2.0, 3.0, 4.0, 5.0], metavar="R"
+    )
+    compare.add_argument("--prompts", type=Path, help='JSON lines, {"prompt": "…"}')
+    compare.add_argument("--count", type=int, default=8, help="prompts of the Python reference")
+    compare.add_argument("--max-tokens", type=int, default=64, help="of an answer")
+    compare.set_defaults(run=run_compare)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        curve(args)
+        args.run(args)
     except ValueError as error:
         print(f"mikv-eval: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def curve(args: argparse.Namespace) -> None:
+def run_curve(args: argparse.Namespace) -> None:
     """Measure, then write the report."""
-    if missing := [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]:
-        raise ValueError(f"needs {' and '.join(missing)}: pip install 'mikv-vllm[eval]'")
+    needs("matplotlib", "tqdm")
     import transformers
     from tqdm import tqdm
 
@@ -117,6 +160,55 @@ def curve(args: argparse.Namespace) -> None:
     report.write_html(summaries, args.out / "chart.png", title, args.out / "report.html")
     print(report.markdown(summaries))
     print(f"written: {args.out}/summary.csv, chart.png, chart.svg, report.md, report.html")
+
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Measure formats, print the ladder and write it."""
+    needs("tqdm")
+    from tqdm import tqdm
+
+    from mikv_vllm.evaluation import calibration
+    from mikv_vllm.evaluation.reference_model import ReferenceModel
+    from mikv_vllm.evaluation.tables import markdown_table
+    from mikv_vllm.evaluation.windows import calibration_text, cut_windows
+    from mikv_vllm.models import embedded_model
+
+    model = ReferenceModel(args.model or embedded_model())
+    text = args.text.read_text() if args.text else calibration_text()
+    windows = cut_windows(model.tokenizer, args.windows, args.prompt, args.continuation, text)
+    found = calibration.Calibration(model, windows, lambda them: tqdm(them, unit="window"))
+    points = found.ladder()
+    rows = [
+        {"format": p.name, "ratio": f"{p.ratio:.2f}", "KL divergence": f"{p.divergence:.5f}"}
+        for p in points
+    ]
+    print(markdown_table(rows))
+    calibration.write(points, args.model or "SmolLM2-135M-Instruct", args.out)
+    print(f"written: {args.out}")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Ask, then print a table."""
+    needs("tqdm")
+    from tqdm import tqdm
+
+    from mikv_vllm.evaluation import compare
+    from mikv_vllm.evaluation.tables import markdown_table
+
+    if args.count < 1 or args.max_tokens < 1:
+        raise ValueError("--count and --max-tokens: at least 1")
+    prompts = compare.read_prompts(args.prompts, args.count)
+    server = compare.Server(args.url, args.api_key, args.model, args.max_tokens)
+    steps = compare.compare(server, prompts, args.ratios)
+    answers = list(tqdm(steps, total=len(prompts) * len(args.ratios), unit="answer"))
+    print(f"{server.model} at {args.url}, {len(prompts)} prompts\n")
+    print(markdown_table(compare.rows(compare.summarize(answers))))
+
+
+def needs(*packages: str) -> None:
+    """Refuse to go on without packages of the extra ``eval``."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f"needs {' and '.join(missing)}: pip install 'mikv-vllm[eval]'")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import httpx
 import openai
 import pytest
 
+from mikv_vllm.evaluation import cli
+
 from .serving import RunningServer
 
 pytestmark = pytest.mark.engine
@@ -222,3 +224,28 @@ def test_settings_are_in_the_log(server):
     echo = next(line for line in server.log.read_text().splitlines() if "MiKV: ratio" in line)
     assert "ratio 2.0, importance window, window 32" in echo
     assert "largest ratio" in echo
+
+
+def test_answers_at_several_ratios_are_compared(server, capsys):
+    command = ["compare", "--url", server.url, "--api-key", KEY, "--count", "2"]
+    assert cli.main([*command, "--max-tokens", "16", "--ratios", "1", "4"]) == 0
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    untouched, compressed = table[-2:]
+    assert float(untouched[2]) > 3 * float(compressed[2])
+    assert untouched[1] == "1.00"
+    assert float(compressed[1]) > 3.3
+    assert untouched[4] == "100%"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--ratios", "9.5"], "out of range"),
+        (["--api-key", "wrong"], "401"),
+        (["--model", "another"], "does not exist"),
+    ],
+)
+def test_a_comparison_that_the_server_refuses_says_why(server, capsys, flags, said):
+    command = ["compare", "--url", server.url, "--api-key", KEY, "--count", "1"]
+    assert cli.main([*command, *flags]) == 2
+    assert said in capsys.readouterr().err

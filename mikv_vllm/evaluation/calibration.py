@@ -1,0 +1,179 @@
+"""Which low formats a ratio should choose from: those that do the most for their bytes."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from mikv_vllm.evaluation.methods import CacheMethod, HeadCache, Stored
+from mikv_vllm.evaluation.methods.two_tier import store_tiers
+from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel
+from mikv_vllm.evaluation.windows import Window
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LowFormat, TierGeometry
+
+KEY_BITS = (
+    *((6, 6, 5, 5), (6, 5, 5, 4), (6, 5, 4, 4), (6, 4, 4, 3), (6, 4, 3, 3), (5, 4, 3, 2)),
+    *((5, 3, 3, 2), (5, 3, 2, 2), (4, 3, 2, 2), (4, 2, 2, 2), (3, 2, 2, 2), (2, 2, 2, 2)),
+)
+VALUE_BITS = (5, 4, 3, 2)
+HIGH_SHARE = 0.05
+"""Share of tokens in the high tier while formats are compared."""
+LEAST_STEP = 1.07
+"""Bytes of a format by those of the next one on a ladder, at least."""
+NEAR = 1.25
+"""A format's divergence by that of a mixture of two others with the same bytes, at most. Such
+mixtures are more high tokens, which do not do quite as well."""
+MOST_DIVERGENCE = 0.05
+"""A format that does more to a model, in nats, is not offered."""
+
+
+@dataclass(frozen=True)
+class OneFormat(CacheMethod):
+    """Two tiers of fixed shares, everything counted but whole pages.
+
+    Args:
+        low_format: of the low tier.
+        keys, values: whether these are stored so, or as they are.
+        recent: newest tokens that stay high.
+    """
+
+    low_format: LowFormat
+    keys: bool = True
+    values: bool = True
+    recent: int = 16
+    family = "MiKV for vLLM, one format"
+
+    @property
+    def setting(self) -> str:
+        return self.low_format.name
+
+    def store(self, cache: HeadCache) -> Stored:
+        geometry = TierGeometry(cache.head_dim, CHUNK_TOKENS)
+        num_high = max(self.recent, round(HIGH_SHARE * cache.num_tokens))
+        num_high += (cache.num_tokens - num_high) % CHUNK_TOKENS
+        keys, values, order = store_tiers(cache, num_high, self.recent, self.low_format)
+        return Stored(
+            keys if self.keys else cache.keys[order],
+            values if self.values else cache.values[order],
+            num_high * geometry.high.num_bytes / GROUP_TOKENS
+            + (cache.num_tokens - num_high) * _token_bytes(self.low_format, cache.head_dim),
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A format and what it does: mean KL divergence in nats, and the ratio that it makes."""
+
+    name: str
+    ratio: float
+    divergence: float
+
+
+def _token_bytes(low_format: LowFormat, head_dim: int) -> float:
+    return TierGeometry(head_dim, CHUNK_TOKENS).low(low_format).num_bytes / CHUNK_TOKENS
+
+
+def frontier(
+    head_dim: int, of_keys: dict[tuple[int, ...], float], of_values: dict[int, float]
+) -> list[LowFormat]:
+    """The ladder, richest first: formats near the lower hull of log divergence over bytes.
+
+    Args:
+        of_keys, of_values: divergence when only keys, or only values, are stored in so many bits.
+            Small divergences add up.
+    """
+    points: list[tuple[float, float, LowFormat]] = []
+    for keys, values in product(of_keys, of_values):
+        low_format = LowFormat(keys, values)  # type: ignore[arg-type]
+        divergence = of_keys[keys] + of_values[values]
+        if divergence <= MOST_DIVERGENCE:
+            points.append((_token_bytes(low_format, head_dim), math.log(divergence), low_format))
+    # Each is better than all that are smaller.
+    falling: list[tuple[float, float, LowFormat]] = []
+    for point in sorted(points, key=lambda p: p[:2]):
+        if not falling or point[1] < falling[-1][1]:
+            falling.append(point)
+    ladder: list[tuple[float, float, LowFormat]] = []
+    for point in falling:
+        if ladder and point[0] < LEAST_STEP * ladder[-1][0]:
+            continue
+        if point[1] <= math.log(NEAR) + _hull(falling, point[0]):
+            ladder.append(point)
+    return [low_format for _, _, low_format in reversed(ladder)]
+
+
+def _hull(points: list[tuple[float, float, LowFormat]], size: float) -> float:
+    """The lowest that a straight line between two of ``points`` passes at ``size``."""
+    lowest = min(y for x, y, _ in points if x == size)
+    for left, low, _ in points:
+        for right, high, _ in points:
+            if left < size < right:
+                lowest = min(lowest, low + (high - low) * (size - left) / (right - left))
+    return lowest
+
+
+class Calibration:
+    """Measures formats on some windows.
+
+    Args:
+        progress: wraps the iteration over windows, which is what takes time.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceModel,
+        windows: list[Window],
+        progress: Callable[[list[Window]], Iterable[Window]],
+    ) -> None:
+        self._model = model
+        self._of_keys: dict[tuple[int, ...], list[float]] = {bits: [] for bits in KEY_BITS}
+        self._of_values: dict[int, list[float]] = {bits: [] for bits in VALUE_BITS}
+        self._runs = []
+        for window in progress(windows):
+            prefill = model.prefill(window.prompt)
+            tokens = [window.prompt[-1], *window.continuation[:-1]]
+            reference = model.continue_with(prefill, tokens, None).log_probs.double()
+            run = (prefill, tokens, reference)
+            self._runs.append(run)
+            for bits, found in self._of_keys.items():
+                low_format = LowFormat(bits, VALUE_BITS[0])  # type: ignore[arg-type]
+                found.append(self._measure(OneFormat(low_format, values=False), *run)[0])
+            for value_bits, found in self._of_values.items():
+                low_format = LowFormat(KEY_BITS[0], value_bits)
+                found.append(self._measure(OneFormat(low_format, keys=False), *run)[0])
+
+    def ladder(self) -> list[Point]:
+        """The ladder, richest first, each format measured as a whole."""
+        ladder = frontier(
+            self._runs[0][0].layers[0][0].head_dim,
+            {bits: fmean(found) for bits, found in self._of_keys.items()},
+            {bits: fmean(found) for bits, found in self._of_values.items()},
+        )
+        points = []
+        for low_format in ladder:
+            measured = [self._measure(OneFormat(low_format), *run) for run in self._runs]
+            divergence, ratio = (fmean(numbers) for numbers in zip(*measured, strict=True))
+            points.append(Point(low_format.name, ratio, divergence))
+        return points
+
+    def _measure(
+        self, method: CacheMethod, prefill: Prefill, tokens: list[int], reference: torch.Tensor
+    ) -> tuple[float, float]:
+        """Divergence and ratio of a method on one window."""
+        run = self._model.continue_with(prefill, tokens, method)
+        mine = run.log_probs.double()
+        return (reference.exp() * (reference - mine)).sum(-1).mean().item(), run.ratio
+
+
+def write(points: list[Point], model: str, path: Path) -> None:
+    """Store a ladder as ``--kv-low-formats`` reads it, and how it was measured."""
+    measured = [vars(point) for point in points]
+    names = [point.name for point in points]
+    path.write_text(
+        json.dumps({"model": model, "low_formats": names, "measured": measured}, indent=2) + "\n"
+    )

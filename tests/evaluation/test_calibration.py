@@ -1,0 +1,80 @@
+"""Low formats from measurements, and text that is kept apart for them."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from mikv_vllm.config import CompressionConfig
+from mikv_vllm.evaluation import cli
+from mikv_vllm.evaluation.calibration import KEY_BITS, VALUE_BITS, Point, frontier, write
+from mikv_vllm.evaluation.windows import calibration_text, topics_text, word_runs
+from mikv_vllm.tiers.formats import LADDER, TierGeometry
+
+
+def test_formats_are_not_chosen_by_the_text_they_are_evaluated_on():
+    assert not word_runs(calibration_text()) & word_runs(topics_text())
+    assert min(len(word_runs(text)) for text in (calibration_text(), topics_text())) > 10_000
+
+
+def test_a_ladder_rises_in_bytes_and_falls_in_divergence():
+    of_keys = {bits: 0.4 / 4 ** (sum(bits) / 4) for bits in KEY_BITS}
+    of_values = {bits: 0.004 / 4**bits for bits in VALUE_BITS}
+    ladder = frontier(64, of_keys, of_values)
+    sizes = [TierGeometry(64, 32).low(low_format).num_bytes for low_format in ladder]
+    found = [of_keys[one.key_bits] + of_values[one.value_bits] for one in ladder]
+    assert len(ladder) > 4
+    assert all(before >= 1.07 * after for before, after in pairwise(sizes))
+    assert found == sorted(found)
+    # Keys weigh a hundred times as much: values get more bits only when keys have all.
+    assert all(one.value_bits == 2 for one in ladder if one.key_bits != KEY_BITS[0])
+
+
+def test_formats_that_change_answers_are_not_offered():
+    of_keys = {bits: 1.0 / 4 ** (sum(bits) / 4) for bits in KEY_BITS}
+    ladder = frontier(64, of_keys, dict.fromkeys(VALUE_BITS, 0.0))
+    assert all(of_keys[one.key_bits] <= 0.05 for one in ladder)
+
+
+def test_a_format_that_is_worse_at_more_bytes_is_left_out():
+    of_keys = dict.fromkeys(KEY_BITS, 0.01)
+    ladder = frontier(128, of_keys, {bits: 1.0 / 4**bits for bits in VALUE_BITS})
+    assert {one.key_bits for one in ladder} == {KEY_BITS[-1]}
+
+
+def test_a_server_reads_the_file_that_is_written(tmp_path):
+    path = tmp_path / "low-formats.json"
+    write([Point("K6433V4", 3.5, 0.0003), Point("K4222V2", 5.8, 0.01)], "a model", path)
+    assert json.loads(path.read_text())["model"] == "a model"
+    config = CompressionConfig(low_formats=str(path))
+    assert config.low_formats == ("K6433V4", "K4222V2")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("K4222V2, K6433V4,K4222V2", ("K6433V4", "K4222V2")),
+        (("K4222V2",), ("K4222V2",)),
+        (None, tuple(low_format.name for low_format in LADDER)),
+    ],
+)
+def test_low_formats_are_sorted_richest_first(given, names):
+    settings = {} if given is None else {"low_formats": given}
+    assert CompressionConfig(**settings).low_formats == names
+
+
+@pytest.mark.parametrize("given", ["K4V4", "K2345V2", "K7222V2", "K4222V1", "", (), "no.json"])
+def test_low_formats_that_do_not_exist_are_refused(given):
+    with pytest.raises(ValueError, match="low_formats"):
+        CompressionConfig(low_formats=given)
+
+
+def test_calibrating_writes_a_ladder(model_path, tmp_path):
+    path = tmp_path / "low-formats.json"
+    command = ["calibrate", "--model", str(model_path), "--out", str(path), "--windows", "1"]
+    assert cli.main([*command, "--prompt", "512", "--continuation", "64"]) == 0
+    measured = json.loads(path.read_text())["measured"]
+    ratios = [point["ratio"] for point in measured]
+    assert len(measured) > 4
+    assert ratios == sorted(ratios)
+    assert measured[-1]["divergence"] > 10 * measured[0]["divergence"]
