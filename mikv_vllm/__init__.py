@@ -13,6 +13,9 @@ __all__ = ["LLM", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import :class:`LLM` on first use: vLLM takes seconds to import."""
     if name == "LLM":
+        from mikv_vllm import compatibility
+
+        compatibility.check()
         from mikv_vllm.server.llm import LLM
 
         return LLM

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     curve.add_argument("--prompt", type=int, default=1536, help="tokens of a prompt")
     curve.add_argument("--continuation", type=int, default=256, help="tokens that follow the text")
     curve.add_argument(
-        "--ratios", nargs="+", type=float, default=[2.0, 3.0, 4.0, 5.0, 5.5], metavar="R"
+        "--ratios", nargs="+", type=float, default=[2.0, 3.0, 3.2, 4.0, 5.0, 5.5], metavar="R"
     )
     curve.add_argument("--methods", nargs="+", metavar="NAME", help="families; all by default")
     curve.add_argument("--block-size", type=int, default=32, help="tokens of a page")

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from typing import Any, NoReturn
 
+from mikv_vllm import compatibility
 from mikv_vllm.config import CompressionConfig, RatioError
 from mikv_vllm.models import EMBEDDED_NAME, EmbeddedModelError, embedded_model
 from mikv_vllm.server.wiring import allow_plugin, wire
@@ -20,6 +21,10 @@ BAD_MODEL = 1
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, wire, and hand over to vLLM's own ``serve``."""
+    try:
+        compatibility.check()
+    except compatibility.Incompatible as error:
+        leave(str(error), BAD_MODEL)
     allow_plugin()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
