@@ -1,11 +1,12 @@
 """What of vLLM this package builds on, and whether the installed vLLM still has it.
 
 vLLM's sources are read, not run: a vLLM that moved is found before anything of it is imported, and
-one that is only unpacked can be looked at too.
+one that is only unpacked can be looked at too: ``python -m mikv_vllm.compatibility FOLDER``.
 """
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,10 +129,10 @@ def check(folder: Path | None = None) -> None:
             )
         folder = Path(spec.submodule_search_locations[0])
     if changed := list(changes(folder)):
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise Incompatible(
-            f"MiKV builds on vLLM {SUPPORTED}.x, and this is {version(folder)}: {changed[0]} is "
-            f"missing or takes other parameters{more}; install vLLM {SUPPORTED}.x."
+            f"MiKV builds on vLLM {SUPPORTED}.x, and this is {version(folder)}: {changed[0]}{more} "
+            f"is missing or takes other parameters; install vLLM {SUPPORTED}.x."
         )
 
 
@@ -186,3 +187,18 @@ def _takes(node: ast.AST, parameters: str | None) -> bool:
     wanted = parameters.split()
     required = len(names) - len(given.defaults)
     return names[: len(wanted)] == wanted and required <= len(wanted)
+
+
+def main(argv: list[str]) -> int:
+    """Print what the vLLM in a folder, or the installed one, lacks."""
+    try:
+        check(Path(argv[0]) if argv else None)
+    except Incompatible as error:
+        print(error)
+        return 1
+    print(f"has all that MiKV relies on: {sum(map(len, RELIED_ON.values()))} names")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
