@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,27 +29,36 @@ step with what. Answers are greedy, one at a time, without the prefix cache.
 """
 
 
+def positive(text: str) -> int:
+    """How argparse reads a count."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mikv-eval", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    curve = commands.add_parser(
-        "curve",
-        help="quality against stored bytes, method by method",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, description: str
+    ) -> argparse.ArgumentParser:
+        kind = argparse.RawDescriptionHelpFormatter
+        added = commands.add_parser(name, help=text, description=description, formatter_class=kind)
+        added.set_defaults(run=run)
+        return added
+
+    curve = command(
+        "curve", run_curve, "quality against stored bytes, method by method", DESCRIPTION
     )
-    curve.add_argument("--model", help="folder or name of a model; the embedded one by default")
     curve.add_argument("--out", type=Path, default=Path("mikv-eval"), help="folder for results")
     curve.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    curve.add_argument("--text", type=Path, help="a text file instead of the Python reference")
-    curve.add_argument("--windows", type=int, default=8, help="prompts of each task")
-    curve.add_argument("--prompt", type=int, default=1536, help="tokens of a prompt")
-    curve.add_argument("--continuation", type=int, default=256, help="tokens that follow the text")
+    _add_windows(curve, 8, "prompts of each task")
     curve.add_argument(
         "--ratios", nargs="+", type=float, default=[2.0, 3.0, 3.2, 4.0, 5.0, 5.5], metavar="R"
     )
     curve.add_argument("--methods", nargs="+", metavar="NAME", help="families; all by default")
-    curve.add_argument("--block-size", type=int, default=32, help="tokens of a page")
+    curve.add_argument("--block-size", type=positive, default=32, help="tokens of a page")
     curve.add_argument(
         "--served",
         choices=("bfloat16", "float16"),
@@ -57,27 +67,18 @@ def parser() -> argparse.ArgumentParser:
     curve.add_argument(
         "--quick", action="store_true", help="2 short prompts of each task: a look in 3 minutes"
     )
-    curve.set_defaults(run=run_curve)
 
-    calibrate = commands.add_parser(
+    calibrate = command(
         "calibrate",
-        help="the low formats for a model, from measurements",
-        description=CALIBRATE_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run_calibrate,
+        "the low formats for a model, from measurements",
+        CALIBRATE_DESCRIPTION,
     )
-    calibrate.add_argument("--model", help="folder or name of a model; the embedded one by default")
     calibrate.add_argument("--out", type=Path, default=Path("low-formats.json"), metavar="FILE")
-    calibrate.add_argument("--text", type=Path, help="a text file instead of the Python reference")
-    calibrate.add_argument("--windows", type=int, default=4, help="pieces of the text")
-    calibrate.add_argument("--prompt", type=int, default=1536, help="tokens of a prompt")
-    calibrate.add_argument("--continuation", type=int, default=256, help="tokens that follow it")
-    calibrate.set_defaults(run=run_calibrate)
+    _add_windows(calibrate, 4, "pieces of the text")
 
-    compare = commands.add_parser(
-        "compare",
-        help="a running server's answers at several ratios",
-        description=COMPARE_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    compare = command(
+        "compare", run_compare, "a running server's answers at several ratios", COMPARE_DESCRIPTION
     )
     compare.add_argument("--url", required=True, help="of mikv-serve, without /v1")
     compare.add_argument("--api-key", help="what the server was started with")
@@ -86,17 +87,29 @@ def parser() -> argparse.ArgumentParser:
         "--ratios", nargs="+", type=float, default=[1.0, 2.0, 3.0, 4.0, 5.0], metavar="R"
     )
     compare.add_argument("--prompts", type=Path, help='JSON lines, {"prompt": "…"}')
-    compare.add_argument("--count", type=int, default=8, help="prompts of the Python reference")
-    compare.add_argument("--max-tokens", type=int, default=64, help="of an answer")
-    compare.set_defaults(run=run_compare)
+    compare.add_argument(
+        "--count", type=positive, default=8, help="prompts of the Python reference"
+    )
+    compare.add_argument("--max-tokens", type=positive, default=64, help="of an answer")
     return top
+
+
+def _add_windows(command: argparse.ArgumentParser, count: int, what: str) -> None:
+    """What a model continues, and which model."""
+    command.add_argument("--model", help="folder or name of a model; the embedded one by default")
+    command.add_argument("--text", type=Path, help="a text file instead of the Python reference")
+    command.add_argument("--windows", type=positive, default=count, help=what)
+    command.add_argument("--prompt", type=positive, default=1536, help="tokens of a prompt")
+    command.add_argument(
+        "--continuation", type=positive, default=256, help="tokens that follow the text"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"mikv-eval: {error}", file=sys.stderr)
         return 2
     return 0
@@ -195,8 +208,6 @@ def run_compare(args: argparse.Namespace) -> None:
     from mikv_vllm.evaluation import compare
     from mikv_vllm.evaluation.tables import markdown_table
 
-    if args.count < 1 or args.max_tokens < 1:
-        raise ValueError("--count and --max-tokens: at least 1")
     prompts = compare.read_prompts(args.prompts, args.count)
     server = compare.Server(args.url, args.api_key, args.model, args.max_tokens)
     steps = compare.compare(server, prompts, args.ratios)

@@ -35,6 +35,8 @@ OPTIONS = {
     "write_low": {"num_warps": 8},
 }
 """How kernels are launched, where it is not Triton's own way."""
+HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+"""Head sizes whose groups of value channels are powers of two once they are padded."""
 PROGRAMS = 2048
 """Splits that fill a large GPU: 16 warps for each of 128 multiprocessors."""
 LEAST_SPLITS, MOST_SPLITS = 2, 256
@@ -68,7 +70,7 @@ class LayerOps:
     """Score, compress and decode on one layer's cache.
 
     Args:
-        head_dim: channels of a head, a multiple of 16 from 64 to 256.
+        head_dim: channels of a head, one of :data:`HEAD_DIMS`.
         num_heads, num_kv_heads: query heads, and the KV heads that they share evenly.
         block_size: tokens of a native page, a multiple of 16.
         high_bits: 8 or 16.
@@ -103,8 +105,8 @@ class LayerOps:
         scratch: Scratch,
         programs: int = PROGRAMS,
     ) -> None:
-        if head_dim % 16 or not 64 <= head_dim <= 256:
-            raise ValueError(f"head_dim is {head_dim}, but must be a multiple of 16 from 64 to 256")
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim is {head_dim}, but must be one of {HEAD_DIMS}")
         if block_size % 16:
             raise ValueError(f"block_size is {block_size}, but must be a multiple of 16")
         if num_heads % num_kv_heads:
