@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from mikv_vllm.tiers.formats import LADDER, LowFormat
+from mikv_vllm.tiers.formats import LADDERS, LowFormat
 
 ADDITIONAL_CONFIG_KEY = "mikv"
 """Key under vLLM's ``--additional-config`` that carries :class:`CompressionConfig`."""
@@ -79,20 +79,29 @@ class CompressionConfig(BaseModel):
     min_tokens: int = Field(default=256, ge=64)
     """A request stays native until it holds this many tokens."""
 
-    codec: Literal["channel"] = "channel"
-    """Low-tier codec: keys per channel, values per token."""
+    codec: Literal["channel", "balanced"] = "channel"
+    """Low-tier codec: keys per channel, the costly channels at more bits; or ``balanced``, the
+    MiKV paper's, keys per token after its balancer, to compare with."""
 
-    low_formats: LowFormatNames = Field(
-        default=tuple(low_format.name for low_format in LADDER),
+    low_formats: LowFormatNames | None = Field(
+        default=None,
         description="names such as K6433V3, with commas, or a file of `mikv-eval calibrate`",
     )
     """Low-tier formats that a ratio chooses from: bits of the four quarters of a key's channels,
-    then of a value. The default was measured: see docs/quality.md."""
+    then of a value. None for those that were measured: see docs/quality.md."""
 
     @property
     def ladder(self) -> tuple[LowFormat, ...]:
-        """:attr:`low_formats`, richest first."""
+        """:attr:`low_formats`, or those of the codec; richest first."""
+        if self.low_formats is None:
+            return LADDERS[self.codec]
         return tuple(LowFormat.parse(name) for name in self.low_formats)
+
+    @model_validator(mode="after")
+    def _formats_are_the_codecs(self) -> Self:
+        if foreign := [one.name for one in self.ladder if one.codec != self.codec]:
+            raise ValueError(f"low_formats has {foreign[0]}, which is not of codec {self.codec}")
+        return self
 
     @model_validator(mode="after")
     def _recent_fits(self) -> Self:

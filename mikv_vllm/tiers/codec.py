@@ -8,7 +8,9 @@ A key's scale is a multiple, 1 to 255, of its channel's unit, and its zero point
 of the scale, counted from the channel's centre. Both ends of a chunk's range are met within a few
 per cent of a step so: the keys at the ends are the ones that attention tells apart. Rank, centre
 and unit are kept once per request and head.
-A value's scale is an 8-bit float (:func:`encode_scale`), its zero point an int8 in whole scales.
+Codec ``balanced`` is the paper's: keys asymmetric per token, each channel divided by its unit
+first, which is the inverse of the paper's balancer (:func:`balancing_unit`).
+A scale per token is an 8-bit float (:func:`encode_scale`), its zero point an int8 in whole scales.
 High tier, 8 bits: symmetric per token, one fp16 scale each for key and value.
 """
 
@@ -126,7 +128,7 @@ def key_cost(queries: torch.Tensor, low_keys: torch.Tensor) -> torch.Tensor:
 def key_frame(
     keys: torch.Tensor, low_keys: torch.Tensor, queries: torch.Tensor, low_format: LowFormat
 ) -> KeyFrame:
-    """Rank, centre and unit of a head's channels.
+    """Rank, centre and unit of a head's channels; if balanced, only units.
 
     Bits by rank are reverse water-filling in steps (Cover and Thomas, Elements of Information
     Theory, 10.3.3): what a channel costs at equal bits differs by orders of magnitude.
@@ -138,6 +140,9 @@ def key_frame(
             all keys take the place of the low ones.
         queries: ``[n, head_dim]``, the prompt's last ones, of all query heads of the KV head.
     """
+    if low_format.balanced:
+        unit = balancing_unit(keys, queries).to(torch.float16)
+        return KeyFrame(torch.arange(len(unit)), torch.zeros_like(unit), unit)
     cost = key_cost(queries, low_keys) if len(low_keys) else torch.zeros(keys.shape[1])
     order = cost.argsort(descending=True, stable=True)
     center = keys.float().mean(0).clamp(-65504, 65504).to(torch.float16)
@@ -146,13 +151,28 @@ def key_frame(
     return KeyFrame(order, center[order], unit.clamp(6e-8, 65504).to(torch.float16))
 
 
+def balancing_unit(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """What balanced keys are divided by, and queries multiplied with: float32 ``[head_dim]``.
+
+    The root of the largest key by the largest query of each channel, without signs.
+    """
+    largest_key = keys.float().abs().amax(0)
+    largest_query = queries.float().abs().amax(0).clamp(min=1e-6)
+    return (largest_key / largest_query).sqrt().clamp(1e-3, 65504)
+
+
 def _tops(low_format: LowFormat, head_dim: int) -> torch.Tensor:
     """Largest integer of each key channel by rank, float32 ``[head_dim]``."""
     return torch.tensor([(1 << bits) - 1.0 for bits in low_format.channel_bits(head_dim)])
 
 
 def quantize_keys(keys: torch.Tensor, frame: KeyFrame, low_format: LowFormat) -> Quantized:
-    """Quantize chunks of one head's keys ``[..., 32, head_dim]`` per channel; ranked."""
+    """Quantize chunks of one head's keys ``[..., 32, head_dim]`` per channel; ranked.
+
+    Balanced ones per token, in units of their channels.
+    """
+    if low_format.balanced:
+        return _per_token(frame.rank(keys) / frame.unit.float(), low_format.key_bits[0])
     x, unit = frame.rank(keys), frame.unit.float()
     top = _tops(low_format, keys.shape[-1])
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
@@ -171,6 +191,12 @@ def quantize_keys(keys: torch.Tensor, frame: KeyFrame, low_format: LowFormat) ->
     )
 
 
+def dequantize_keys(quantized: Quantized, frame: KeyFrame, low_format: LowFormat) -> torch.Tensor:
+    """Undo :func:`quantize_keys`, float32."""
+    ranked = quantized.dequantize()
+    return frame.restore(ranked * frame.unit.float() if low_format.balanced else ranked)
+
+
 def quantize_values(values: torch.Tensor, bits: int) -> Quantized:
     """Rotate values ``[..., 32, head_dim]`` and quantize them per token and group of channels.
 
@@ -178,7 +204,11 @@ def quantize_values(values: torch.Tensor, bits: int) -> Quantized:
     """
     groups = max(1, values.shape[-1] // VALUE_GROUP)
     split = rotate(values).reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
-    x = split.movedim(-2, -3)
+    return _per_token(split.movedim(-2, -3), bits)
+
+
+def _per_token(x: torch.Tensor, bits: int) -> Quantized:
+    """Quantize along the last axis."""
     top = (1 << bits) - 1
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scales = encode_scale(torch.maximum((high - low) / top, low.abs() / 127))

@@ -8,7 +8,7 @@ may cross from one page into the next, a line never does.
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Literal, Self
 
 LINE_BYTES = 64
 CHUNK_TOKENS = 32
@@ -30,28 +30,45 @@ def lines(num_bytes: int) -> int:
     return -(-num_bytes // LINE_BYTES) * LINE_BYTES
 
 
+Codec = Literal["channel", "balanced"]
+
+
 @dataclass(frozen=True, order=True)
 class LowFormat:
-    """Bits of the low tier: keys per channel over a chunk, values per token.
+    """Bits of the low tier, and how keys are quantized; values are per token.
 
     ``key_bits``: of each quarter of a head's channels, those first whose errors cost attention most
     (:func:`~mikv_vllm.tiers.codec.key_frame`).
+    ``codec``: ``channel``, keys per channel over a chunk; or ``balanced``, the paper's: keys per
+    token, after its channel balancer (arXiv:2402.18096, section 3.3), all channels alike.
     """
 
     key_bits: tuple[int, int, int, int]
     value_bits: int
+    codec: Codec = "channel"
 
     def __post_init__(self) -> None:
         falling = sorted(self.key_bits, reverse=True) == list(self.key_bits)
         if not (falling and set(self.key_bits) <= {2, 3, 4, 5, 6} and len(self.key_bits) == 4):
             raise ValueError(f"{self.name}: keys take 2 to 6 bits in each quarter, falling")
+        if self.balanced and len(set(self.key_bits)) > 1:
+            raise ValueError(f"{self.name}: balanced keys have all channels alike")
         if self.value_bits not in {2, 3, 4, 5}:
             raise ValueError(f"{self.name}: values take 2 to 5 bits")
 
     @property
     def name(self) -> str:
-        """All bits: ``K6433V3`` has 6, 4, 3, 3 for the quarters of a key, and 3 for a value."""
+        """All bits: ``K6433V3`` has 6, 4, 3, 3 for the quarters of a key, and 3 for a value.
+
+        ``B4V3`` is balanced, with 4 for a key and 3 for a value.
+        """
+        if self.balanced:
+            return f"B{self.key_bits[0]}V{self.value_bits}"
         return f"K{''.join(map(str, self.key_bits))}V{self.value_bits}"
+
+    @property
+    def balanced(self) -> bool:
+        return self.codec == "balanced"
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -60,14 +77,20 @@ class LowFormat:
         Raises:
             ValueError: it is no name of a format.
         """
+        if found := re.fullmatch(r"B(\d)V(\d)", name):
+            bits = int(found[1])
+            return cls((bits, bits, bits, bits), int(found[2]), "balanced")
         if not (found := re.fullmatch(r"K(\d{4})V(\d)", name)):
-            raise ValueError(f"{name!r} is no low format such as K6433V3")
+            raise ValueError(f"{name!r} is no low format such as K6433V3 or B4V3")
         return cls(tuple(map(int, found[1])), int(found[2]))  # type: ignore[arg-type]
 
     @property
     def key_code(self) -> int:
-        """``key_bits`` as one number for kernels, 4 bits each, the first in the lowest."""
-        return sum(bits << 4 * i for i, bits in enumerate(self.key_bits))
+        """``key_bits`` as one number for kernels, 4 bits each, the first in the lowest.
+
+        Bit 16 is set if they are balanced.
+        """
+        return sum(bits << 4 * i for i, bits in enumerate(self.key_bits)) | self.balanced << 16
 
     @property
     def token_bits(self) -> float:
@@ -95,6 +118,13 @@ LADDER = tuple(
 embedded model (docs/quality.md)."""
 
 
+LADDERS: dict[Codec, tuple[LowFormat, ...]] = {
+    "channel": LADDER,
+    "balanced": tuple(LowFormat.parse(f"B{bits}V{bits}") for bits in (5, 4, 3, 2)),
+}
+"""The same by codec."""
+
+
 @dataclass(frozen=True)
 class LowLayout:
     """Byte offsets in a low-tier record of one head: 32 tokens.
@@ -102,7 +132,7 @@ class LowLayout:
     ``keys``: by band of 16 channels in rank order, per bit plane, tiles of 4 channels x 16 tokens
     (:func:`~mikv_vllm.tiers.packing.key_tiles`);
     ``values``: per bit plane, tiles of 4 tokens x 16 channels;
-    ``key_scales``, ``key_zeros``: one byte per channel, in rank order;
+    ``key_scales``, ``key_zeros``: one byte per channel, in rank order; per token if balanced;
     ``value_scales``, ``value_zeros``: one byte per token, for each group of channels
     ``[value_groups, 32]``.
     """
@@ -129,11 +159,11 @@ class LowLayout:
 
     @cached_property
     def key_zeros(self) -> int:
-        return self.key_scales + self.head_dim
+        return self.key_scales + (CHUNK_TOKENS if self.low_format.balanced else self.head_dim)
 
     @cached_property
     def value_scales(self) -> int:
-        return self.key_scales + lines(2 * self.head_dim)
+        return self.key_scales + lines(2 * (self.key_zeros - self.key_scales))
 
     @cached_property
     def value_zeros(self) -> int:
@@ -189,8 +219,9 @@ class TierGeometry:
 
     A compressed request's pages, in block-table order, are one stream per layer and head. It
     starts with the ``header``, all by rank of the key channels: their centres and the units of
-    their scales, fp16, and which channels they are, uint8. High groups follow it upwards; low
-    chunks lie at the other end and grow downwards. Free space is the gap between them.
+    their scales (or of balanced keys themselves), fp16, and which channels they are, uint8. High
+    groups follow it upwards; low chunks lie at the other end and grow downwards. Free space is the
+    gap between them.
     """
 
     head_dim: int

@@ -108,14 +108,16 @@ def read_chunk(
     bands = low_format.band_bits(head_dim)
     tiles = packing.unpack_bands(part(layout.keys, layout.values), bands)
     frame = read_frame(stream, geometry)
-    scales = part(layout.key_scales, head_dim)
-    keys = codec.Quantized(
-        packing.key_tiles_inverse(tiles, CHUNK_TOKENS),
-        scales,
-        scales.float() * frame.unit.float(),
-        part(layout.key_zeros, head_dim).view(torch.int8),
-        KEY_ZERO_STEPS,
-    ).dequantize()
+    integers = packing.key_tiles_inverse(tiles, CHUNK_TOKENS)
+    scales = part(layout.key_scales, layout.key_zeros - layout.key_scales)
+    zeros = part(layout.key_zeros, len(scales)).view(torch.int8)
+    if low_format.balanced:
+        steps = codec.decode_scale(scales)[:, None]
+        quantized = codec.Quantized(integers, scales, steps, zeros[:, None])
+    else:
+        steps = scales.float() * frame.unit.float()
+        quantized = codec.Quantized(integers, scales, steps, zeros, KEY_ZERO_STEPS)
+    keys = codec.dequantize_keys(quantized, frame, low_format)
     tiles = packing.unpack(
         part(layout.values, layout.key_scales - layout.values), low_format.value_bits, num_tiles
     )
@@ -130,7 +132,7 @@ def read_chunk(
         .view(torch.int8)
         .reshape(groups, CHUNK_TOKENS, 1),
     ).dequantize()
-    return frame.restore(keys), codec.rotate(codec.merge_value_groups(values))
+    return keys, codec.rotate(codec.merge_value_groups(values))
 
 
 def write_high(

@@ -1,4 +1,4 @@
-"""Other settings on the real engine: H2O, 16-bit high tokens, too small a pool, torch.compile."""
+"""Other settings on the real engine: H2O, 16 bits, a small pool, torch.compile, balanced keys."""
 
 import pytest
 from vllm import SamplingParams
@@ -78,10 +78,10 @@ def test_preempted_requests_finish_compressed(small_engine):
 
 @pytest.fixture(scope="module")
 def compiled_engine(model_path):
-    """vLLM's default mode: torch.compile."""
+    """vLLM's default mode, torch.compile; and the paper's codec."""
     llm = start(
         model_path,
-        CompressionConfig(),
+        CompressionConfig(codec="balanced"),
         enforce_eager=False,
         max_model_len=1024,
         logits_processors=[ForcedDecoding],
@@ -90,7 +90,8 @@ def compiled_engine(model_path):
     stop(llm)
 
 
-def test_quality_with_torch_compile(compiled_engine):
+def test_quality_with_torch_compile_and_balanced_keys(compiled_engine):
     measured = quality(compiled_engine, 3.0)
+    assert measured.low_format == "B4V4"
     assert measured.achieved_ratio > 2.5
-    assert 0 < measured.divergence < 0.01
+    assert 0 < measured.divergence < 0.02

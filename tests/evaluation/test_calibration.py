@@ -9,7 +9,7 @@ from mikv_vllm.config import CompressionConfig
 from mikv_vllm.evaluation import cli
 from mikv_vllm.evaluation.calibration import KEY_BITS, VALUE_BITS, Point, frontier, write
 from mikv_vllm.evaluation.windows import calibration_text, topics_text, word_runs
-from mikv_vllm.tiers.formats import LADDER, TierGeometry
+from mikv_vllm.tiers.formats import LADDERS, TierGeometry
 
 
 def test_formats_are_not_chosen_by_the_text_they_are_evaluated_on():
@@ -55,15 +55,26 @@ def test_a_server_reads_the_file_that_is_written(tmp_path):
     [
         ("K4222V2, K6433V4,K4222V2", ("K6433V4", "K4222V2")),
         (("K4222V2",), ("K4222V2",)),
-        (None, tuple(low_format.name for low_format in LADDER)),
     ],
 )
 def test_low_formats_are_sorted_richest_first(given, names):
-    settings = {} if given is None else {"low_formats": given}
-    assert CompressionConfig(**settings).low_formats == names
+    config = CompressionConfig(low_formats=given)
+    assert config.low_formats == names
+    assert tuple(low_format.name for low_format in config.ladder) == names
 
 
-@pytest.mark.parametrize("given", ["K4V4", "K2345V2", "K7222V2", "K4222V1", "", (), "no.json"])
+@pytest.mark.parametrize("codec", LADDERS)
+def test_a_codec_has_its_own_low_formats(codec):
+    assert CompressionConfig(codec=codec).ladder == LADDERS[codec]
+    (other,) = set(LADDERS) - {codec}
+    name = LADDERS[other][0].name
+    with pytest.raises(ValueError, match=f"low_formats has {name}, which is not of codec {codec}"):
+        CompressionConfig(codec=codec, low_formats=name)
+
+
+@pytest.mark.parametrize(
+    "given", ["K4V4", "K2345V2", "K7222V2", "K4222V1", "B7V2", "", (), "no.json"]
+)
 def test_low_formats_that_do_not_exist_are_refused(given):
     with pytest.raises(ValueError, match="low_formats"):
         CompressionConfig(low_formats=given)

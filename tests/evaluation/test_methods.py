@@ -18,7 +18,7 @@ from mikv_vllm.evaluation.methods import (
 )
 from mikv_vllm.evaluation.methods.uniform import lloyd_max
 from mikv_vllm.tiers import reference
-from mikv_vllm.tiers.formats import TierGeometry
+from mikv_vllm.tiers.formats import LADDERS, TierGeometry
 from mikv_vllm.tiers.plan import TierPlanner
 
 TOKENS, HEAD_DIM = 500, 64
@@ -94,10 +94,11 @@ def test_levels_are_those_of_a_normal_number():
     )
 
 
+@pytest.mark.parametrize("codec", LADDERS)
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 5.5])
-def test_ours_is_what_the_oracle_writes(cache, ratio):
+def test_ours_is_what_the_oracle_writes(cache, ratio, codec):
     geometry = TierGeometry(HEAD_DIM, 32)
-    planner = TierPlanner.choose(geometry, ratio, 16, TOKENS)
+    planner = TierPlanner.choose(geometry, ratio, 16, TOKENS, LADDERS[codec])
     state = planner.compress(TOKENS)
     pages = torch.zeros(state.pages, 1, geometry.page_bytes, dtype=torch.uint8)
     table = list(range(state.pages))
@@ -124,7 +125,7 @@ def test_ours_is_what_the_oracle_writes(cache, ratio):
         )
         for chunk in range(state.low_chunks)
     ]
-    stored = MiKV(ratio).store(cache)
+    stored = MiKV(ratio, codec=codec).store(cache)
     assert stored.num_bytes == pages.numel()
     for mine, parts in (
         (stored.keys, [keys, *(k for k, _ in chunks)]),

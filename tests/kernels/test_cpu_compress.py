@@ -66,6 +66,10 @@ def layer(shape, index, **kwargs):
         (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 2, 2, 2), 3), 17, 5, 4),
         (Shape(256, high_bits=16, dtype=torch.float16), LowFormat((6, 4, 3, 3), 5), 31, 3, None),
         (Shape(64, high_bits=16), LowFormat((5, 3, 2, 2), 4), 130, 0, None),
+        (Shape(), LowFormat.parse("B3V3"), 40, 9, None),
+        (Shape(128, dtype=torch.float16), LowFormat.parse("B2V4"), 20, 7, 3),
+        (Shape(80, block_size=32), LowFormat.parse("B5V2"), 47, 5, 2),
+        (Shape(96, high_bits=16), LowFormat.parse("B4V4"), 130, 0, None),
     ],
 )
 def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, order, threads):

@@ -115,6 +115,9 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
 
 
 CASES = [
+    (Shape(group=2), LowFormat.parse("B4V4"), {}),
+    (Shape(80, group=5, dtype=torch.float16), LowFormat.parse("B2V3"), {"softcap": 8.0}),
+    (Shape(256, group=3, kv_heads=1), LowFormat.parse("B5V2"), {"sinks": True}),
     (Shape(), LowFormat((6, 4, 3, 3), 3), {}),
     (Shape(64, group=1, block_size=16), LowFormat((6, 5, 5, 4), 4), {}),
     (Shape(64, group=8, kv_heads=1, dtype=torch.float16), LowFormat((5, 3, 2, 2), 3), {}),

@@ -35,5 +35,5 @@ def every_method(ratios: list[float], block_size: int = 32) -> list[CacheMethod]
         methods += [PaperMiKV(bits, 16), PaperMiKV(bits, 8)]
     for ratio in ratios:
         methods += [Recent(ratio), HeavyHitters(ratio), SnapKV(ratio)]
-        methods.append(MiKV(ratio, block_size))
+        methods += [MiKV(ratio, block_size), MiKV(ratio, block_size, codec="balanced")]
     return methods

@@ -13,7 +13,7 @@ from mikv_vllm.evaluation.methods.base import (
 )
 from mikv_vllm.evaluation.methods.uniform import GROUP_CHANNELS, PAIR_BYTES, balancer
 from mikv_vllm.tiers import codec
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat, TierGeometry
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, LADDERS, Codec, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierPlanner
 from mikv_vllm.tiers.reference import select_high
 
@@ -75,12 +75,17 @@ class MiKV(CacheMethod):
         ratio: requested compression ratio.
         block_size: tokens of a native page.
         recent: newest tokens that stay high.
+        codec: of the low tier.
     """
 
     ratio: float
     block_size: int = 32
     recent: int = 16
-    family = "MiKV for vLLM"
+    codec: Codec = "channel"
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        return "MiKV for vLLM" + ("" if self.codec == "channel" else f", {self.codec}")
 
     @property
     def setting(self) -> str:
@@ -88,7 +93,9 @@ class MiKV(CacheMethod):
 
     def store(self, cache: HeadCache) -> Stored:
         geometry = TierGeometry(cache.head_dim, self.block_size)
-        planner = TierPlanner.choose(geometry, self.ratio, self.recent, cache.num_tokens)
+        planner = TierPlanner.choose(
+            geometry, self.ratio, self.recent, cache.num_tokens, LADDERS[self.codec]
+        )
         state = planner.compress(cache.num_tokens)
         if state is None:
             return Stored(cache.keys, cache.values, cache.native_bytes)
@@ -116,7 +123,7 @@ def store_tiers(
         frame = codec.key_frame(cache.keys, low_keys, cache.queries, low_format)
         chunks = low_keys.unflatten(0, (-1, CHUNK_TOKENS))
         quantized = codec.quantize_keys(chunks, frame, low_format)
-        low_keys = frame.restore(quantized.dequantize()).flatten(0, 1)
+        low_keys = codec.dequantize_keys(quantized, frame, low_format).flatten(0, 1)
         rotated = codec.quantize_values(low_values, low_format.value_bits)
         low_values = codec.rotate(codec.merge_value_groups(rotated.dequantize()))
         keys, values = torch.cat([keys, low_keys]), torch.cat([values, low_values])

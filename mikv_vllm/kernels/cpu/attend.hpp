@@ -40,6 +40,7 @@ template <int D, int G> struct AttendScratch {
     alignas(64) float weights[V][G][kBlock];
     WeightBytes<D, G> weight_bytes;
     alignas(64) uint8_t value_zeros[V * kBlock];
+    alignas(64) uint8_t ones[P];      // bytes of 1: zero points whose products are sums
     ValueSums<D, G> sums;
     alignas(64) float high_out[G][D], low_out[G][D];
     F zeros[V][G];  // sums of weights x value zeros, by lane
@@ -58,7 +59,12 @@ template <int D, int G> class Attention {
   public:
     Attention(const Layer& layer, const Stream& stream, const HighLayout& high,
               const LowLayout& low, S& scratch)
-        : layer_(layer), stream_(stream), high_(high), low_(low), s_(scratch) {}
+        : layer_(layer),
+          stream_(stream),
+          high_(high),
+          low_(low),
+          balanced_(low.balanced()),
+          s_(scratch) {}
 
     // `weights`: 2**(logit - high_top) of the part's high tokens, [G] rows of `stride`.
     void run(const uint16_t* query, const float* sinks, const Part& part, float* weights,
@@ -105,6 +111,7 @@ template <int D, int G> class Attention {
         const KeyFrame frame(stream_.view(0, header_lines(D), header), D);
         for (int c = 0; c < D; c += 16) store(s_.unit + c, load_fp16(frame.unit + c));
         for (int c = 0; c < P; c += 16) store(s_.magnitude + c, splat(0.0f));
+        __builtin_memset(s_.ones, 1, P);
         // With a soft cap the logits become powers of two only behind it.
         const F scale = splat(layer_.softcap == 0.0f ? layer_.scale * kLog2E : layer_.scale);
         for (int g = 0; g < G; ++g) {
@@ -340,8 +347,8 @@ template <int D, int G> class Attention {
         for (int i = 0; i < count; ++i) {
             const uint8_t* tiles = s_.tiles + i * kChunk * D;
 #if defined(MIKV_USE_AMX)
-            low_key_tiles<D, G>(tiles, s_.records[i] + low_.key_zeros, s_.queries[i],
-                                s_.products[i]);
+            const uint8_t* zeros = balanced_ ? s_.ones : s_.records[i] + low_.key_zeros;
+            low_key_tiles<D, G>(tiles, zeros, s_.queries[i], s_.products[i]);
 #else
             key_dots<D, G, 2, true>(tiles, s_.queries[i], s_.products[i]);
 #endif
@@ -380,8 +387,10 @@ template <int D, int G> class Attention {
         constexpr int vectors = D / 16;
         F scales[vectors], most = splat(0.0f);
         for (int i = 0; i < vectors; ++i) {
-            scales[i] = mul(to_float(load_u8(record + low_.key_scales + 16 * i)),
-                            load(s_.unit + 16 * i));
+            scales[i] = load(s_.unit + 16 * i);
+            if (!balanced_) {
+                scales[i] = mul(scales[i], to_float(load_u8(record + low_.key_scales + 16 * i)));
+            }
             most = vmax(most, mul(load(s_.magnitude + 16 * i), scales[i]));
         }
         const float amplitude = largest(most);
@@ -390,7 +399,8 @@ template <int D, int G> class Attention {
         for (int i = 0; i < vectors; ++i) {
             scales[i] = mul(scales[i], inverse);
             if constexpr (!kAmx) {
-                zero_points[i] = to_float(load_s8(record + low_.key_zeros + 16 * i));
+                zero_points[i] = balanced_ ? splat(1.0f)
+                                           : to_float(load_s8(record + low_.key_zeros + 16 * i));
             }
         }
         for (int g = 0; g < G; ++g) {
@@ -430,14 +440,23 @@ template <int D, int G> class Attention {
                          : zeros[i][g];
                 const F constant = splat(s_.center[g] + zero * (step / kKeyZeroSteps));
                 for (int half = 0; half < 2; ++half) {
-                    const F logit =
-                        cap(fma(to_float(products.at(g, half)), splat(step), constant));
+                    const F product = to_float(products.at(g, half));
+                    const F logit = cap(balanced_ ? balanced_logit(i, half, product, zero, step)
+                                                  : fma(product, splat(step), constant));
                     most[g] = vmax(most[g], logit);
                     store(s_.logits[g] + i * kChunk + 16 * half, logit);
                 }
             }
         }
         raise(most);
+    }
+
+    // `sum`: of the query's integers.
+    F balanced_logit(int record, int half, F product, float sum, float step) const {
+        const uint8_t* at = s_.records[record] + 16 * half;
+        const F scale = decode_scale(load_u8(at + low_.key_scales));
+        const F zero = to_float(load_s8(at + low_.key_zeros));
+        return mul(fma(zero, splat(sum), product), mul(scale, splat(step)));
     }
 
     // Logits of a block -> weights times value scales; adds to totals and zeros.
@@ -493,6 +512,7 @@ template <int D, int G> class Attention {
     const Stream& stream_;
     const HighLayout& high_;
     const LowLayout& low_;
+    const bool balanced_;
     S& s_;
 };
 

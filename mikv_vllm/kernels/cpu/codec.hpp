@@ -108,6 +108,7 @@ inline void rotate(float* x, int head_dim) {
 struct ChunkScratch {
     alignas(64) float keys[kChunk * 256];     // [token][channel]
     alignas(64) float values[256 * kChunk];   // [channel][token]
+    alignas(64) float balanced[256 * kChunk]; // keys, the same
     alignas(64) uint8_t integers[kChunk * 256];
     alignas(64) uint8_t tiles[kChunk * 256];
 };
@@ -123,11 +124,10 @@ inline void rank_keys(ChunkScratch& s, int d, const KeyFrame& frame) {
     }
 }
 
-// Quantizes the keys and values in `s` (keys not yet ranked, values not yet rotated) into `record`.
-inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
-                           uint8_t* record) {
-    const int d = layout.head_dim, num_tiles = kChunk * d / kLine;
-    rank_keys(s, d, frame);
+// Tiles and metadata of a chunk's keys, ranked.
+inline void quantize_keys(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+                          uint8_t* record) {
+    const int d = layout.head_dim;
     for (int c = 0; c < d; c += kBand) {
         const int bits = layout.band_bits(c / kBand);
         const KeyGrid grid = key_grid(s.keys + c, d, bits, load_fp16(frame.unit + c),
@@ -141,6 +141,39 @@ inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFr
         for (int t = 0; t < kChunk; ++t) {
             copy4(s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4, s.integers + t * d + 4 * quad);
         }
+    }
+}
+
+// The same of balanced keys: per token, in units of their channels.
+inline void balance_keys(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+                         uint8_t* record) {
+    const int d = layout.head_dim;
+    alignas(64) float unit[256];
+    for (int c = 0; c < d; c += 16) store(unit + c, load_fp16(frame.unit + c));
+    for (int t = 0; t < kChunk; ++t) {
+        for (int c = 0; c < d; ++c) s.balanced[c * kChunk + t] = s.keys[t * d + c] / unit[c];
+    }
+    for (int half = 0; half < kChunk; half += 16) {
+        quantize_values(s.balanced + half, d, kChunk, layout.band_bits(0),
+                        record + layout.key_scales + half, record + layout.key_zeros + half,
+                        s.integers + half);
+    }
+    for (int c = 0; c < d; ++c) {
+        for (int t = 0; t < kChunk; ++t) {
+            s.tiles[(c / 4 * 2 + t / 16) * kLine + t % 16 * 4 + c % 4] = s.integers[c * kChunk + t];
+        }
+    }
+}
+
+// Quantizes the keys and values in `s` (keys not yet ranked, values not yet rotated) into `record`.
+inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+                           uint8_t* record) {
+    const int d = layout.head_dim, num_tiles = kChunk * d / kLine;
+    if (layout.balanced()) {
+        balance_keys(s, layout, frame, record);
+    } else {
+        rank_keys(s, d, frame);
+        quantize_keys(s, layout, frame, record);
     }
     pack_keys(s.tiles, layout, record);
 

@@ -93,11 +93,46 @@ struct Compressor {
 
     void write_header(const Head& h, int head) const {
         const int d = layer.head_dim;
-        alignas(64) float far[256], cost[256];
+        __builtin_memset(h.header, 0, kHeader);
+        low.balanced() ? balance(h, head) : rank(h, head);
+        Stream(cache, layer, head, job.tiered_table).write(0, header_lines(d), h.header);
+    }
+
+    // Header of balanced keys: the root of each channel's largest key by its largest query.
+    void balance(const Head& h, int head) const {
+        const int d = layer.head_dim, shared = layer.group();
+        uint16_t* unit = reinterpret_cast<uint16_t*>(h.header) + d;
+        for (int c = 0; c < d; c += 16) {
+            F key = splat(0.0f), query = splat(1e-6f);
+            for (int64_t t = 0; t < job.num_tokens; ++t) {
+                key = vmax(key, vabs(load_half(h.keys + t * d + c, layer.dtype)));
+            }
+            for (int row = 0; row < job.num_queries * shared; ++row) {
+                query = vmax(query, vabs(load_half(this->query(head, row) + c, layer.dtype)));
+            }
+            alignas(64) float ratio[16];
+            store(ratio, div(key, query));
+            for (int i = 0; i < 16; ++i) {
+                ratio[i] = __builtin_sqrtf(ratio[i]);
+                h.header[4 * d + c + i] = static_cast<uint8_t>(c + i);
+            }
+            store_fp16(unit + c, vmin(vmax(load(ratio), splat(1e-3f)), splat(65504.0f)));
+        }
+    }
+
+    // Row `row` of the last queries of all heads that share a KV head.
+    const uint16_t* query(int head, int row) const {
+        const int shared = layer.group();
+        return job.queries.at(row / shared) +
+               (head * shared + row % shared) * static_cast<int64_t>(layer.head_dim);
+    }
+
+    void rank(const Head& h, int head) const {
+        const int d = layer.head_dim;
+        alignas(64) float far[256] = {}, cost[256] = {};
         int32_t order[256];
         measure(h, head, far, cost);
         order_by_cost(cost, d, order);
-        __builtin_memset(h.header, 0, kHeader);
         uint16_t* half = reinterpret_cast<uint16_t*>(h.header);
         for (int first = 0; first < d; first += kBand) {
             alignas(64) float center[kBand], ranked_far[kBand];
@@ -112,7 +147,6 @@ struct Compressor {
             store_fp16(half + first, load(center));
             store_fp16(half + d + first, vmin(vmax(unit, splat(6e-8f)), splat(65504.0f)));
         }
-        Stream(cache, layer, head, job.tiered_table).write(0, header_lines(d), h.header);
     }
 
     // How far low keys lie from the centre, and what rounding a channel costs: see key_cost in
@@ -154,8 +188,7 @@ struct Compressor {
         alignas(64) float x[16];
         for (int c = 0; c < d; ++c) energy[c] = 0;
         for (int row = 0; row < job.num_queries * shared; ++row) {
-            const uint16_t* q = job.queries.at(row / shared) +
-                                (head * shared + row % shared) * static_cast<int64_t>(d);
+            const uint16_t* q = query(head, row);
             for (int c = 0; c < d; c += 16) {
                 store(x, load_half(q + c, layer.dtype));
                 for (int i = 0; i < 16; ++i) energy[c + i] += double{x[i]} * double{x[i]};

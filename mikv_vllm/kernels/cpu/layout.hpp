@@ -38,19 +38,22 @@ struct LowLayout {
     int head_dim, key_code, value_bits;
     int values, key_scales, key_zeros, value_scales, value_zeros, num_lines;
 
-    // `key_code`: the keys' bits by quarter of the channels, 4 bits each.
+    // `key_code`: the keys' bits by quarter of the channels, 4 bits each; bit 16: balanced.
     LowLayout(int head_dim, int key_code, int value_bits)
         : head_dim(head_dim), key_code(key_code), value_bits(value_bits) {
         const int groups = value_groups(head_dim);
         values = 0;
         for (int band = 0; band < bands(); ++band) values += band_bits(band) * kLine;
         key_scales = values + kChunk * head_dim * value_bits / 8;
-        key_zeros = key_scales + head_dim;
-        value_scales = key_scales + lines(2 * head_dim) * kLine;
+        const int key_slices = balanced() ? kChunk : head_dim;
+        key_zeros = key_scales + key_slices;
+        value_scales = key_scales + lines(2 * key_slices) * kLine;
         value_zeros = value_scales + kChunk * groups;
         num_lines = lines(value_zeros + kChunk * groups);
     }
     int bands() const { return head_dim / kBand; }
+    // Keys have scales per token, in units of their channels, not per channel.
+    bool balanced() const { return key_code >> 16 & 1; }
     // A band of as many bits has as many lines.
     int band_bits(int band) const { return key_code >> 4 * (4 * band / bands()) & 15; }
     static constexpr int value_groups(int head_dim) { return head_dim < 64 ? 1 : head_dim / 64; }

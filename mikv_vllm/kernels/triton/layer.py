@@ -124,6 +124,8 @@ class LayerOps:
         self._hadamard_scale = codec.hadamard_size(head_dim) ** -0.5
 
     def _low(self, low_format: LowFormat) -> LowLines:
+        if low_format.balanced:
+            raise ValueError(f"{low_format.name}: these kernels have no balanced keys")
         return LowLines(self._layout.head_dim, low_format.key_bits, low_format.value_bits)
 
     def decode(
