@@ -52,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
         "curve", run_curve, "quality against stored bytes, method by method", DESCRIPTION
     )
     curve.add_argument("--out", type=Path, default=Path("mikv-eval"), help="folder for results")
-    curve.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    curve.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"{', '.join(TASKS)}, or a file of JSON lines, {{'prompt': …, 'answer': …}}",
+    )
     _add_windows(curve, 8, "prompts of each task")
     curve.add_argument(
         "--ratios", nargs="+", type=float, default=[2.0, 3.0, 3.2, 4.0, 5.0, 5.5], metavar="R"

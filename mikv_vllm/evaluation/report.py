@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def tables(summaries: list[Summary]) -> dict[str, list[dict]]:
                 "ratio": f"{s.ratio:.2f}",
                 "KL divergence": f"{s.divergence:.4f} ± {s.divergence_error:.4f}",
                 "top-1 agreement": f"{s.agreement:.3f} ± {s.agreement_error:.3f}",
+                "perplexity": f"{math.exp(s.log_loss):.3f}",
                 "accuracy": f"{s.accuracy:.3f} ± {s.accuracy_error:.3f}",
                 "exact": f"{s.exact:.2f}",
             }

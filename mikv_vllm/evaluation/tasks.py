@@ -1,7 +1,9 @@
 """What models are asked: known text to continue, and generated tasks that need the whole prompt."""
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mikv_vllm.evaluation.windows import Window, cut_windows, topics_text
@@ -76,11 +78,18 @@ def windows_of(
     """``count`` windows of a task, the same for the same arguments.
 
     Args:
+        task: one of :data:`TASKS`, or a file of JSON lines, ``{"prompt": …, "answer": …}``, whose
+            texts have their own lengths.
         prompt, continuation: tokens; a generated task's answer has a length of its own.
         text: what is continued, and what generated tasks are hidden in; None for the Python
             reference.
+
+    Raises:
+        ValueError: there is no such task, or not as many windows.
     """
     text = topics_text() if text is None else text
+    if task not in TASKS:
+        return _own_windows(tokenizer, Path(task), count)
     if task == "text":
         return cut_windows(tokenizer, count, prompt, continuation, text)
     tokens = tokenizer(text).input_ids
@@ -89,4 +98,24 @@ def windows_of(
     for _ in range(count):
         start = rng.randrange(max(1, len(tokens) - prompt))
         windows.append(GENERATED[task](tokenizer, rng, tokens[start : start + prompt], prompt))
+    return windows
+
+
+def _own_windows(tokenizer: Any, path: Path, count: int) -> list[Window]:
+    """The first ``count`` lines of a file."""
+    if not path.is_file():
+        raise ValueError(f"--tasks: {path} is no file, and no task: {', '.join(TASKS)}")
+    windows = []
+    for number, line in enumerate(path.read_text().splitlines()[:count], 1):
+        try:
+            both = json.loads(line)
+            prompt, answer = (tokenizer(both[name]).input_ids for name in ("prompt", "answer"))
+        except (ValueError, KeyError, TypeError):
+            prompt, answer = [], []
+        if len(prompt) < 2 or not answer:
+            wanted = '{"prompt": "…", "answer": "…"}'
+            raise ValueError(f"--tasks: line {number} of {path} is not {wanted}")
+        windows.append(Window(prompt, answer))
+    if len(windows) < count:
+        raise ValueError(f"--windows: {path} has only {len(windows)} of {count} lines")
     return windows

@@ -94,9 +94,23 @@ def test_windows_are_the_same_every_time(model, task):
         (["--methods", "magic"], "--methods: there is no magic; there are per-token, "),
         (["--prompt", "90000"], "8 windows of 90000 + 256 tokens do not fit"),
         (["--tasks", "copying", "--prompt", "50"], "a prompt of 50 tokens cannot hold"),
+        (["--tasks", "magic"], "--tasks: magic is no file, and no task: text, passkey, "),
     ],
 )
 def test_wrong_arguments_get_a_sentence(model_path, tmp_path, capsys, arguments, message):
     command = ["curve", "--model", str(model_path), "--out", str(tmp_path / "out"), *arguments]
     assert cli.main(command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_task_of_ones_own_is_a_file(model, tmp_path):
+    path = tmp_path / "capitals.jsonl"
+    path.write_text('{"prompt": "The capital of France is", "answer": " Paris"}\n' * 2)
+    windows = windows_of(str(path), model.tokenizer, 2, 0, 0)
+    assert model.tokenizer.decode(windows[1].prompt) == "The capital of France is"
+    assert model.tokenizer.decode(windows[1].continuation) == " Paris"
+    with pytest.raises(ValueError, match="has only 2 of 3 lines"):
+        windows_of(str(path), model.tokenizer, 3, 0, 0)
+    path.write_text('{"prompt": "The capital of France is"}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .* is not"):
+        windows_of(str(path), model.tokenizer, 1, 0, 0)
