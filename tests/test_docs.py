@@ -1,9 +1,11 @@
 """What the documents say about the code is so."""
 
+import json
 import re
 from pathlib import Path
 
 from mikv_vllm.config import CompressionConfig
+from mikv_vllm.tiers.formats import LADDER
 
 ROOT = Path(__file__).parent.parent
 DESIGN = (ROOT / "docs/design.md").read_text()
@@ -23,6 +25,15 @@ def test_tests_that_the_design_names_exist():
         assert f"def {name}(" in sources, name
     for path in re.findall(r"`(tests/[\w/]+(?:\.py)?)", DESIGN):
         assert (ROOT / path).exists(), path
+
+
+def test_the_ladder_is_what_was_measured():
+    measured = json.loads((ROOT / "docs/quality/low-formats.json").read_text())
+    assert tuple(measured["low_formats"]) == tuple(low_format.name for low_format in LADDER)
+    quality = (ROOT / "docs/quality.md").read_text()
+    for point in measured["measured"]:
+        row = f"| {point['name']} | {point['ratio']:.2f} | {point['divergence']:.5f} |"
+        assert row in quality
 
 
 def test_every_setting_is_in_the_readme():

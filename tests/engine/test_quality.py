@@ -8,14 +8,15 @@ from .mutants import MUTATIONS
 
 pytestmark = pytest.mark.engine
 
-# The goals are 0.003, 0.008 and 0.04. Two bf16 attention kernels that are equally right already
-# differ by about 0.002 here (at ratio 2, most tokens at 8 bits, it is 0.0024). That part depends on
-# the machine and on which prompts share a step: ratio 3 measured 0.0028 and 0.0030.
-MOST_DIVERGENCE = {3.0: 0.0033, 4.0: 0.008, 5.0: 0.04}
+# Two bf16 attention kernels that are equally right already differ by about 0.002 here. That part
+# depends on the machine and on which prompts share a step.
+MOST_DIVERGENCE = {3.0: 0.0033, 4.0: 0.006, 5.0: 0.02}
 
 
 @pytest.fixture(scope="module")
 def run(engine, windows):
+    # Prompts found in the prefix cache would be cut into other chunks, and rounded otherwise.
+    engine.reset_prefix_cache()
     quality = QualityRun(engine, windows)
     yield quality
     quality.close()
