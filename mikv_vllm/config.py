@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from mikv_vllm.tiers.formats import LADDERS, LowFormat
+from mikv_vllm.tiers.formats import LADDERS, Codec, LowFormat
 
 ADDITIONAL_CONFIG_KEY = "mikv"
 """Key under vLLM's ``--additional-config`` that carries :class:`CompressionConfig`."""
@@ -79,7 +79,7 @@ class CompressionConfig(BaseModel):
     min_tokens: int = Field(default=256, ge=64)
     """A request stays native until it holds this many tokens."""
 
-    codec: Literal["channel", "balanced"] = "channel"
+    codec: Codec = "channel"
     """Low-tier codec: keys per channel, the costly channels at more bits; or ``balanced``, the
     MiKV paper's, keys per token after its balancer, to compare with."""
 

@@ -12,7 +12,7 @@ import torch
 
 from mikv_vllm.evaluation.methods import CacheMethod, HeadCache, Stored
 from mikv_vllm.evaluation.methods.two_tier import store_tiers
-from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel
+from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel, divergence
 from mikv_vllm.evaluation.windows import Window
 from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LowFormat, TierGeometry
 
@@ -90,9 +90,9 @@ def frontier(
     points: list[tuple[float, float, LowFormat]] = []
     for keys, values in product(of_keys, of_values):
         low_format = LowFormat(keys, values)  # type: ignore[arg-type]
-        divergence = of_keys[keys] + of_values[values]
-        if divergence <= MOST_DIVERGENCE:
-            points.append((_token_bytes(low_format, head_dim), math.log(divergence), low_format))
+        both = of_keys[keys] + of_values[values]
+        if both <= MOST_DIVERGENCE:
+            points.append((_token_bytes(low_format, head_dim), math.log(both), low_format))
     # Each is better than all that are smaller.
     falling: list[tuple[float, float, LowFormat]] = []
     for point in sorted(points, key=lambda p: p[:2]):
@@ -136,9 +136,8 @@ class Calibration:
         self._runs = []
         for window in progress(windows):
             prefill = model.prefill(window.prompt)
-            tokens = [window.prompt[-1], *window.continuation[:-1]]
-            reference = model.continue_with(prefill, tokens, None).log_probs.double()
-            run = (prefill, tokens, reference)
+            reference = model.continue_with(prefill, window.inputs, None).log_probs
+            run = (prefill, window.inputs, reference)
             self._runs.append(run)
             for bits, found in self._of_keys.items():
                 low_format = LowFormat(bits, VALUE_BITS[0])  # type: ignore[arg-type]
@@ -157,8 +156,8 @@ class Calibration:
         points = []
         for low_format in ladder:
             measured = [self._measure(OneFormat(low_format), *run) for run in self._runs]
-            divergence, ratio = (fmean(numbers) for numbers in zip(*measured, strict=True))
-            points.append(Point(low_format.name, ratio, divergence))
+            mean, ratio = (fmean(numbers) for numbers in zip(*measured, strict=True))
+            points.append(Point(low_format.name, ratio, mean))
         return points
 
     def _measure(
@@ -166,8 +165,7 @@ class Calibration:
     ) -> tuple[float, float]:
         """Divergence and ratio of a method on one window."""
         run = self._model.continue_with(prefill, tokens, method)
-        mine = run.log_probs.double()
-        return (reference.exp() * (reference - mine)).sum(-1).mean().item(), run.ratio
+        return divergence(reference, run.log_probs), run.ratio
 
 
 def write(points: list[Point], model: str, path: Path) -> None:

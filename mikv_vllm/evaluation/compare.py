@@ -4,7 +4,6 @@ Answers are greedy. Two of them that differ in one token go on from different te
 probabilities are compared only up to there.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from uuid import uuid4
 import openai
 
 from mikv_vllm.config import RATIO_FIELD, REPORT_FIELD
+from mikv_vllm.evaluation.json_lines import read_texts
 from mikv_vllm.evaluation.windows import topics_text
 
 PROMPT_CHARACTERS = 6000
@@ -64,18 +64,7 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
         text = topics_text()
         stride = (len(text) - PROMPT_CHARACTERS) // count
         return [text[i * stride :][:PROMPT_CHARACTERS] for i in range(count)]
-    prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ValueError(f'--prompts: line {number} of {path} is not {{"prompt": "…"}}')
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"--prompts: {path} has no line")
-    return prompts
+    return [prompt for (prompt,) in read_texts(path, ("prompt",), "--prompts")]
 
 
 class Server:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mikv_vllm.evaluation.methods import CacheMethod
-from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel
+from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel, divergence
 from mikv_vllm.evaluation.windows import Window
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def measure(
         if not todo and reference_done:
             continue
         prefill = model.prefill(window.prompt)
-        tokens = [window.prompt[-1], *window.continuation[:-1]]
+        tokens = window.inputs
         wanted = torch.tensor(window.continuation)
         reference = model.continue_with(prefill, tokens, None).log_probs
         runs: list[CacheMethod | None] = [*([] if reference_done else [None]), *todo]
@@ -133,7 +133,7 @@ def _compare(
     right = (likeliest == wanted).double()
     return {
         "ratio": run.ratio,
-        "divergence": (theirs.exp() * (theirs - mine)).sum(-1).mean().item(),
+        "divergence": divergence(reference, run.log_probs),
         "agreement": (likeliest == theirs.argmax(-1)).double().mean().item(),
         "log_loss": -mine.gather(1, wanted[:, None]).mean().item(),
         "accuracy": right.mean().item(),

@@ -78,6 +78,12 @@ class Prefill:
     layers: list[list[HeadCache]]
 
 
+def divergence(reference: torch.Tensor, log_probs: torch.Tensor) -> float:
+    """Mean KL divergence to a reference, nats, of log-probabilities ``[tokens, vocabulary]``."""
+    theirs = reference.double()
+    return (theirs.exp() * (theirs - log_probs.double())).sum(-1).mean().item()
+
+
 @dataclass(frozen=True)
 class Continuation:
     """Predictions for a known continuation, float32 ``[tokens, vocabulary]``, and bytes stored."""

@@ -1,11 +1,11 @@
 """What models are asked: known text to continue, and generated tasks that need the whole prompt."""
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mikv_vllm.evaluation.json_lines import read_texts
 from mikv_vllm.evaluation.windows import Window, cut_windows, topics_text
 
 KEYS = 24
@@ -85,7 +85,7 @@ def windows_of(
             reference.
 
     Raises:
-        ValueError: there is no such task, or not as many windows.
+        ValueError: there is no such task, or no room for as many windows.
     """
     text = topics_text() if text is None else text
     if task not in TASKS:
@@ -102,20 +102,8 @@ def windows_of(
 
 
 def _own_windows(tokenizer: Any, path: Path, count: int) -> list[Window]:
-    """The first ``count`` lines of a file."""
+    """Lines of a file, ``count`` at most."""
     if not path.is_file():
         raise ValueError(f"--tasks: {path} is no file, and no task: {', '.join(TASKS)}")
-    windows = []
-    for number, line in enumerate(path.read_text().splitlines()[:count], 1):
-        try:
-            both = json.loads(line)
-            prompt, answer = (tokenizer(both[name]).input_ids for name in ("prompt", "answer"))
-        except (ValueError, KeyError, TypeError):
-            prompt, answer = [], []
-        if len(prompt) < 2 or not answer:
-            wanted = '{"prompt": "…", "answer": "…"}'
-            raise ValueError(f"--tasks: line {number} of {path} is not {wanted}")
-        windows.append(Window(prompt, answer))
-    if len(windows) < count:
-        raise ValueError(f"--windows: {path} has only {len(windows)} of {count} lines")
-    return windows
+    lines = read_texts(path, ("prompt", "answer"), "--tasks")[:count]
+    return [Window(*(tokenizer(text).input_ids for text in texts)) for texts in lines]

@@ -13,6 +13,11 @@ class Window:
     prompt: list[int]
     continuation: list[int]
 
+    @property
+    def inputs(self) -> list[int]:
+        """What a model is given to predict the continuation: the prompt's last token, and so on."""
+        return [self.prompt[-1], *self.continuation[:-1]]
+
 
 RUN_WORDS = 12
 """Texts that have this many words in a row in common overlap."""

@@ -5,7 +5,7 @@ The scheduler runs them; nothing here looks at a key or a value.
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Self
 
 from mikv_vllm.tiers.formats import (
@@ -109,17 +109,26 @@ class TierPlanner:
         Args:
             ladder: low formats, richest first.
         """
-        planners = [
-            cls(geometry, ratio, recent, low_format)
-            for low_format in ladder
-            if high_fraction(geometry, low_format, ratio) >= LEAST_HIGH_FRACTION
-        ] or [cls(geometry, ratio, recent, ladder[-1])]
+        planners = cls._of_ladder(geometry, ratio, recent, ladder)
         first = planners[0]
         for pages in range(first.budget(num_tokens), first.native_pages(num_tokens)):
             for planner in planners:
                 if planner._fit(num_tokens, pages):
                     return planner
         return first
+
+    @classmethod
+    @lru_cache(256)
+    def _of_ladder(
+        cls, geometry: TierGeometry, ratio: float, recent: int, ladder: tuple[LowFormat, ...]
+    ) -> tuple[Self, ...]:
+        """A planner for each format that leaves the high tier its share; the last one's if none."""
+        fitting = tuple(
+            cls(geometry, ratio, recent, low_format)
+            for low_format in ladder
+            if high_fraction(geometry, low_format, ratio) >= LEAST_HIGH_FRACTION
+        )
+        return fitting or (cls(geometry, ratio, recent, ladder[-1]),)
 
     def least_high(self, num_tokens: int) -> int:
         """High tokens below which no demotion goes: the recent ones and some important ones."""

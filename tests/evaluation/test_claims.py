@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mikv_vllm.evaluation.methods import Balanced, HeavyHitters, MiKV, PaperMiKV, PerToken
-from mikv_vllm.evaluation.reference_model import ReferenceModel
+from mikv_vllm.evaluation.reference_model import ReferenceModel, divergence
 from mikv_vllm.evaluation.tasks import windows_of
 
 
@@ -17,18 +17,18 @@ def compare(model_path):
         runs[task] = []
         for window in windows_of(task, model.tokenizer, 2, 512, 64):
             prefill = model.prefill(window.prompt)
-            tokens = [window.prompt[-1], *window.continuation[:-1]]
+            tokens = window.inputs
             wanted = torch.tensor(window.continuation)
             reference = model.continue_with(prefill, tokens, None).log_probs
             runs[task].append((prefill, tokens, wanted, reference))
 
     def measure(task, method):
-        divergence = accuracy = 0.0
+        apart = accuracy = 0.0
         for prefill, tokens, wanted, reference in runs[task]:
             mine = model.continue_with(prefill, tokens, method).log_probs
-            divergence += (reference.exp() * (reference - mine)).sum(-1).mean().item() / 2
+            apart += divergence(reference, mine) / 2
             accuracy += (mine.argmax(-1) == wanted).float().mean().item() / 2
-        return divergence, accuracy
+        return apart, accuracy
 
     return measure
 

@@ -66,7 +66,7 @@ def test_keeping_every_token_beats_dropping_some(quick):
 def test_an_untouched_cache_changes_nothing(model):
     (window,) = windows_of("text", model.tokenizer, 1, 200, 20)
     prefill = model.prefill(window.prompt)
-    tokens = [window.prompt[-1], *window.continuation[:-1]]
+    tokens = window.inputs
     ours = model.continue_with(prefill, tokens, None).log_probs
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,8 +109,7 @@ def test_a_task_of_ones_own_is_a_file(model, tmp_path):
     windows = windows_of(str(path), model.tokenizer, 2, 0, 0)
     assert model.tokenizer.decode(windows[1].prompt) == "The capital of France is"
     assert model.tokenizer.decode(windows[1].continuation) == " Paris"
-    with pytest.raises(ValueError, match="has only 2 of 3 lines"):
-        windows_of(str(path), model.tokenizer, 3, 0, 0)
+    assert len(windows_of(str(path), model.tokenizer, 8, 0, 0)) == 2
     path.write_text('{"prompt": "The capital of France is"}\n')
     with pytest.raises(ValueError, match=r"line 1 of .* is not"):
         windows_of(str(path), model.tokenizer, 1, 0, 0)
