@@ -16,6 +16,10 @@ SUPPORTED = "0.32"
 
 RELIED_ON: dict[str, dict[str, str | None]] = {
     "config/utils.py": {"get_attr_docs": "cls"},
+    "distributed/parallel_state.py": {
+        "get_pp_group": "",
+        "get_tensor_model_parallel_rank": "",
+    },
     "engine/arg_utils.py": {
         "AsyncEngineArgs": None,
         "EngineArgs.create_engine_config": "self usage_context headless",
@@ -61,6 +65,9 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
         "Scheduler._get_local_prefix_cache_hit": "self request",
         "Scheduler._preempt_request": "self request timestamp",
         "Scheduler._reserve_prefill_lookahead": "self request num_computed_tokens num_new_tokens",
+        "Scheduler.__init__": (
+            "self vllm_config kv_cache_config structured_output_manager block_size"
+        ),
         "Scheduler.add_request": "self request",
         "Scheduler.make_stats": "self",
         "Scheduler.schedule": "self throttle_prefills",
@@ -97,6 +104,11 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
     "v1/metrics/stats.py": {"SchedulerStats.kv_connector_stats": None},
     "v1/worker/cpu_worker.py": {"CPUWorker.init_device": "self"},
     "v1/worker/gpu_input_batch.py": {"InputBatch.req_ids": "self"},
+    "v1/worker/gpu_model_runner.py": {
+        "GPUModelRunner.sync_and_gather_intermediate_tensors": (
+            "self num_tokens intermediate_tensors sync_self"
+        ),
+    },
     "v1/worker/gpu_worker.py": {
         "Worker.execute_model": "self scheduler_output",
         "Worker.initialize_from_config": "self kv_cache_config",

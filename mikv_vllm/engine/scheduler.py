@@ -3,10 +3,12 @@
 from dataclasses import asdict, fields
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -33,12 +35,19 @@ from mikv_vllm.tiers.plan import largest_ratio
 logger = init_logger(__name__)
 
 
-class TieredScheduler(AsyncScheduler):
+class TieredScheduler(Scheduler):
     """Schedules as vLLM does, then plans which requests to score, compress and demote.
 
     Compression is planned in the step that computes a prompt's last token, or, for a request that
     was too short then, in the decode step in which it first saves a page.
+
+    With async scheduling an instance is a :class:`TieredAsyncScheduler`, as in vLLM.
     """
+
+    def __new__(cls, vllm_config: VllmConfig, *args, **kwargs) -> "TieredScheduler":
+        """As vLLM chooses between its own two, which it does before it looks at a given class."""
+        is_async = vllm_config.scheduler_config.async_scheduling
+        return super().__new__(TieredAsyncScheduler if is_async else cls)
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -49,11 +58,11 @@ class TieredScheduler(AsyncScheduler):
         self.compression = config
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.tiers = next(m for m in managers if isinstance(m, TieredBlockManager))
-        group = self.kv_cache_config.kv_cache_groups[self.tiers.kv_cache_group_id]
+        spec = self.tiers.kv_cache_spec
         self.largest_ratio = largest_ratio(
             self.tiers.geometry.head_dim, config.high_bits, config.ladder
         )
-        self._heads = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
+        self._heads = spec.num_layers * spec.num_kv_heads
         self._heads *= self.parallel_config.tensor_parallel_size
         self._ratios: dict[str, float] = {}
         self._scoring: set[str] = set()
@@ -241,3 +250,7 @@ class TieredScheduler(AsyncScheduler):
             # KV connectors are refused.
             stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: asdict(self._tier_stats())}
         return stats
+
+
+class TieredAsyncScheduler(TieredScheduler, AsyncScheduler):
+    """:class:`TieredScheduler` that schedules a step before the one before it has ended."""

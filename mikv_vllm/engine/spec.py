@@ -19,6 +19,8 @@ class TieredAttentionSpec(FullAttentionSpec):
     """vLLM's full attention, native pages unchanged, under :class:`TieredBlockManager`."""
 
     compression: CompressionConfig
+    num_layers: int = 1
+    """Layers of all pipeline stages that share this spec."""
 
     @property
     def geometry(self) -> TierGeometry:
@@ -31,7 +33,7 @@ class TieredAttentionSpec(FullAttentionSpec):
         if any(spec != specs[0] for spec in specs):
             # vLLM takes this error as "these layers form no single group".
             raise AssertionError("all layers of a tiered group need the same spec")
-        return replace(specs[0])
+        return replace(specs[0], num_layers=sum(spec.num_layers for spec in specs))
 
 
 def tiered_spec(spec: AttentionSpec, compression: CompressionConfig) -> AttentionSpec:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from vllm.distributed import get_pp_group
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -30,8 +31,23 @@ class TieredCPUWorker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
+        self._make_intermediate_tensors()
         # vLLM keeps one page for itself.
         context.plan = StepPlan(stats=TierStats.idle(kv_cache_config.num_blocks - 1))
+
+    def _make_intermediate_tensors(self) -> None:
+        """Make the buffer in which a later pipeline stage receives its input.
+
+        vLLM makes it in a dummy run, which it leaves out on CPU where nothing is compiled and the
+        cache has a given size: then the stage's first step would end the engine.
+        """
+        runner = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens,
+                dtype=runner.model_config.dtype,
+                device=runner.device,
+            )
 
     def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
         """Run one step under its plan."""

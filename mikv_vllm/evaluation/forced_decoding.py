@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import SamplingParams
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logits_process import LogitsProcessor as RequestLogitsProcessor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
@@ -61,7 +62,8 @@ class ForcedDecoding(AdapterLogitsProcessor):
 
         def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
             step = len(output_ids)
-            _store(forced, step, logits.float().log_softmax(-1))
+            if get_tensor_model_parallel_rank() == 0:
+                _store(forced, step, logits.float().log_softmax(-1))
             only = torch.full_like(logits, -torch.inf)
             only[forced.tokens[step]] = 0.0
             return only

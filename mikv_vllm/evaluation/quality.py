@@ -62,13 +62,14 @@ class QualityRun:
     Args:
         llm: an engine with ``logits_processors=[ForcedDecoding]``.
         windows: prompts and continuations; all run in one batch.
+        ratio: of the reference.
     """
 
-    def __init__(self, llm: LLM, windows: list[Window]) -> None:
+    def __init__(self, llm: LLM, windows: list[Window], ratio: float = 1.0) -> None:
         self._llm = llm
         self._windows = windows
         self._folder = tempfile.TemporaryDirectory(prefix="mikv-quality-")
-        self._generate(1.0, None)
+        self._generate(ratio, None)
 
     def use(self, llm: LLM) -> None:
         """Measure another engine from now on, against the same reference."""

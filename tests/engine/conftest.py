@@ -1,6 +1,7 @@
 """Engines, each started once."""
 
 import gc
+import time
 
 import pytest
 
@@ -55,9 +56,23 @@ def windows(engine):
 def all_pages_free(engine):
     """Afterwards the engine holds no page."""
     yield
-    stats = engine.collective_rpc("mikv_stats")[0]
-    assert stats["pages"]["free"] == stats["pages"]["total"]
-    assert stats["requests"] == {"native": 0, "tiered": 0}
+    idle_stats(engine)
+
+
+def idle_stats(engine) -> dict:
+    """The statistics of an engine without requests, the same from all ranks; no page is held.
+
+    An engine tells its workers of the last request's end in a step that follows its answer.
+    """
+    deadline = time.monotonic() + 10
+    while True:
+        stats, *others = engine.collective_rpc("mikv_stats")
+        assert all(other == stats for other in others)
+        if stats["pages"]["free"] == stats["pages"]["total"]:
+            assert stats["requests"] == {"native": 0, "tiered": 0}
+            return stats
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.1)
 
 
 def ratio(value: float, **extra) -> dict:

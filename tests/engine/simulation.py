@@ -53,6 +53,7 @@ def engine_config(
     block_size: int = 32,
     max_num_seqs: int = 6,
     batched_tokens: int = 192,
+    **engine_args,
 ):
     """A ``VllmConfig`` for schedulers."""
     return EngineArgs(
@@ -66,11 +67,15 @@ def engine_config(
         enable_prefix_caching=True,
         kv_cache_memory_bytes=1 << 20,
         additional_config=settings.to_additional_config(),
+        **engine_args,
     ).create_engine_config()
 
 
-def make_scheduler(vllm_config, settings: CompressionConfig, num_pages: int) -> TieredScheduler:
+def make_scheduler(
+    vllm_config, settings: CompressionConfig, num_pages: int, async_scheduling: bool = False
+) -> TieredScheduler:
     """A scheduler over a pool of ``num_pages`` pages, the null page not counted."""
+    vllm_config.scheduler_config.async_scheduling = async_scheduling
     init_none_hash(sha256)
     block_size = vllm_config.cache_config.block_size
     spec = TieredAttentionSpec(

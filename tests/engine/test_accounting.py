@@ -11,7 +11,9 @@ from .simulation import Simulation, engine_config, make_scheduler, write_model_c
 CONFIGS = {
     "window": CompressionConfig(min_tokens=128, recent=8),
     "h2o": CompressionConfig(min_tokens=128, recent=8, importance="h2o"),
+    "two ranks": CompressionConfig(min_tokens=128, recent=8),
 }
+ENGINE_ARGS = {"two ranks": {"tensor_parallel_size": 2}}
 
 
 class Configs:
@@ -31,7 +33,12 @@ class Configs:
 def vllm_configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_model_config(folder)
-    return Configs({name: engine_config(folder, config) for name, config in CONFIGS.items()})
+    return Configs(
+        {
+            name: engine_config(folder, config, **ENGINE_ARGS.get(name, {}))
+            for name, config in CONFIGS.items()
+        }
+    )
 
 
 REQUEST = st.fixed_dictionaries(
@@ -47,7 +54,7 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("importance", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 @settings(
     max_examples=150,
     deadline=None,
@@ -58,9 +65,10 @@ REQUEST = st.fixed_dictionaries(
     num_pages=st.integers(26, 60),
     depth=st.sampled_from([1, 2]),
 )
-def test_pages_add_up(vllm_configs, importance, requests, num_pages, depth):
-    config = CONFIGS[importance]
-    simulation = Simulation(make_scheduler(vllm_configs[importance], config, num_pages), depth)
+def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
+    config = CONFIGS[name]
+    scheduler = make_scheduler(vllm_configs[name], config, num_pages, depth > 1)
+    simulation = Simulation(scheduler, depth)
     aborts: dict[int, list[str]] = {}
     for i, request in enumerate(requests):
         if request["abort_after"] is not None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -21,9 +22,18 @@ class RunningServer:
         flags: of mikv-serve, beside host and port.
         log: file for its output.
         api_key: sent with every request of :attr:`client`.
+        env: environment variables beside those of this process.
+
+    As a context manager it is ready inside, and stopped after.
     """
 
-    def __init__(self, flags: list[str], log: Path, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        flags: list[str],
+        log: Path,
+        api_key: str | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -35,8 +45,19 @@ class RunningServer:
                 [*command, "--port", str(self.port), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
             )
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
 
     def wait_until_ready(self) -> None:
         """Return once it answers; fail with the end of its log if it never does."""

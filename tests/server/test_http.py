@@ -37,12 +37,8 @@ REPORT_FIELDS = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model_path):
-    running = RunningServer(FLAGS, tmp_path_factory.mktemp("server") / "log.txt", KEY)
-    try:
-        running.wait_until_ready()
+    with RunningServer(FLAGS, tmp_path_factory.mktemp("server") / "log.txt", KEY) as running:
         yield running
-    finally:
-        running.stop()
 
 
 def completion(server: RunningServer, **fields) -> dict:

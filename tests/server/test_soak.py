@@ -13,12 +13,8 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model_path):
-    running = RunningServer(SMALL_POOL_FLAGS, tmp_path_factory.mktemp("soak") / "log.txt")
-    try:
-        running.wait_until_ready()
+    with RunningServer(SMALL_POOL_FLAGS, tmp_path_factory.mktemp("soak") / "log.txt") as running:
         yield running
-    finally:
-        running.stop()
 
 
 def test_mixed_requests_in_a_small_pool_leave_nothing_behind(server):

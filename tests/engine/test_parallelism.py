@@ -1,0 +1,106 @@
+"""Several processes serve a model as one does: each rank chooses for its own heads."""
+
+import os
+
+import pytest
+from vllm import SamplingParams
+
+from mikv_vllm.config import CompressionConfig
+from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
+from mikv_vllm.evaluation.quality import QualityRun, generate_together
+from mikv_vllm.evaluation.windows import Window
+
+from .conftest import idle_stats, ratio, start, stop
+from .generated import random_tokens, save_model
+
+pytestmark = pytest.mark.engine
+
+RATIO = 4.0
+WINDOWS = [
+    Window(random_tokens(length, seed=length), random_tokens(48, seed=1))
+    for length in (1500, 1000, 700)
+]
+PARALLEL = {
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("llama"), "Llama")
+
+
+@pytest.fixture(scope="module")
+def one_cpu_each():
+    """Workers of one machine need their threads bound apart; two of them, here."""
+    cpus = sorted(os.sched_getaffinity(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[-1]}")
+        yield
+
+
+def engine_of(model, **kwargs):
+    return start(
+        model,
+        CompressionConfig(),
+        skip_tokenizer_init=True,
+        kv_cache_memory_bytes=32 << 20,
+        logits_processors=[ForcedDecoding],
+        **kwargs,
+    )
+
+
+def mixed_batch(engine):
+    """Reports of native and compressed requests that share their steps."""
+    ratios = (1.0, 2.0, RATIO, 6.0)
+    prompts = [{"prompt_token_ids": random_tokens(300 + 400 * i, seed=i)} for i in range(4)]
+    params = [
+        SamplingParams(
+            temperature=0.0, max_tokens=60, ignore_eos=True, detokenize=False, extra_args=ratio(r)
+        )
+        for r in ratios
+    ]
+    outputs = generate_together(engine, prompts, params)
+    assert all(len(output.outputs[0].token_ids) == 60 for output in outputs)
+    return [output.kv_transfer_params["kv_compression"] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def single(model):
+    """One process: its reports, and references at ratio 1 and at ``RATIO``."""
+    engine = engine_of(model)
+    reports = mixed_batch(engine)
+    references = {}
+    for reference in (1.0, RATIO):
+        engine.reset_prefix_cache()
+        references[reference] = QualityRun(engine, WINDOWS, reference)
+    compressed = references[1.0].measure(RATIO).divergence
+    stop(engine)
+    yield reports, references, compressed
+    for run in references.values():
+        run.close()
+
+
+@pytest.fixture(scope="module", params=PARALLEL)
+def parallel(request, model, single, one_cpu_each):
+    engine = engine_of(model, **PARALLEL[request.param])
+    yield engine
+    stop(engine)
+
+
+def test_ranks_serve_as_one_process_does(parallel, single):
+    reports, references, compressed = single
+    assert mixed_batch(parallel) == reports
+    for reference, run in references.items():
+        run.use(parallel)
+        parallel.reset_prefix_cache()
+        divergence = run.measure(reference).divergence
+        print(f"ratio {reference}: {divergence:.2e} nats apart; compression: {compressed:.2e}")
+        assert divergence < compressed / 5
+
+
+def test_ranks_agree_on_every_count(parallel):
+    before = idle_stats(parallel)["operations"]["compress"]
+    mixed_batch(parallel)
+    assert idle_stats(parallel)["operations"]["compress"] == before + 3

@@ -1,0 +1,85 @@
+"""Two engines behind one server."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .serving import RunningServer
+
+pytestmark = pytest.mark.engine
+
+MODEL = "smollm2-135m-instruct"
+FLAGS = [
+    *("--max-model-len", "2048"),
+    *("--kv-cache-memory-bytes", str(192 << 20)),
+]
+TWO = ["--data-parallel-size", "2"]
+
+
+def bodies() -> list[dict]:
+    texts = [f"{number} is a number. " * 120 for number in ("One", "Two", "Three", "Four")]
+    common = {"model": MODEL, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    return [
+        common | {"prompt": text, "kv_compression_ratio": ratio}
+        for text in texts
+        for ratio in (1.0, 4.0)
+    ]
+
+
+def answers(server: RunningServer) -> list[dict]:
+    def post(body: dict) -> dict:
+        response = server.client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(post, bodies()))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, model_path):
+    """Answers of one engine, and the pages of its pool."""
+    with RunningServer(FLAGS, tmp_path_factory.mktemp("one") / "log.txt") as server:
+        return answers(server), server.client.get("/mikv/stats").json()["pages"]["total"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, expected):
+    cpus = sorted(os.sched_getaffinity(0))
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}"}
+    log = tmp_path_factory.mktemp("two") / "log.txt"
+    with RunningServer(FLAGS + TWO, log, env=binding) as running:
+        yield running
+
+
+def test_two_engines_answer_as_one_does(server, expected):
+    for ours, theirs in zip(answers(server), expected[0], strict=True):
+        assert ours["kv_compression"] == theirs["kv_compression"]
+        for one, other in zip(chosen(ours), chosen(theirs), strict=True):
+            assert one[1] == pytest.approx(other[1], abs=0.15)
+            if one[0] != other[0]:
+                break  # two tokens were as likely, and from here on the texts are others
+
+
+def chosen(answer: dict) -> list[tuple[str, float]]:
+    """Each token and its log-probability."""
+    logprobs = answer["choices"][0]["logprobs"]
+    return list(zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True))
+
+
+def test_both_engines_compress(server):
+    answers(server)
+    metrics = server.client.get("/metrics").text
+    line = r'^mikv_operations_total\{engine="(\d)",kind="compress",.*\} ([\d.]+)$'
+    done = {engine: float(total) for engine, total in re.findall(line, metrics, re.MULTILINE)}
+    assert done.keys() == {"0", "1"}
+    assert all(done.values())
+
+
+def test_stats_are_those_of_both(server, expected):
+    answers(server)
+    stats = server.client.get("/mikv/stats").json()
+    assert stats["pages"]["total"] == 2 * expected[1]
+    assert stats["operations"]["compress"] >= 4
