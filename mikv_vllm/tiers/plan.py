@@ -66,7 +66,11 @@ class TierState:
 
 @dataclass(frozen=True)
 class AppendStep:
-    """What one decode step does before the new token is attended to, in this order."""
+    """How a request's tiers take in a new token, or the tokens of a prompt's next chunk.
+
+    A new token is attended to afterwards. Those of a chunk join after their attention, one by
+    one, and a demotion happens whenever there is no room for the next.
+    """
 
     new_pages: int
     moved_chunks: int
@@ -74,7 +78,7 @@ class AppendStep:
     demoted_chunks: int
     """Times 32 high tokens that become one low chunk."""
     state: TierState
-    """Sizes afterwards, with the new token in the high tier."""
+    """Sizes afterwards."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,36 @@ class TierPlanner:
             new_pages = new_pages or int(full())
             pages += new_pages
             if new_pages:
-                moved = min(low, (pages * geometry.page_bytes - low_end) // chunk)
-                low_end = pages * geometry.page_bytes if not low else low_end + moved * chunk
+                moved, low_end = self._moved(replace(state, low_chunks=low), pages)
         after = replace(state, pages=pages, high_tokens=high + 1, low_chunks=low, low_end=low_end)
         return AppendStep(new_pages, moved, demoted, after)
+
+    def extend(self, state: TierState, count: int) -> AppendStep:
+        """Plan how a compressed request takes in the next ``count`` tokens of its prompt."""
+        geometry, chunk = self.geometry, self._chunk_bytes()
+        num_tokens = state.num_tokens + count
+        least = max(self.least_high(num_tokens), CHUNK_TOKENS + self.recent)
+        pages = max(state.pages, self.budget(num_tokens))
+        while True:
+            moved, low_end = 0, state.low_end
+            if pages > state.pages:
+                moved, low_end = self._moved(state, pages)
+            room = low_end - geometry.header_bytes
+            high, low = state.high_tokens + count, state.low_chunks
+            while high > self._high_room(room - low * chunk) and high - CHUNK_TOKENS >= least:
+                high -= CHUNK_TOKENS
+                low += 1
+            if high <= self._high_room(room - low * chunk):
+                after = TierState(pages, high, low, low_end)
+                return AppendStep(pages - state.pages, moved, low - state.low_chunks, after)
+            pages += 1
+
+    def _high_room(self, num_bytes: int) -> int:
+        """High tokens that fit into ``num_bytes``."""
+        return num_bytes // self.geometry.high.num_bytes * GROUP_TOKENS
+
+    def _moved(self, state: TierState, pages: int) -> tuple[int, int]:
+        """Chunks that move when the stream grows to ``pages``, and where the low tier then ends."""
+        end, chunk = pages * self.geometry.page_bytes, self._chunk_bytes()
+        moved = min(state.low_chunks, (end - state.low_end) // chunk)
+        return moved, state.low_end + moved * chunk if state.low_chunks else end

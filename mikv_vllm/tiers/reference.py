@@ -16,7 +16,7 @@ from mikv_vllm.tiers.formats import (
     LowFormat,
     TierGeometry,
 )
-from mikv_vllm.tiers.plan import TierState
+from mikv_vllm.tiers.plan import AppendStep, TierState
 
 
 class Stream:
@@ -321,6 +321,62 @@ def _compact(stream: Stream, geometry: TierGeometry, num_tokens: int, keep: torc
             stream.write(offset + start, part)
 
 
+def restore(
+    stream: Stream,
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    state: TierState,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[tokens, head_dim]`` of both tiers, the high one first, float32."""
+    keys, values, _ = read_high(stream, geometry, state.high_tokens, dtype)
+    parts = [(keys, values)]
+    for chunk in range(state.low_chunks):
+        offset = chunk_offset(geometry, low_format, state, chunk)
+        parts.append(read_chunk(stream, geometry, low_format, offset))
+    all_keys, all_values = zip(*parts, strict=True)
+    return torch.cat(all_keys), torch.cat(all_values)
+
+
+def extend(
+    stream: Stream,
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    state: TierState,
+    step: AppendStep,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    keep: float,
+    recent: int,
+) -> TierState:
+    """Take the next tokens of a prompt into the tiers; returns the new sizes.
+
+    Args:
+        keys, values: ``[n, head_dim]`` in the cache's dtype.
+        scores: ``[state.num_tokens + n]``, in the order of :func:`restore`, the new ones last.
+        keep: factor on the high tokens' own scores, to which theirs are added.
+    """
+    own = read_high(stream, geometry, state.high_tokens, keys.dtype)[2]
+    for i, score in enumerate(keep * own + scores[: state.high_tokens]):
+        group, slot = divmod(i, GROUP_TOKENS)
+        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
+        stream.write(offset, score.reshape(1))
+    new_scores = scores[state.num_tokens :]
+    state = move_chunks(stream, geometry, low_format, state, step.moved_chunks)
+    state = replace(state, pages=step.state.pages, low_end=step.state.low_end)
+    for i in range(len(keys)):
+        low_start = chunk_offset(geometry, low_format, state, 0)
+        if geometry.high_bytes(state.high_tokens + 1) > low_start:
+            state = demote(stream, geometry, low_format, state, recent, keys.dtype)
+        here = slice(i, i + 1)
+        write_high(
+            stream, geometry, state.high_tokens, keys[here], values[here], new_scores[here]
+        )
+        state = replace(state, high_tokens=state.high_tokens + 1)
+    return state
+
+
 def attend(
     stream: Stream,
     geometry: TierGeometry,
@@ -341,20 +397,15 @@ def attend(
     Returns:
         ``[group, head_dim]``, float32.
     """
-    parts = [read_high(stream, geometry, state.high_tokens, queries.dtype)]
-    keys, values = [parts[0][0]], [parts[0][1]]
-    for chunk in range(state.low_chunks):
-        offset = chunk_offset(geometry, low_format, state, chunk)
-        k, v = read_chunk(stream, geometry, low_format, offset)
-        keys.append(k)
-        values.append(v)
-    weights = attention_weights(queries, torch.cat(keys), scale, softcap, sinks)
-    scores = parts[0][2] * decay + weights[:, : state.high_tokens].sum(0)
+    keys, values = restore(stream, geometry, low_format, state, queries.dtype)
+    weights = attention_weights(queries, keys, scale, softcap, sinks)
+    own = read_high(stream, geometry, state.high_tokens, queries.dtype)[2]
+    scores = own * decay + weights[:, : state.high_tokens].sum(0)
     for i, score in enumerate(scores):
         group, slot = divmod(i, GROUP_TOKENS)
         offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
         stream.write(offset, score.reshape(1))
-    return weights @ torch.cat(values)
+    return weights @ values
 
 
 def attention_weights(

@@ -86,14 +86,9 @@ def read_tiers(
 ) -> Tiers:
     stream = reference.Stream(pages, table, head)
     geometry = shape.geometry
-    k, v, scores = reference.read_high(stream, geometry, state.high_tokens, shape.dtype)
-    keys, values = [k.double()], [v.double()]
-    for chunk in range(state.low_chunks):
-        offset = reference.chunk_offset(geometry, low_format, state, chunk)
-        k, v = reference.read_chunk(stream, geometry, low_format, offset)
-        keys.append(k.double())
-        values.append(v.double())
-    return Tiers(torch.cat(keys), torch.cat(values), scores)
+    keys, values = reference.restore(stream, geometry, low_format, state, shape.dtype)
+    scores = reference.read_high(stream, geometry, state.high_tokens, shape.dtype)[2]
+    return Tiers(keys.double(), values.double(), scores)
 
 
 def live_bytes(

@@ -69,6 +69,25 @@ struct Compression {
     int num_queries;
 };
 
+// A compressed request in one layer: its block table, sizes and format.
+struct Tiers {
+    const int32_t* table;
+    int high_tokens, low_chunks, low_end;  // low_end in lines
+    int key_code, value_bits;
+};
+
+// Tokens of a prompt's next chunk that join the tiers of what came before.
+struct Extension {
+    Tiers tiers;  // before
+    int most_high;  // tokens that the high tier meets on the way
+    int moved_chunks, low_end_after;
+    Rows k, v;
+    int num_tokens;
+    const float* scores;  // [num_kv_heads, score_stride]: of the tiers' tokens, then the new ones'
+    int64_t score_stride;
+    float keep;  // factor on the high tokens' own scores, to which theirs are added
+};
+
 struct Kernels {
     const char* name;
     void (*decode)(const Layer&, const Cache&, const Batch&, const DecodeTensors&);
@@ -76,6 +95,9 @@ struct Kernels {
     void (*score)(const Layer&, const Cache&, const int32_t* table, int num_tokens, Rows queries,
                   int num_queries, float* scores, int64_t score_stride);
     void (*compress)(const Layer&, const Cache&, const Compression&);
+    // Writes every token of the tiers to the native pages 0, 1, .. of `target`: high, then low.
+    void (*restore)(const Layer&, const Cache&, const Tiers&, const Cache& target);
+    void (*extend)(const Layer&, const Cache&, const Extension&);
 };
 
 namespace scalar { extern const Kernels kernels; }

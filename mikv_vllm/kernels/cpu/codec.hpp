@@ -196,6 +196,66 @@ inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFr
     pack(s.tiles, layout.value_bits, num_tiles, record + layout.values);
 }
 
+// Keys of a chunk from the integers in `s`, [token][rank].
+inline void dequantize_keys(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+                            const uint8_t* record) {
+    const int d = layout.head_dim;
+    const uint8_t *scales = record + layout.key_scales, *zeros = record + layout.key_zeros;
+    alignas(64) float token_scale[kChunk], token_zero[kChunk], key[16];
+    for (int t = 0; t < kChunk; t += 16) {
+        store(token_scale + t, decode_scale(load_u8(scales + t)));
+        store(token_zero + t, to_float(load_s8(zeros + t)));
+    }
+    for (int r = 0; r < d; r += 16) {
+        const F unit = load_fp16(frame.unit + r), center = load_fp16(frame.center + r);
+        F step = unit, offset = splat(0.0f);
+        if (!layout.balanced()) {
+            step = mul(to_float(load_u8(scales + r)), unit);
+            offset = mul(to_float(load_s8(zeros + r)), splat(1.0f / kKeyZeroSteps));
+        }
+        for (int t = 0; t < kChunk; ++t) {
+            F number = add(to_float(load_u8(s.integers + t * d + r)), offset);
+            if (layout.balanced()) {
+                number = mul(add(number, splat(token_zero[t])), splat(token_scale[t]));
+            }
+            store(key, fma(step, number, center));
+            for (int i = 0; i < 16; ++i) s.keys[t * d + frame.order[r + i]] = key[i];
+        }
+    }
+}
+
+// Reads a record back: keys and values into `s`, as `quantize_chunk` takes them.
+inline void dequantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+                             const uint8_t* record) {
+    const int d = layout.head_dim, num_tiles = kChunk * d / kLine;
+    unpack_keys(record, layout, s.tiles);
+    for (int quad = 0; quad < d / 4; ++quad) {
+        for (int t = 0; t < kChunk; ++t) {
+            copy4(s.integers + t * d + 4 * quad, s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4);
+        }
+    }
+    dequantize_keys(s, layout, frame, record);
+
+    unpack(record + layout.values, layout.value_bits, num_tiles, s.tiles);
+    for (int quad = 0; quad < kChunk / 4; ++quad) {
+        for (int c = 0; c < d; ++c) {
+            copy4(s.integers + c * kChunk + 4 * quad,
+                  s.tiles + (quad * (d / 16) + c / 16) * kLine + c % 16 * 4);
+        }
+    }
+    const int groups = LowLayout::value_groups(d), channels = d / groups;
+    for (int half = 0; half < kChunk; half += 16) {
+        for (int c = 0; c < d; ++c) {
+            const int at = c / channels * kChunk + half;
+            const F scale = decode_scale(load_u8(record + layout.value_scales + at));
+            const F zero = to_float(load_s8(record + layout.value_zeros + at));
+            const F integer = to_float(load_u8(s.integers + c * kChunk + half));
+            store(s.values + c * kChunk + half, mul(scale, add(integer, zero)));
+        }
+        rotate_columns(s.values + half, d, kChunk);
+    }
+}
+
 // One token's channels as int8 + 128; returns the fp16 scale's bits.
 inline uint16_t quantize_high(const float* x, int head_dim, uint8_t* integers) {
     F top = splat(0.0f);

@@ -66,7 +66,7 @@ struct Step {
         }
         const int64_t at = static_cast<int64_t>(item.head) * layer.head_dim;
         append(layer, item.stream, high, sizes, tensors.k.at(row.token) + at,
-               tensors.v.at(row.token) + at, scratch.source);
+               tensors.v.at(row.token) + at, 0.0f, scratch.source);
     }
 
     Part range(const Item& item, int part) const {

@@ -172,12 +172,12 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
     stream.write(sizes.low_end - sizes.low_chunks * low.num_lines, low.num_lines, s.source);
 }
 
-// Appends a token to the high tier with score 0.
+// Appends a token to the high tier.
 inline void append(const Layer& layer, const Stream& stream, const HighLayout& high, Sizes& sizes,
-                   const uint16_t* key, const uint16_t* value, uint8_t* buffer) {
+                   const uint16_t* key, const uint16_t* value, float score, uint8_t* buffer) {
     const int group = sizes.high_tokens / kGroup, slot = sizes.high_tokens % kGroup;
     const Editor record(stream, high.group_line(group), high.num_lines, buffer);
-    HighSlot{high}.write(record.data, slot, key, value, 0.0f, layer.dtype);
+    HighSlot{high}.write(record.data, slot, key, value, score, layer.dtype);
     ++sizes.high_tokens;
 }
 

@@ -7,6 +7,6 @@
 namespace mikv::MIKV_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels{MIKV_STRING(MIKV_ISA), decode, score, compress};
+const Kernels kernels{MIKV_STRING(MIKV_ISA), decode, score, compress, restore, extend};
 
 }  // namespace mikv::MIKV_ISA

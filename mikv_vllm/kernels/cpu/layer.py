@@ -8,7 +8,7 @@ import torch
 from mikv_vllm.kernels.cpu import _C
 from mikv_vllm.kernels.cpu.batch import DecodeBatch
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import TierState
+from mikv_vllm.tiers.plan import AppendStep, TierState
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that the kernels are compiled for."""
@@ -19,6 +19,17 @@ def _place(cache: torch.Tensor) -> tuple[int, int, int]:
     """Address, page stride and head stride of a cache, in bytes."""
     size = cache.element_size()
     return cache.data_ptr(), cache.stride(0) * size, cache.stride(1) * size
+
+
+def _sizes(state: TierState, low_format: LowFormat) -> tuple[int, ...]:
+    """Sizes and format as the kernels take them; ends count in lines."""
+    return (
+        state.high_tokens,
+        state.low_chunks,
+        state.low_end // LINE_BYTES,
+        low_format.key_code,
+        low_format.value_bits,
+    )
 
 
 class LayerOps:
@@ -171,14 +182,70 @@ class LayerOps:
             tiered.ctypes.data,
             state.num_tokens,
             state.pages,
-            state.high_tokens,
-            state.low_chunks,
-            state.low_end // LINE_BYTES,
-            low_format.key_code,
-            low_format.value_bits,
+            *_sizes(state, low_format),
             scores.data_ptr(),
             scores.stride(0),
             q.data_ptr(),
             q.stride(0),
             len(q),
+        )
+
+    def restore(
+        self,
+        cache: torch.Tensor,
+        tiered_table: Any,
+        state: TierState,
+        low_format: LowFormat,
+        native: torch.Tensor,
+    ) -> None:
+        """Lay a compressed request out as native pages: its high tokens, then its low ones.
+
+        Args:
+            tiered_table: page ids, integers.
+            native: the pages to write, from the first on; like ``cache``.
+        """
+        tiered = np.ascontiguousarray(tiered_table, np.int32)
+        self._layer.restore(
+            *_place(cache), tiered.ctypes.data, *_sizes(state, low_format), *_place(native)
+        )
+
+    def extend(
+        self,
+        cache: torch.Tensor,
+        tiered_table: Any,
+        state: TierState,
+        step: AppendStep,
+        low_format: LowFormat,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: torch.Tensor,
+        keep: float,
+    ) -> None:
+        """Take the next tokens of a prompt into a compressed request's tiers.
+
+        Args:
+            tiered_table: page ids, integers; the step's new ones included.
+            state: sizes before.
+            step: what :meth:`~mikv_vllm.tiers.plan.TierPlanner.extend` planned.
+            k, v: ``[tokens, kv_heads, head_dim]``; heads and channels contiguous.
+            scores: ``[kv_heads, state.num_tokens + tokens]``, float32, contiguous, in the order
+                of :meth:`restore`, the new tokens last.
+            keep: factor on the high tokens' own scores, to which theirs are added.
+        """
+        tiered = np.ascontiguousarray(tiered_table, np.int32)
+        self._layer.extend(
+            *_place(cache),
+            tiered.ctypes.data,
+            *_sizes(state, low_format),
+            state.high_tokens + len(k),
+            step.moved_chunks,
+            step.state.low_end // LINE_BYTES,
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            len(k),
+            scores.data_ptr(),
+            scores.stride(0),
+            keep,
         )

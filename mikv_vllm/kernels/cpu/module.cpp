@@ -147,6 +147,30 @@ class LayerHandle {
                           rows(queries, query_stride), num_queries});
     }
 
+    void restore(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
+                 int high_tokens, int low_chunks, int low_end, int key_code, int value_bits,
+                 uintptr_t target, int64_t target_page_stride, int64_t target_head_stride) const {
+        nb::gil_scoped_release unlocked;
+        active->restore(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
+                        {pointer<const int32_t>(table), high_tokens, low_chunks, low_end, key_code,
+                         value_bits},
+                        {pointer<uint8_t>(target), target_page_stride, target_head_stride});
+    }
+
+    void extend(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
+                int high_tokens, int low_chunks, int low_end, int key_code, int value_bits,
+                int most_high, int moved_chunks, int low_end_after, uintptr_t k, int64_t k_stride,
+                uintptr_t v, int64_t v_stride, int num_tokens, uintptr_t scores,
+                int64_t score_stride, float keep) const {
+        nb::gil_scoped_release unlocked;
+        active->extend(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
+                       {{pointer<const int32_t>(table), high_tokens, low_chunks, low_end, key_code,
+                         value_bits},
+                        most_high, moved_chunks, low_end_after, rows(k, k_stride),
+                        rows(v, v_stride), num_tokens, pointer<const float>(scores), score_stride,
+                        keep});
+    }
+
   private:
     static bool in_runs(const std::vector<int32_t>& index) {
         for (size_t i = 1; i < index.size(); ++i) {
@@ -176,5 +200,7 @@ NB_MODULE(_C, m) {
                       uintptr_t>())
         .def("decode", &LayerHandle::decode)
         .def("score", &LayerHandle::score)
-        .def("compress", &LayerHandle::compress);
+        .def("compress", &LayerHandle::compress)
+        .def("restore", &LayerHandle::restore)
+        .def("extend", &LayerHandle::extend);
 }

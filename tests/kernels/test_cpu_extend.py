@@ -1,0 +1,107 @@
+"""A prompt that continues behind its compressed beginning, on the CPU, against the torch oracle."""
+
+import pytest
+import torch
+
+from mikv_vllm.kernels import cpu
+from mikv_vllm.tiers import reference
+from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.plan import TierPlanner
+
+from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, permutation, tokens
+
+RECENT = 16
+
+
+@pytest.fixture(params=cpu.isas(), autouse=True)
+def isa(request):
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(cpu.isas()[0])
+
+
+CASES = [
+    (Shape(), LowFormat((6, 4, 3, 3), 3), 4.0, 700, 130, None),
+    (Shape(64, block_size=32, group=1), LowFormat((5, 3, 3, 2), 3), 4.5, 500, 333, 1),
+    (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 4), 3.0, 300, 17, 2),
+    (Shape(128, high_bits=16), LowFormat((4, 2, 2, 2), 4), 4.0, 400, 100, 3),
+    (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 3, 2, 2), 2), 5.0, 350, 64, None),
+    (Shape(96, block_size=32), LowFormat.parse("B3V3"), 4.0, 300, 40, None),
+]
+
+
+def layer(shape, order):
+    index = permutation(shape, order)
+    return index, cpu.LayerOps(
+        shape.head_dim,
+        shape.heads,
+        shape.kv_heads,
+        shape.block_size,
+        shape.high_bits,
+        shape.dtype,
+        scale=shape.head_dim**-0.5,
+        softcap=0.0,
+        sinks=None,
+        decay=0.9,
+        recent=RECENT,
+        key_index=index[0],
+        value_index=index[1],
+    )
+
+
+def compressed(shape, low_format, ratio, first, more):
+    """A compressed beginning, with pages for ``more`` tokens behind it."""
+    planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
+    state = planner.compress(first)
+    step = planner.extend(state, more)
+    pages = new_pages(shape, step.state.pages + 3, poison=None)
+    table = torch.randperm(len(pages))[: step.state.pages].tolist()
+    filled(shape, low_format, state, pages, table, seed=first, recent=RECENT)
+    return state, step, pages, table
+
+
+@pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "order"), CASES)
+def test_restored_pages_hold_both_tiers(shape, low_format, ratio, first, more, order):
+    index, ops = layer(shape, order)
+    state, _, pages, table = compressed(shape, low_format, ratio, first, more)
+    count = -(-first // shape.block_size)
+    native = new_pages(shape, count)
+    ops.restore(pages, table, state, low_format, native)
+    elements = native.view(shape.dtype)
+    for head in range(shape.kv_heads):
+        stream = reference.Stream(pages, table, head)
+        expected = reference.restore(stream, shape.geometry, low_format, state, shape.dtype)
+        for places, values in zip(index, expected, strict=True):
+            stored = elements[:, head, places.long()].reshape(-1, shape.head_dim)[:first]
+            # Rotations round differently in their last bit.
+            torch.testing.assert_close(stored.float(), values, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+@pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "order"), CASES)
+def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, order, keep):
+    _, ops = layer(shape, order)
+    state, step, pages, table = compressed(shape, low_format, ratio, first, more)
+    keys, values = tokens(shape, more + 2, seed=more)
+    scores = torch.rand(shape.kv_heads, first + more)
+    scores[:, first : first + more // 2] = 0.5  # ties
+    expected, before = pages.clone(), pages.clone()
+    for head in range(shape.kv_heads):
+        after = reference.extend(
+            reference.Stream(expected, table, head),
+            shape.geometry,
+            low_format,
+            state,
+            step,
+            keys[1 : more + 1, head],
+            values[1 : more + 1, head],
+            scores[head],
+            keep,
+            RECENT,
+        )
+        assert after == step.state
+    k, v = keys[1 : more + 1], values[1 : more + 1]
+    ops.extend(pages, table, state, step, low_format, k, v, scores, keep)
+    assert_same_tiers(pages, expected, table, shape, low_format, step.state)
+    others = [page for page in range(len(pages)) if page not in table]
+    assert torch.equal(pages[others], before[others])
