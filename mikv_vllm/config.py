@@ -79,6 +79,10 @@ class CompressionConfig(BaseModel):
     min_tokens: int = Field(default=256, ge=64)
     """A request stays native until it holds this many tokens."""
 
+    native_share: float = Field(default=0.5, ge=0.05, le=1.0, allow_inf_nan=False)
+    """Share of all pages up to which a prompt stays uncompressed while it is computed. What is
+    longer is compressed then, and after each further step, so that it need not fit as it is."""
+
     codec: Codec = "channel"
     """Low-tier codec: keys per channel, the costly channels at more bits; or ``balanced``, the
     MiKV paper's, keys per token after its balancer, to compare with."""

@@ -10,7 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
-from mikv_vllm.tiers.plan import TierPlanner, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
 if TYPE_CHECKING:
     from mikv_vllm.engine.spec import TieredAttentionSpec
@@ -22,6 +22,13 @@ class TieredRequest:
 
     planner: TierPlanner
     state: TierState
+
+    def grow(self, num_tokens: int) -> AppendStep:
+        """How the tiers come to hold ``num_tokens`` tokens: one more, or a prompt's next chunk."""
+        count = num_tokens - self.state.num_tokens
+        return self.planner.append(self.state) if count == 1 else self.planner.extend(
+            self.state, count
+        )
 
 
 class TieredBlockManager(FullAttentionManager):
@@ -36,11 +43,15 @@ class TieredBlockManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: "TieredAttentionSpec", **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self.ratios: dict[str, float] = {}
+        """Requested ratio of each request that may be compressed; our scheduler's."""
+        self.native_limit = 0
+        """Tokens of a prompt beyond which it is compressed while it is computed."""
         self.tiered: dict[str, TieredRequest] = {}
         self.num_compressed = 0
         self.num_compressed_in_place = 0
         self.num_demoted = 0
-        self._decode_steps: dict[str, DecodeStep] = {}
+        self._steps: dict[str, DecodeStep] = {}
         self._released: list[KVCacheBlock] = []
         self._once_tiered: set[int] = set()
         self._to_zero: list[int] = []
@@ -61,13 +72,17 @@ class TieredBlockManager(FullAttentionManager):
         **kwargs,
     ) -> int:
         tiered = self.tiered.get(request_id)
-        if tiered is None:
-            return super().get_num_blocks_to_allocate(
-                request_id, num_tokens, new_computed_blocks, *args, **kwargs
-            )
-        if num_tokens <= tiered.state.num_tokens:
-            return 0
-        return tiered.planner.append(tiered.state).new_pages
+        if tiered is not None:
+            if num_tokens <= tiered.state.num_tokens:
+                return 0
+            return tiered.grow(num_tokens).new_pages
+        if kwargs.get("apply_admission_cap") and request_id in self.ratios:
+            # All of a prompt has to fit; but never more of it than this at once.
+            least = self.tiered_pages(self.ratios[request_id], num_tokens)
+            num_tokens = min(num_tokens, max(self.native_limit, least * self.block_size))
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -78,17 +93,13 @@ class TieredBlockManager(FullAttentionManager):
             self._clean(blocks)
             return blocks
         before = tiered.state
-        assert num_tokens == before.num_tokens + 1, (
-            f"request {request_id} holds {before.num_tokens} tokens in its tiers "
-            f"and takes one at a time, but {num_tokens} were asked for"
-        )
-        append = tiered.planner.append(before)
+        append = tiered.grow(num_tokens)
         blocks = self.block_pool.get_new_blocks(append.new_pages)
         self._once_tiered.update(block.block_id for block in blocks)
         self.req_to_blocks[request_id].extend(blocks)
         tiered.state = append.state
         self.num_demoted += append.demoted_chunks
-        self._decode_steps[request_id] = DecodeStep(
+        self._steps[request_id] = DecodeStep(
             before,
             append,
             tuple(block.block_id for block in blocks),
@@ -102,7 +113,7 @@ class TieredBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.tiered.pop(request_id, None)
-        self._decode_steps.pop(request_id, None)
+        self._steps.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _clean(self, blocks: list[KVCacheBlock]) -> None:
@@ -123,21 +134,34 @@ class TieredBlockManager(FullAttentionManager):
         pages, self._to_zero = tuple(self._to_zero), []
         return pages
 
-    def take_decode_steps(self) -> dict[str, DecodeStep]:
+    def take_steps(self) -> dict[str, DecodeStep]:
         """Drain the steps of the tiered requests that were scheduled since the last call."""
-        steps, self._decode_steps = self._decode_steps, {}
+        steps, self._steps = self._steps, {}
         return steps
 
-    def compress(self, request_id: str, ratio: float, num_tokens: int) -> CompressStep | None:
+    def _planner(self, ratio: float, num_tokens: int) -> TierPlanner:
+        settings = self.kv_cache_spec.compression
+        return TierPlanner.choose(
+            self.geometry, ratio, settings.recent, num_tokens, settings.ladder
+        )
+
+    def tiered_pages(self, ratio: float, num_tokens: int) -> int:
+        """Pages that a request of ``num_tokens`` tokens takes once it is compressed."""
+        planner = self._planner(ratio, num_tokens)
+        state = planner.compress(num_tokens)
+        return state.pages if state else planner.native_pages(num_tokens)
+
+    def compress(self, request_id: str, num_tokens: int, most_tokens: int) -> CompressStep | None:
         """Move a native request into tiers; None if that saves no page or no page is to be had.
+
+        Args:
+            num_tokens: that it holds.
+            most_tokens: of its whole prompt.
 
         The request's native pages stay allocated until :meth:`release_native_pages`: other
         requests of the same step must not write to them before the workers have read them.
         """
-        settings = self.kv_cache_spec.compression
-        planner = TierPlanner.choose(
-            self.geometry, ratio, settings.recent, num_tokens, settings.ladder
-        )
+        planner = self._planner(self.ratios[request_id], most_tokens)
         state = planner.compress(num_tokens)
         if state is None:
             return None

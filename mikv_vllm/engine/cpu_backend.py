@@ -16,8 +16,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from mikv_vllm.engine.native_layout import native_layout
 from mikv_vllm.engine.spec import TieredAttentionSpec, tiered_spec
 from mikv_vllm.engine.tiered_metadata import (
+    ExtendedRow,
     ScoredRow,
     native_part,
+    restored_part,
     split_batch,
     token_selection,
 )
@@ -54,6 +56,8 @@ class TieredCPUAttentionMetadata(CPUAttentionMetadata):
     decode: DecodeBatch | None = None
     """The compressed rows; None if there are none."""
     scored: list[ScoredRow] = field(default_factory=list)
+    extended: list[tuple[ExtendedRow, CPUAttentionMetadata]] = field(default_factory=list)
+    """Rows with a chunk of a prompt, and vLLM's metadata of each in a workspace."""
 
 
 class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -74,7 +78,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         native = batch
         if split.native_rows:
             native_tokens = token_selection(split.native_rows, starts)
-            if split.tiered:
+            if len(split.native_rows) < len(starts) - 1:
                 native = native_part(batch, split.native_rows, starts)
             metadata = super().build(common_prefix_len, native, fast_build)
         else:
@@ -98,8 +102,17 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                     for row in split.tiered
                 ]
             )
+        extended = []
+        for row in split.extended:
+            batch.slot_mapping[row.tokens] = -1
+            part = restored_part(batch, row, starts, self.block_size)
+            extended.append((row, super().build(common_prefix_len, part, fast_build)))
         return TieredCPUAttentionMetadata(
-            **vars(metadata), native_tokens=native_tokens, decode=decode, scored=split.scored
+            **vars(metadata),
+            native_tokens=native_tokens,
+            decode=decode,
+            scored=split.scored,
+            extended=extended,
         )
 
 
@@ -144,7 +157,41 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
         if attn_metadata.decode is not None:
             ops = self._ops(layer, kv_cache)
             ops.decode(kv_cache, attn_metadata.decode, query, key, value, output)
+        for row, metadata in attn_metadata.extended:
+            t = row.tokens
+            self._extend(layer, query[t], key[t], value[t], kv_cache, row, metadata, output[t])
         return output
+
+    def _extend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        row: ExtendedRow,
+        metadata: CPUAttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend to a compressed beginning and the chunk behind it, then take the chunk in.
+
+        Args:
+            query, key, value, output: of the row's tokens alone.
+        """
+        assert context.compression is not None
+        ops, step = self._ops(layer, kv_cache), row.step
+        pages = metadata.block_table[0]
+        native = context.workspace(kv_cache, len(pages))
+        ops.restore(kv_cache, row.table, step.before, step.low_format, native)
+        self.do_kv_cache_update(layer, key, value, native, metadata.slot_mapping)
+        super().forward(layer, query, key, value, native, metadata, output)
+        num_tokens = step.append.state.num_tokens
+        scores = torch.zeros(self.num_kv_heads, num_tokens)
+        ops.score(native, pages, num_tokens, query[-step.num_queries :], scores)
+        keep = float(context.compression.importance == "h2o")
+        ops.extend(
+            kv_cache, row.table, step.before, step.append, step.low_format, key, value, scores, keep
+        )
 
     def _score(
         self, layer: AttentionLayer, query: torch.Tensor, kv_cache: torch.Tensor, row: ScoredRow

@@ -25,6 +25,8 @@ from mikv_vllm.config import (
 from mikv_vllm.engine.block_manager import TieredBlockManager
 from mikv_vllm.engine.step_plan import (
     CompressStep,
+    DecodeStep,
+    ExtendStep,
     ScoreStep,
     StepPlan,
     TieredSchedulerOutput,
@@ -64,7 +66,9 @@ class TieredScheduler(Scheduler):
         )
         self._heads = spec.num_layers * spec.num_kv_heads
         self._heads *= self.parallel_config.tensor_parallel_size
-        self._ratios: dict[str, float] = {}
+        share = int(config.native_share * (self.kv_cache_config.num_blocks - 1))
+        least = config.min_tokens + config.window
+        self.tiers.native_limit = max(share, -(-least // self.block_size)) * self.block_size
         self._scoring: set[str] = set()
 
     # Requests come and go.
@@ -73,7 +77,7 @@ class TieredScheduler(Scheduler):
         super().add_request(request)
         ratio = self._requested_ratio(request)
         if ratio > 1.0:
-            self._ratios[request.request_id] = ratio
+            self.tiers.ratios[request.request_id] = ratio
 
     def _requested_ratio(self, request: Request) -> float:
         # A resumable request gets new prompt tokens later; they need native pages.
@@ -94,7 +98,7 @@ class TieredScheduler(Scheduler):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         report = self._report(request)
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
-        self._ratios.pop(request.request_id, None)
+        self.tiers.ratios.pop(request.request_id, None)
         self._scoring.discard(request.request_id)
         return {REPORT_FIELD: report}, ec_transfer_params
 
@@ -122,7 +126,7 @@ class TieredScheduler(Scheduler):
         uncompressed = tokens * geometry.token_bytes * self._heads
         stored = tiered.state.pages * geometry.page_bytes * self._heads if tiered else uncompressed
         return {
-            "requested_ratio": self._ratios.get(request.request_id, 1.0),
+            "requested_ratio": self.tiers.ratios.get(request.request_id, 1.0),
             "achieved_ratio": round(uncompressed / stored, 4) if stored else 1.0,
             "kv_tokens": tokens,
             "high_tokens": tiered.state.high_tokens if tiered else 0,
@@ -137,7 +141,7 @@ class TieredScheduler(Scheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         hit = super()._get_local_prefix_cache_hit(request)
         blocks, num_tokens, boundary, diverged = hit
-        if request.request_id not in self._ratios:
+        if request.request_id not in self.tiers.ratios:
             return hit
         limit = 0
         if self.compression.importance == "window":
@@ -154,7 +158,13 @@ class TieredScheduler(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        if request.request_id in self._ratios and self.compression.importance == "window":
+        if request.request_id not in self.tiers.ratios:
+            return num_new_tokens
+        limit = self.tiers.native_limit
+        if request.request_id not in self.tiers.tiered and request.num_tokens > limit:
+            most = max(limit - num_computed_tokens, self.compression.window)
+            num_new_tokens = min(num_new_tokens, most)
+        if self.compression.importance == "window":
             left = request.num_tokens - num_computed_tokens
             before_window = left - self.compression.window
             if 0 < before_window < num_new_tokens < left:
@@ -169,42 +179,63 @@ class TieredScheduler(Scheduler):
         return TieredSchedulerOutput(**values, plan=self._plan(output.num_scheduled_tokens))
 
     def _plan(self, num_scheduled_tokens: dict[str, int]) -> StepPlan:
-        decode = self.tiers.take_decode_steps()
+        decode: dict[str, DecodeStep] = {}
+        extend: dict[str, ExtendStep] = {}
+        for request_id, step in self.tiers.take_steps().items():
+            num_new = num_scheduled_tokens[request_id]
+            if num_new == 1:
+                decode[request_id] = step
+            else:
+                extend[request_id] = ExtendStep(**vars(step), num_queries=self._queries(num_new))
         score: dict[str, ScoreStep] = {}
         compress: dict[str, CompressStep] = {}
-        for request_id, ratio in self._ratios.items():
+        for request_id in self.tiers.ratios:
             num_new = num_scheduled_tokens.get(request_id, 0)
             if not num_new or request_id in self.tiers.tiered:
                 continue
             request = self.requests[request_id]
-            if step := self._score(request, num_new):
-                score[request_id] = step
-            if request.is_prefill_chunk or request.num_computed_tokens < self._least_tokens:
+            if scoring := self._score(request, num_new):
+                score[request_id] = scoring
+            num_tokens = request.num_computed_tokens
+            if self._goes_on(request) or num_tokens < self._least_tokens:
                 continue
-            if done := self.tiers.compress(request_id, ratio, request.num_computed_tokens):
+            most_tokens = max(num_tokens, request.num_tokens)
+            if done := self.tiers.compress(request_id, num_tokens, most_tokens):
                 compress[request_id] = done
                 self._scoring.discard(request_id)
         self.tiers.release_native_pages()
         zero = self.tiers.take_pages_to_zero()
-        return StepPlan(score, compress, decode, zero, self._tier_stats())
+        return StepPlan(score, compress, decode, extend, zero, self._tier_stats())
 
     @property
     def _least_tokens(self) -> int:
         return self.compression.min_tokens
 
+    def _goes_on(self, request: Request) -> bool:
+        """Whether more of the prompt comes before it is compressed."""
+        limit = self.tiers.native_limit
+        # The window at a prompt's end is not cut: it has to fit behind what is native then.
+        has_room = request.num_computed_tokens < limit - self.compression.window
+        return request.is_prefill_chunk and (request.num_tokens <= limit or has_room)
+
+    def _queries(self, num_new: int) -> int:
+        """How many of a step's queries score."""
+        if self.compression.importance == "h2o":
+            return num_new
+        return min(self.compression.window, num_new)
+
     def _score(self, request: Request, num_new: int) -> ScoreStep | None:
         """How this step adds to the request's scores, if it does."""
         num_tokens, window = request.num_computed_tokens, self.compression.window
         if self.compression.importance == "h2o":
-            num_queries, reset = num_new, num_tokens == num_new
+            reset = num_tokens == num_new
         else:
-            if request.is_prefill_chunk or num_tokens < self._least_tokens - window:
+            if self._goes_on(request) or num_tokens < self._least_tokens - window:
                 return None
-            num_queries = min(window, num_new)
             reset = num_new > 1 or request.request_id not in self._scoring
         self._scoring.add(request.request_id)
         capacity = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        return ScoreStep(num_queries, num_tokens, max(capacity, num_tokens), reset)
+        return ScoreStep(self._queries(num_new), num_tokens, max(capacity, num_tokens), reset)
 
     # What it holds.
 

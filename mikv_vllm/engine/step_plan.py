@@ -46,6 +46,19 @@ class DecodeStep:
 
 
 @dataclass(frozen=True)
+class ExtendStep:
+    """The next chunk of a prompt whose beginning is compressed; it joins after its attention."""
+
+    before: TierState
+    append: AppendStep
+    new_pages: tuple[int, ...]
+    """Pages that join the request's table, ``append.new_pages`` of them."""
+    low_format: LowFormat
+    num_queries: int
+    """Last queries of the chunk, which score all tokens."""
+
+
+@dataclass(frozen=True)
 class TierStats:
     """What the tiers hold, and what was done so far, at the end of a step's scheduling."""
 
@@ -79,6 +92,7 @@ class StepPlan:
     score: dict[str, ScoreStep] = field(default_factory=dict)
     compress: dict[str, CompressStep] = field(default_factory=dict)
     decode: dict[str, DecodeStep] = field(default_factory=dict)
+    extend: dict[str, ExtendStep] = field(default_factory=dict)
     zero: tuple[int, ...] = ()
     """Pages to zero before anything is written in this step."""
     stats: TierStats = field(default_factory=TierStats)
@@ -86,7 +100,7 @@ class StepPlan:
     @property
     def is_native(self) -> bool:
         """Whether the step touches no tier: stock vLLM runs it."""
-        return not (self.score or self.compress or self.decode)
+        return not (self.score or self.compress or self.decode or self.extend)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from mikv_vllm.engine.step_plan import CompressStep, DecodeStep, ScoreStep
+from mikv_vllm.engine.step_plan import CompressStep, DecodeStep, ExtendStep, ScoreStep
 from mikv_vllm.engine.worker_context import WorkerContext
 
 
@@ -35,10 +35,22 @@ class TieredRow:
 
 
 @dataclass(frozen=True)
+class ExtendedRow:
+    """A compressed request's row with the next chunk of its prompt."""
+
+    row: int
+    tokens: slice
+    """Of the batch."""
+    table: list[int]
+    step: ExtendStep
+
+
+@dataclass(frozen=True)
 class BatchSplit:
     """The batch of one step, by who runs each row."""
 
     tiered: list[TieredRow]
+    extended: list[ExtendedRow]
     scored: list[ScoredRow]
     native_rows: list[int]
 
@@ -53,12 +65,16 @@ def split_batch(
         block_table: vLLM's, int32 ``[rows, pages]``; right for native rows only.
     """
     plan = context.plan
-    tiered, scored, native_rows = [], [], []
+    tiered, extended, scored, native_rows = [], [], [], []
     for row, request_id in enumerate(context.request_ids()[: len(query_start_loc) - 1]):
         if decode := plan.decode.get(request_id):
             token = query_start_loc[row]
             assert query_start_loc[row + 1] == token + 1, "a compressed request decodes by one"
             tiered.append(TieredRow(token, context.tables[request_id], decode))
+            continue
+        if extend := plan.extend.get(request_id):
+            tokens = slice(query_start_loc[row], query_start_loc[row + 1])
+            extended.append(ExtendedRow(row, tokens, context.tables[request_id], extend))
             continue
         native_rows.append(row)
         if score := plan.score.get(request_id):
@@ -74,7 +90,7 @@ def split_batch(
                     torch.tensor(compress.tiered_pages, dtype=torch.int32) if compress else None,
                 )
             )
-    return BatchSplit(tiered, scored, native_rows)
+    return BatchSplit(tiered, extended, scored, native_rows)
 
 
 def token_selection(rows: list[int], query_start_loc: list[int]) -> slice | torch.Tensor:
@@ -101,4 +117,18 @@ def native_part(
     part.seq_lens = batch.seq_lens[index]
     part.max_seq_len = int(part.seq_lens.max())
     part.block_table_tensor = batch.block_table_tensor[index]
+    return part
+
+
+def restored_part(
+    batch: CommonAttentionMetadata, row: ExtendedRow, query_start_loc: list[int], block_size: int
+) -> CommonAttentionMetadata:
+    """vLLM's metadata of one extended row, in native pages 0, 1, … that hold all its tokens."""
+    part = native_part(batch, [row.row], query_start_loc)
+    num_tokens = row.step.append.state.num_tokens
+    pages = -(-num_tokens // block_size)
+    part.block_table_tensor = torch.arange(pages, dtype=batch.block_table_tensor.dtype)[None]
+    part.slot_mapping = torch.arange(
+        row.step.before.num_tokens, num_tokens, dtype=batch.slot_mapping.dtype
+    )
     return part

@@ -26,6 +26,17 @@ class WorkerContext:
     scores: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Importance scores of native requests, by layer name: float32 ``[kv_heads, capacity]``."""
 
+    _workspace: torch.Tensor | None = None
+
+    def workspace(self, cache: torch.Tensor, num_pages: int) -> torch.Tensor:
+        """Native pages outside of the pool, like those of ``cache``, for one layer at a time.
+
+        Their bytes are finite: vLLM's kernel multiplies unwritten slots by 0.
+        """
+        if self._workspace is None or len(self._workspace) < num_pages:
+            self._workspace = cache.new_zeros(num_pages, *cache.shape[1:])
+        return self._workspace[:num_pages]
+
     def begin_step(self, output: TieredSchedulerOutput) -> None:
         """Apply the plan's changes to the tables; called before the model runs."""
         self.plan = plan = output.plan
@@ -35,8 +46,8 @@ class WorkerContext:
         for request_id, score in plan.score.items():
             if score.reset:
                 self.scores[request_id] = {}
-        for request_id, decode in plan.decode.items():
-            self.tables[request_id].extend(decode.new_pages)
+        for request_id, step in (plan.decode | plan.extend).items():
+            self.tables[request_id].extend(step.new_pages)
         for request_id, compress in plan.compress.items():
             self.tables[request_id] = list(compress.tiered_pages)
 

@@ -20,6 +20,7 @@ FLAGS = {
     "decay": "--kv-importance-decay",
     "high_bits": "--kv-high-bits",
     "min_tokens": "--kv-min-tokens",
+    "native_share": "--kv-native-share",
     "codec": "--kv-codec",
     "low_formats": "--kv-low-formats",
 }

@@ -74,7 +74,7 @@ class AppendStep:
 
     new_pages: int
     moved_chunks: int
-    """Lowest-lying chunks that move to the end of the stream, into new pages."""
+    """Lowest-lying chunks that move to below the new ``low_end``, into new pages."""
     demoted_chunks: int
     """Times 32 high tokens that become one low chunk."""
     state: TierState
@@ -227,5 +227,7 @@ class TierPlanner:
     def _moved(self, state: TierState, pages: int) -> tuple[int, int]:
         """Chunks that move when the stream grows to ``pages``, and where the low tier then ends."""
         end, chunk = pages * self.geometry.page_bytes, self._chunk_bytes()
-        moved = min(state.low_chunks, (end - state.low_end) // chunk)
-        return moved, state.low_end + moved * chunk if state.low_chunks else end
+        moved = (end - state.low_end) // chunk
+        if moved >= state.low_chunks:
+            return state.low_chunks, end
+        return moved, state.low_end + moved * chunk

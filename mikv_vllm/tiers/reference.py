@@ -250,15 +250,19 @@ def compress(
 
 
 def move_chunks(
-    stream: Stream, geometry: TierGeometry, low_format: LowFormat, state: TierState, count: int
+    stream: Stream,
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    state: TierState,
+    count: int,
+    low_end: int,
 ) -> TierState:
-    """Move the ``count`` lowest-lying chunks behind the last one; returns the new sizes."""
+    """Move the ``count`` lowest-lying chunks to below ``low_end``; returns the new sizes."""
     size = geometry.low(low_format).num_bytes
-    for _ in range(count):
-        start = chunk_offset(geometry, low_format, state, 0)
-        stream.write(state.low_end, stream.read(start, size))
-        state = replace(state, low_end=state.low_end + size)
-    return state
+    for i in range(count):
+        start = chunk_offset(geometry, low_format, state, i)
+        stream.write(low_end - (count - i) * size, stream.read(start, size))
+    return replace(state, low_end=low_end)
 
 
 def demote(
@@ -363,8 +367,9 @@ def extend(
         offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
         stream.write(offset, score.reshape(1))
     new_scores = scores[state.num_tokens :]
-    state = move_chunks(stream, geometry, low_format, state, step.moved_chunks)
-    state = replace(state, pages=step.state.pages, low_end=step.state.low_end)
+    moved, low_end = step.moved_chunks, step.state.low_end
+    state = move_chunks(stream, geometry, low_format, state, moved, low_end)
+    state = replace(state, pages=step.state.pages)
     for i in range(len(keys)):
         low_start = chunk_offset(geometry, low_format, state, 0)
         if geometry.high_bytes(state.high_tokens + 1) > low_start:

@@ -178,7 +178,7 @@ class Simulation:
         for page in plan.zero:
             assert page not in self._tiered_pages() - in_this_step, "a tiered page was zeroed"
             self.memory[page] = {}
-        native = [r for r in scheduled if r not in plan.decode]
+        native = [r for r in scheduled if r not in plan.decode and r not in plan.extend]
         for request_id in native:
             self._write_native(request_id, computed[request_id], scheduled[request_id])
         for request_id in native:
@@ -189,7 +189,9 @@ class Simulation:
                 for page in step.tiered_pages:
                     self._check_private(page)
                     self.memory[page] = request_id
-        for request_id, step in plan.decode.items():
+        for request_id, step in plan.extend.items():
+            assert step.append.state.num_tokens == computed[request_id] + scheduled[request_id]
+        for request_id, step in (plan.decode | plan.extend).items():
             assert step.before.num_tokens == computed[request_id]
             for page in step.new_pages:
                 self._check_private(page)

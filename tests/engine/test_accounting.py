@@ -9,9 +9,9 @@ from mikv_vllm.config import CompressionConfig
 from .simulation import Simulation, engine_config, make_scheduler, write_model_config
 
 CONFIGS = {
-    "window": CompressionConfig(min_tokens=128, recent=8),
+    "window": CompressionConfig(min_tokens=128, recent=8, native_share=1.0),
     "h2o": CompressionConfig(min_tokens=128, recent=8, importance="h2o"),
-    "two ranks": CompressionConfig(min_tokens=128, recent=8),
+    "two ranks": CompressionConfig(min_tokens=128, recent=8, native_share=0.2),
 }
 ENGINE_ARGS = {"two ranks": {"tensor_parallel_size": 2}}
 
@@ -47,6 +47,7 @@ REQUEST = st.fixed_dictionaries(
         "prefix": st.integers(0, 2),
         "prefix_tokens": st.sampled_from([0, 64, 200]),
         "own_tokens": st.integers(1, 500),
+        "more_if_compressed": st.sampled_from([0, 0, 700]),
         "max_tokens": st.integers(1, 100),
         "ratio": st.sampled_from([1.0, 1.0, 1.5, 2.0, 3.3, 4.0, 5.0, 6.1]),
         "abort_after": st.none() | st.integers(0, 60),
@@ -79,7 +80,10 @@ def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
             if request["arrival"] == now:
                 # Prefixes are shared by some requests and not by others.
                 prefix = [request["prefix"]] * request["prefix_tokens"]
-                prompt = prefix + [100 + i] * request["own_tokens"]
+                own_tokens = request["own_tokens"]
+                if request["ratio"] > 3:
+                    own_tokens += request["more_if_compressed"]
+                prompt = prefix + [100 + i] * own_tokens
                 simulation.add(f"r{i}", prompt, request["max_tokens"], request["ratio"])
         for request_id in aborts.get(now, ()):
             simulation.abort(request_id)
@@ -89,7 +93,7 @@ def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
     assert simulation.pool.get_num_free_blocks() == num_pages
     tiers = simulation.scheduler.tiers
     scheduler, context = simulation.scheduler, simulation.context
-    left = (tiers.tiered, tiers.req_to_blocks, scheduler._ratios, scheduler._scoring)
+    left = (tiers.tiered, tiers.req_to_blocks, tiers.ratios, scheduler._scoring)
     assert not any((*left, context.tables, context.scores))
 
 

@@ -1,6 +1,6 @@
 """Caches with random requests in them, for tests of kernels against the torch oracle."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -159,8 +159,9 @@ def oracle_step(
     geometry, after = shape.geometry, step.state
     for head in range(shape.kv_heads):
         stream, state = reference.Stream(pages, table, head), before
-        state = reference.move_chunks(stream, geometry, low_format, state, step.moved_chunks)
-        state = TierState(after.pages, state.high_tokens, state.low_chunks, after.low_end)
+        moved, low_end = step.moved_chunks, after.low_end
+        state = reference.move_chunks(stream, geometry, low_format, state, moved, low_end)
+        state = replace(state, pages=after.pages)
         for _ in range(step.demoted_chunks):
             state = reference.demote(stream, geometry, low_format, state, recent, shape.dtype)
         reference.write_high(
