@@ -1,4 +1,4 @@
-"""Check the Triton kernels on this GPU, then time them against bf16 attention.
+"""Check the Triton kernels on this GPU, then time them against bf16 and int4 attention.
 
 python -m benchmarks.gpu                       # all of it, under 8 minutes
 python -m benchmarks.gpu --contexts 32768 --batches 8 --ratios 4 --skip-tests
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cases import MODELS, Heads, decode_rows, prompt_rows
+from benchmarks.gpu import xformers_int4
+from benchmarks.gpu.cases import DEVICE, MODELS, Heads, decode_rows, prompt_rows
 from benchmarks.gpu.timing import copy_bandwidth
 from mikv_vllm.evaluation.tables import markdown_table
 
@@ -87,10 +88,13 @@ def main() -> int:
     bandwidth = copy_bandwidth()
     memory = torch.cuda.get_device_properties(0).total_memory
     print(f"{device}: a copy reads and writes {bandwidth / 1e9:.0f} GB/s", flush=True)
+    if obstacle := xformers_int4.obstacle(DEVICE):
+        print(obstacle, flush=True)
+    limits = (bandwidth, memory, obstacle is None)
     decode, prompts = [], []
     for heads in chosen(args.models):
         for context in args.contexts:
-            for row in decode_rows(heads, context, args.batches, args.ratios, bandwidth, memory):
+            for row in decode_rows(heads, context, args.batches, args.ratios, *limits):
                 decode.append(row)
                 print(f"  {row}", flush=True)
         prompts += [row for context in args.contexts for row in prompt_rows(heads, context, 4.0)]
@@ -99,6 +103,7 @@ def main() -> int:
         "device": device,
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
         "copy_gb_per_s": round(bandwidth / 1e9),
+        "left_out": obstacle,
         "decode": decode,
         "prompt": prompts,
     }

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from benchmarks.gpu import xformers_int4
 from benchmarks.gpu.timing import device_time
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
 from mikv_vllm.kernels.triton.layer import PROGRAMS
@@ -173,6 +174,22 @@ def flash_attention(heads: Heads, tokens: int, batch: int) -> float:
         )
 
 
+def int4_attention(heads: Heads, tokens: int, batch: int) -> tuple[int, float]:
+    """Bytes of int4 keys and values of the same sizes, and seconds of xformers' attention."""
+    words = 1 + heads.head_dim // 8
+    num_bytes = 2 * batch * tokens * heads.kv_heads * words * 4
+    sets = max(1, min(32, -(-CACHE_BYTES // num_bytes)))
+    shape = (sets, 2, batch, tokens, heads.kv_heads, words)
+    cache = torch.empty(shape, dtype=torch.int32, device=DEVICE)
+    for part in cache.flatten(0, 2):
+        rows = torch.randn(tokens, heads.kv_heads, heads.head_dim, device=DEVICE)
+        part.copy_(xformers_int4.pack_rows(rows))
+    q = torch.randn(batch, heads.kv_heads, heads.group, heads.head_dim, dtype=DTYPE, device=DEVICE)
+    return num_bytes, device_time(
+        [lambda one=one: xformers_int4.decode(q, one[0], one[1]) for one in cache]
+    )
+
+
 def prefill_attention(heads: Heads, tokens: int) -> float:
     """Seconds of torch's causal flash attention over a prompt."""
     size = (1, heads.heads, tokens, heads.head_dim)
@@ -188,12 +205,14 @@ def decode_rows(
     ratios: list[float],
     bandwidth: float,
     memory: int,
+    int4: bool,
 ) -> Iterator[dict]:
     """One row for each contender and batch that fits.
 
     Args:
         bandwidth: bytes that a copy reads and writes in a second.
         memory: bytes of the device.
+        int4: time xformers, too.
     """
     scratch = Scratch(DEVICE)
     prompt = Prompt(heads, tokens, scratch)
@@ -204,6 +223,9 @@ def decode_rows(
             continue
         flash = flash_attention(heads, tokens, batch)
         measured = [("torch flash", 1.0, native, flash)]
+        if int4:
+            num_bytes, seconds = int4_attention(heads, tokens, batch)
+            measured.append(("xformers int4", round(native / num_bytes, 2), num_bytes, seconds))
         for ratio in ratios:
             case = Compressed(prompt, ratio, batch)
             seconds = device_time(case.attend())

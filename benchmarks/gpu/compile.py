@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from mikv_vllm.kernels.triton import attend, change, compress, merge, score
 from mikv_vllm.kernels.triton.layer import LEAST_BLOCKS, OPTIONS, PARTS, SCORE_ROWS
 from mikv_vllm.kernels.triton.layout import Layout, LowLines
-from mikv_vllm.tiers.formats import LADDER, LowFormat
+from mikv_vllm.tiers.formats import LADDER, LADDERS, LowFormat
 
 TARGETS = {80: "A100", 90: "H100", 100: "B200"}
 INT32, BYTES, FLOAT = "*i32", "*u8", "*fp32"
@@ -46,13 +46,17 @@ TYPES = {
     "sums": FLOAT,
     "sinks": FLOAT,
     "ranges": "*fp64",
+    "largest_queries": FLOAT,
     "scale": "fp32",
     "decay": "fp32",
     "hadamard_scale": "fp32",
 }
 NATIVE = {"q", "k", "v", "out", "keys", "values"}
 """Pointers to the cache's dtype."""
-ODD = {"num_tokens", "num_high", "recent", "num_queries", "num_chunks", "low_end", "order_stride"}
+ODD = {
+    *("num_tokens", "num_high", "first_low", "recent"),
+    *("num_queries", "num_chunks", "low_end", "order_stride"),
+}
 """Numbers that no one promises to be multiples of 16."""
 KERNELS = {
     "attend": attend.attend_kernel,
@@ -119,7 +123,7 @@ def compile_job(job: Job) -> Needs:
     low = job.low_format
     constants = {
         "L": job.layout,
-        "C": LowLines(job.layout.head_dim, low.key_bits, low.value_bits),
+        "C": LowLines(job.layout.head_dim, low),
         "SOFTCAP": 0.0,
         "SPLITS": 32,
         "LEAST_BLOCKS": LEAST_BLOCKS,
@@ -184,8 +188,9 @@ def matrix_loops(listing: str) -> tuple[int, ...]:
 
 def jobs(quick: bool, targets: list[int]) -> list[Job]:
     """What to compile: Llama-3.1-8B's and Qwen3-32B's heads in all formats, others in some."""
-    llama = Layout(128, 4, 64, 8)
-    shapes = [(llama, "bf16", LADDER[3:4] if quick else LADDER)]
+    llama, balanced = Layout(128, 4, 64, 8), LADDERS["balanced"]
+    formats = LADDER[3:4] + balanced[1:2] if quick else LADDER + balanced
+    shapes = [(llama, "bf16", formats)]
     shapes += [(Layout(128, 8, 64, 8), "bf16", LADDER[3:4])]
     if not quick:
         shapes += [
@@ -243,7 +248,7 @@ def decode_table(every: list[Job], needs: list[Needs]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one low format of each kernel")
+    parser.add_argument("--quick", action="store_true", help="one low format of each codec")
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()

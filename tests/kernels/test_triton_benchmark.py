@@ -3,9 +3,43 @@
 import pytest
 import torch
 
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, xformers_int4
 from mikv_vllm.tiers.formats import TierGeometry
 from mikv_vllm.tiers.plan import TierPlanner
+
+
+def dequantized(rows):
+    """Rows of :func:`~xformers_int4.pack_rows`, read number by number: float32."""
+    head = rows[..., :1].contiguous().view(torch.float16).float()
+    numbers = rows[..., 1:, None] >> 4 * torch.arange(8) & 15
+    return numbers.flatten(-2) * head[..., :1] + head[..., 1:]
+
+
+def attention(q, keys, values):
+    """What :func:`~xformers_int4.decode` computes."""
+    keys, values = dequantized(keys), dequantized(values)
+    logits = torch.einsum("bhgd,bthd->bhgt", q.float(), keys) * q.shape[-1] ** -0.5
+    return torch.einsum("bhgt,bthd->bhgd", logits.softmax(-1), values)
+
+
+def test_int4_rows_are_half_a_step_off():
+    x = 3 * torch.randn(5, 2, 64) + 1
+    rows = xformers_int4.pack_rows(x)
+    assert rows.shape == (5, 2, 9)
+    step = (x.amax(-1) - x.amin(-1)) / 15
+    error = (dequantized(rows) - x).abs().amax(-1)
+    assert (error <= 0.52 * step).all()
+    assert (error >= 0.3 * step).all()
+
+
+def test_xformers_reads_the_rows(device):
+    if obstacle := xformers_int4.obstacle(device):
+        pytest.skip(obstacle)
+    q = torch.randn(2, 2, 3, 64, dtype=torch.float16, device=device)
+    rows = [xformers_int4.pack_rows(torch.randn(2, 150, 2, 64)) for _ in range(2)]
+    out = xformers_int4.decode(q, *(part.to(device) for part in rows)).cpu().float()
+    expected = attention(q.cpu(), *rows)
+    assert (out - expected).norm() <= 2e-3 * expected.norm()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs here")
@@ -16,15 +50,17 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
         return 1e-3
 
     monkeypatch.setattr(cases, "device_time", run_once)
+    monkeypatch.setattr(xformers_int4, "decode", attention)
     monkeypatch.setattr(cases, "DEVICE", device)
     monkeypatch.setattr(cases, "CACHE_BYTES", 1)
     monkeypatch.setattr(cases.Heads, "programs", 8)
     heads = cases.Heads("toy", 64, 1, 2)
-    rows = list(cases.decode_rows(heads, 704, [2, 999], [1, 4], 1e9, 10**6))
+    rows = list(cases.decode_rows(heads, 704, [2, 999], [1, 4], 1e9, 10**6, True))
     geometry = TierGeometry(64, cases.BLOCK_SIZE)
     planner = TierPlanner.choose(geometry, 4, cases.RECENT, 704)
     assert [(row["batch"], row["contender"]) for row in rows] == [
-        (2, name) for name in ("torch flash", "ours 16-bit", f"ours {planner.low_format.name}")
+        *((2, name) for name in ("torch flash", "xformers int4", "ours 16-bit")),
+        (2, f"ours {planner.low_format.name}"),
     ]
     native = heads.native_bytes(704)
     for row in rows:

@@ -49,6 +49,11 @@ def table_tensor(table, device):
             1,
         ),
         (Shape(64, high_bits=16), LowFormat((6, 4, 3, 3), 4), 130, 0),
+        (Shape(), LowFormat.parse("B3V3"), 40, 4),
+        (Shape(80, block_size=32, dtype=torch.float16), LowFormat.parse("B5V5"), 47, 2),
+        (Shape(96, group=1, block_size=16), LowFormat.parse("B4V4"), 33, 3),
+        (Shape(128, high_bits=16), LowFormat.parse("B2V2"), 20, 2),
+        (Shape(256, kv_heads=1, block_size=16), LowFormat.parse("B6V4"), 17, 0),
     ],
 )
 def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, device):

@@ -99,7 +99,7 @@ def several_rows(shape, low_format, seed):
     """Four rows: one gets pages and moves chunks, one demotes, one has no chunk, two formats."""
     other = LowFormat((6, 4, 3, 3), 3)
     geometry = shape.geometry
-    wanted = [(30, 7, low_format), (17, 1, other), (47, 0, low_format), (90, 3, other)]
+    wanted = [(30, 7, low_format), (17, 1, other), (47, 0, other), (90, 3, low_format)]
     states, steps, formats, tables = [], [], [], []
     pages = new_pages(shape, 60)
     free = torch.randperm(len(pages)).tolist()
@@ -149,6 +149,14 @@ def several_rows(shape, low_format, seed):
             {"softcap": 3.0},
         ),
         (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 2, 2, 2), 2), {}),
+        (Shape(), LowFormat.parse("B3V3"), {}),
+        (
+            Shape(80, group=4, block_size=32, dtype=torch.float16),
+            LowFormat.parse("B5V5"),
+            {"sinks": True},
+        ),
+        (Shape(96, group=8, kv_heads=1, block_size=32), LowFormat.parse("B4V4"), {"softcap": 5.0}),
+        (Shape(128, kv_heads=1, high_bits=16), LowFormat.parse("B2V2"), {}),
     ],
 )
 def test_a_step_of_several_rows(shape, low_format, kwargs, device):

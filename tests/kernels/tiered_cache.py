@@ -119,7 +119,7 @@ def live_bytes(
     for chunk in range(state.low_chunks):
         offset = reference.chunk_offset(geometry, low_format, state, chunk)
         record = stream.read(offset, low.num_bytes)
-        parts.append(record[: low.key_zeros + shape.head_dim])
+        parts.append(record[: 2 * low.key_zeros - low.key_scales])
         parts.append(record[low.value_scales : low.value_zeros + CHUNK_TOKENS * low.value_groups])
     return torch.cat(parts)
 

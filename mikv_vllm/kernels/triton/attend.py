@@ -3,7 +3,8 @@
 Keys and queries meet as ``keys [32, channels] @ queries [channels, heads]``, values and weights as
 ``values [channels, 32] @ weights [32, heads]``: so the query heads, few of which share a KV head,
 are the short side of the tensor core's tile. The integers are multiplied as they are: scales of
-keys go into the queries, scales of values into the weights.
+keys go into the queries, or into the logits where a token has one, scales of values into the
+weights.
 """
 
 import triton
@@ -11,6 +12,8 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
 from mikv_vllm.kernels.triton.layout import Stream
+from mikv_vllm.kernels.triton.quantize import decode_scale
+from mikv_vllm.kernels.triton.queries import load_queries, query_fold, query_parts
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped, power_of_two, weigh
 from mikv_vllm.kernels.triton.stream import (
@@ -52,43 +55,38 @@ def splits_of(chunks, blocks, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def load_queries(q, channel, member, L: tl.constexpr):
-    """Queries ``[channels, members]``; 0 beyond the channels and the group."""
-    inside = (channel < L.head_dim)[:, None] & (member < L.group)[None, :]
-    return tl.load(q + member[None, :] * L.head_dim + channel[:, None], mask=inside, other=0.0)
-
-
-@triton.jit
-def query_fold(q):
-    """A power of two for each head that makes ``q`` times a byte fit fp16, and its inverse."""
-    exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 127
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
-    return power_of_two(5 - exponent), power_of_two(exponent - 5)
-
-
-@triton.jit
-def query_parts(per_unit, L: tl.constexpr):
-    """Split query factors so that fp16 products with a byte keep 15 bits of them.
-
-    The first part has 3 significant bits, 11 after the multiplication: exact. Of the second, an
-    eighth as large, 11 remain.
-
-    Args:
-        per_unit: ``[padded, L.members]``.
-
-    Returns:
-        fp16 ``[padded, 2 * L.members]``, the first parts in front.
-    """
-    bits = per_unit.to(tl.int32, bitcast=True)
-    first = ((bits + 0x00100000) & -0x00200000).to(tl.float32, bitcast=True)
-    parts = tl.join(first.to(tl.float16), (per_unit - first).to(tl.float16))
-    return tl.reshape(tl.permute(parts, (0, 2, 1)), (L.padded, 2 * L.members))
-
-
-@triton.jit
 def add_parts(logits, L: tl.constexpr):
     """Logits ``[32, members]`` from those of both parts."""
     return tl.sum(tl.reshape(logits, (32, 2, L.members)), 1)
+
+
+@triton.jit
+def low_logits(record, per_unit, parts, L: tl.constexpr, C: tl.constexpr):
+    """Logits of a chunk, ``[32, members]``, but for the centres.
+
+    A channel's scale goes into the queries, the scale of a balanced token into its logits.
+
+    Args:
+        per_unit: queries by key unit, float32 ``[padded, members]``, by rank in
+            :func:`~stream.channel_order`; parts: :func:`~queries.query_parts` of them.
+    """
+    if C.balanced:
+        token = token_order()
+        steps = decode_scale(load_bytes(record, C.key_scales, token))
+        zeros = load_bytes(record, C.key_scales, C.key_slices + token) ^ 0x80
+        zeros = zeros.to(tl.float32) - 128.0
+        logits = tl.dot(low_keys(record, 0, L.padded // BAND, C), parts)
+        logits = add_parts(logits * (key_row_factor(C) * steps)[:, None], L)
+        logits += tl.sum(per_unit, 0)[None, :] * (zeros * steps)[:, None]
+    else:
+        rank = within(channel_order(L.padded), L.padded, L.head_dim)
+        scales = small_fp16(load_bytes(record, C.key_scales, rank))
+        zeros = small_fp16(load_bytes(record, C.key_scales, C.key_slices + rank) ^ 0x80)
+        zeros = (zeros.to(tl.float32) - 128.0) * (0.5 * scales.to(tl.float32))
+        logits = tl.dot(low_keys(record, 0, L.padded // BAND, C), parts * scales[:, None])
+        logits = add_parts(logits * key_row_factor(C)[:, None], L)
+        logits += tl.sum(per_unit * zeros[:, None], 0)[None, :]
+    return logits
 
 
 @triton.jit
@@ -144,13 +142,7 @@ def attend_low(
     order = token_order()
     for chunk in range(first, last):
         record = record_at(stream, low_line + chunk * C.count, C.count, L)
-        scales = small_fp16(load_bytes(record, C.key_scales, rank))
-        zeros = small_fp16(load_bytes(record, C.key_scales, L.head_dim + rank) ^ 0x80)
-        zeros = (zeros.to(tl.float32) - 128.0) * (0.5 * scales.to(tl.float32))
-        keys = low_keys(record, 0, L.padded // BAND, C)
-        logits = tl.dot(keys, parts * scales[:, None])
-        logits = add_parts(logits * key_row_factor(C)[:, None], L)
-        logits += tl.sum(per_unit * zeros[:, None], 0)[None, :]
+        logits = low_logits(record, per_unit, parts, L, C)
         logits = capped(logits * unfold[None, :] + base[None, :], SOFTCAP)
         logits = fill_columns(logits, L)
         weights, top, total, older = weigh(logits, top, total)

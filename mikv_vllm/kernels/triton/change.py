@@ -109,7 +109,7 @@ def change_kernel(
     slot = (index * tl.num_programs(0) + head).to(tl.int64)
     for i in range(row.moved_chunks):
         source = row.low_end_before + (i - row.chunks_before) * C.count
-        copy_lines(stream, source, row.low_end_before + i * C.count, C.count, L)
+        copy_lines(stream, source, row.low_end - (row.moved_chunks - i) * C.count, C.count, L)
     if row.demoted_chunks > 0:
         tl.debug_barrier()
         kept = order + slot * (capacity + CHUNK)

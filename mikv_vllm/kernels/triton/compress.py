@@ -40,7 +40,7 @@ def measure_kernel(
     order,
     order_stride,
     num_tokens,
-    num_high,
+    first_low,
     partial,
     ranges,
     PARTS: tl.constexpr,
@@ -48,11 +48,11 @@ def measure_kernel(
 ):
     """Sums and extremes of a part of a head's keys, by channel. Grid ``(PARTS, kv_heads)``.
 
-    Extremes are of low tokens; of all, if none is low.
-
     Args:
+        first_low: place in ``order`` of the first token whose keys are among the extremes.
         partial: float32 ``[kv_heads, PARTS, 3, padded]``: sum, least and largest.
-        ranges: float64 ``[kv_heads, PARTS, padded]``: sum over low chunks of their squared ranges.
+        ranges: float64 ``[kv_heads, PARTS, padded]``: sum over chunks from ``first_low`` on of
+            their squared ranges.
     """
     part, head = tl.program_id(0), tl.program_id(1)
     native = NativePages(native_page_stride, native_token_stride, native_table)
@@ -62,7 +62,6 @@ def measure_kernel(
     least = tl.full([L.padded], INFINITY, tl.float32)
     largest = tl.full([L.padded], -INFINITY, tl.float32)
     squares = tl.zeros([L.padded], tl.float64)
-    first_low = tl.where(num_high < num_tokens, num_high, 0)
     # Chunks start at multiples of their size from here.
     first = first_low - tl.cdiv(first_low, CHUNK) * CHUNK
     share = tl.cdiv(tl.cdiv(num_tokens - first, PARTS), KEYS_AT_ONCE) * KEYS_AT_ONCE
@@ -97,6 +96,7 @@ def frame_kernel(
     tiered_table,
     partial,
     channels,
+    largest_queries,
     num_tokens,
     PARTS: tl.constexpr,
     L: tl.constexpr,
@@ -106,6 +106,8 @@ def frame_kernel(
 
     Args:
         partial: of :func:`measure_kernel`; channels: of each rank, int64 ``[kv_heads, head_dim]``.
+        largest_queries: of each channel without signs, float32 ``[kv_heads, head_dim]``, read if
+            keys are balanced.
     """
     head = tl.program_id(0)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
@@ -114,17 +116,24 @@ def frame_kernel(
     channel = tl.load(channels + head * L.head_dim + rank, mask=inside, other=0)
     part = tl.arange(0, PARTS)[:, None]
     at = partial + (head * PARTS + part) * 3 * L.padded + channel[None, :]
-    mean = tl.sum(tl.load(at), 0) / num_tokens
-    center = clamp(mean, -65504.0, 65504.0).to(tl.float16)
+    if C.balanced:
+        center = tl.zeros([L.padded], tl.float16)
+    else:
+        mean = tl.sum(tl.load(at), 0) / num_tokens
+        center = clamp(mean, -65504.0, 65504.0).to(tl.float16)
     least = tl.min(tl.load(at + L.padded), 0) - center.to(tl.float32)
     largest = tl.max(tl.load(at + 2 * L.padded), 0) - center.to(tl.float32)
     far = tl.maximum(tl.abs(least), tl.abs(largest))
-    # The largest scale, 255, covers twice the farthest key.
-    share = tl.div_rn(2.0, 255.0 * key_tops(rank, L, C))
-    unit = clamp(far * share, 6e-8, 65504.0).to(tl.float16)
+    if C.balanced:
+        query = tl.load(largest_queries + head * L.head_dim + channel)
+        unit = clamp(tl.sqrt_rn(tl.div_rn(far, tl.maximum(query, 1e-6))), 1e-3, 65504.0)
+    else:
+        # The largest scale, 255, covers twice the farthest key.
+        share = tl.div_rn(2.0, 255.0 * key_tops(rank, L, C))
+        unit = clamp(far * share, 6e-8, 65504.0)
     center_at, unit_at, channel_at = frame_pointers(stream, rank, L)
     tl.store(center_at, center, mask=inside)
-    tl.store(unit_at, unit, mask=inside)
+    tl.store(unit_at, unit.to(tl.float16), mask=inside)
     tl.store(channel_at, channel.to(tl.uint8), mask=inside)
 
 

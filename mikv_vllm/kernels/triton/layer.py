@@ -123,11 +123,6 @@ class LayerOps:
         self._hadamard = hadamard_signs(head_dim).to(scratch.device)
         self._hadamard_scale = codec.hadamard_size(head_dim) ** -0.5
 
-    def _low(self, low_format: LowFormat) -> LowLines:
-        if low_format.balanced:
-            raise ValueError(f"{low_format.name}: these kernels have no balanced keys")
-        return LowLines(self._layout.head_dim, low_format.key_bits, low_format.value_bits)
-
     def decode(
         self,
         cache: torch.Tensor,
@@ -179,7 +174,7 @@ class LayerOps:
                 integers,
                 DTYPE=DTYPES[dtype],
                 L=self._layout,
-                C=self._low(low_format),
+                C=LowLines(self._layout.head_dim, low_format),
                 **OPTIONS["change"],
             )
 
@@ -208,7 +203,7 @@ class LayerOps:
                 SPLITS=splits,
                 LEAST_BLOCKS=LEAST_BLOCKS,
                 L=layout,
-                C=self._low(low_format),
+                C=LowLines(layout.head_dim, low_format),
                 num_warps=layout.warps,
                 **OPTIONS["attend"],
             )
@@ -310,23 +305,8 @@ class LayerOps:
         order = take("order", (heads, tokens), torch.int32)
         high = state.high_tokens
         select_kernel[(heads,)](scores, scores.stride(0), tokens, high, self._recent, order, tokens)
-        partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
-        ranges = take("ranges", (heads, PARTS, layout.padded), torch.float64)
-        measure_kernel[(PARTS, heads)](
-            native[0],
-            *native[2:],
-            order,
-            tokens,
-            tokens,
-            high,
-            partial,
-            ranges,
-            PARTS=PARTS,
-            L=layout,
-        )
-        channels = self._ranked(q, ranges, state.low_chunks)
-        low = self._low(low_format)
-        frame_kernel[(heads,)](*tiered, partial, channels, tokens, PARTS=PARTS, L=layout, C=low)
+        low = LowLines(layout.head_dim, low_format)
+        self._write_frame((key_cache, *native[2:]), tiered, order, state, low, q)
         write_high_kernel[(triton.cdiv(high, GROUP_TOKENS), heads)](
             *native,
             *tiered,
@@ -358,15 +338,38 @@ class LayerOps:
             **OPTIONS["write_low"],
         )
 
-    def _ranked(self, q: torch.Tensor, ranges: torch.Tensor, low_chunks: int) -> torch.Tensor:
-        """Channel of each rank, int64 ``[kv_heads, head_dim]``: :func:`~codec.key_frame`'s order.
+    def _write_frame(
+        self,
+        keys: tuple[Any, ...],
+        tiered: tuple[Any, ...],
+        order: torch.Tensor,
+        state: TierState,
+        low: LowLines,
+        q: torch.Tensor,
+    ) -> None:
+        """Write each head's header: :func:`~codec.key_frame`.
 
         Args:
-            ranges: of ``measure_kernel``.
+            keys: key cache, its strides and its block table; tiered: the same of the tiers.
+            order: of ``select_kernel``.
         """
-        heads, head_dim = self._kv_heads, self._layout.head_dim
-        if not low_chunks:
-            return torch.arange(head_dim, device=q.device).repeat(heads, 1)
-        squares = q.unflatten(1, (heads, -1)).double().square().sum((0, 2))
-        cost = (squares * ranges.sum(1)[:, :head_dim]).float()
-        return cost.argsort(dim=-1, descending=True, stable=True)
+        layout, heads, tokens = self._layout, self._kv_heads, state.num_tokens
+        take = self._scratch.take
+        partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
+        ranges = take("ranges", (heads, PARTS, layout.padded), torch.float64)
+        ranked = state.low_chunks > 0 and not low.balanced
+        first_low = state.high_tokens if ranked else 0
+        measure_kernel[(PARTS, heads)](
+            *keys, order, tokens, tokens, first_low, partial, ranges, PARTS=PARTS, L=layout
+        )
+        shared = q.unflatten(1, (heads, -1))
+        if ranked:
+            squares = shared.double().square().sum((0, 2))
+            cost = (squares * ranges.sum(1)[:, : layout.head_dim]).float()
+            channels = cost.argsort(dim=-1, descending=True, stable=True)
+        else:
+            channels = torch.arange(layout.head_dim, device=q.device).repeat(heads, 1)
+        largest = shared.abs().amax((0, 2)).float() if low.balanced else None
+        frame_kernel[(heads,)](
+            *tiered, partial, channels, largest, tokens, PARTS=PARTS, L=layout, C=low
+        )

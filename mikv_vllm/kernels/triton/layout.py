@@ -97,21 +97,24 @@ class LowLines:
     """A low format of one head size, as one compile-time argument. Offsets in lines."""
 
     head_dim: int
-    key_bits: tuple[int, int, int, int]
-    value_bits: int
-
-    @property
-    def _low_format(self) -> LowFormat:
-        return LowFormat(self.key_bits, self.value_bits)
+    low_format: LowFormat
 
     @property
     def _layout(self) -> LowLayout:
-        return LowLayout(self.head_dim, self._low_format)
+        return LowLayout(self.head_dim, self.low_format)
+
+    @property
+    def balanced(self) -> bool:
+        return self.low_format.balanced
 
     @property
     def key_code(self) -> int:
-        """``key_bits`` as rows of a batch have them."""
-        return self._low_format.key_code
+        """Bits of keys, and whether they are balanced, as rows of a batch have them."""
+        return self.low_format.key_code
+
+    @property
+    def value_bits(self) -> int:
+        return self.low_format.value_bits
 
     @property
     def count(self) -> int:
@@ -127,6 +130,11 @@ class LowLines:
         return self._layout.key_scales // LINE_BYTES
 
     @property
+    def key_slices(self) -> int:
+        """Key scales, and as many zero points, a byte each: by channel, by token if balanced."""
+        return self._layout.key_zeros - self._layout.key_scales
+
+    @property
     def value_scales(self) -> int:
         return self._layout.value_scales // LINE_BYTES
 
@@ -137,7 +145,7 @@ class LowLines:
     @property
     def band_bits(self) -> tuple[int, ...]:
         """Bits of each band of keys; up to a power of two, bands of 0 bits follow."""
-        bits = self._low_format.band_bits(self.head_dim)
+        bits = self.low_format.band_bits(self.head_dim)
         return (*bits, *[0] * (power_of_two(len(bits)) - len(bits)))
 
     @property

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mikv_vllm.kernels.triton.quantize import key_steps, key_tops, quantize_values, round_keys
+from mikv_vllm.kernels.triton.quantize import quantize_keys, quantize_tokens
 from mikv_vllm.kernels.triton.stream import byte_pointer
 
 
@@ -30,16 +30,16 @@ def write_chunk(
     inside = channel < L.head_dim
     place = integers + row * L.head_dim + channel[None, :]
 
-    tops = key_tops(channel, L, C)
     x = keys.to(tl.float32) - center[None, :]
-    scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, tops)
-    numbers = round_keys(x, steps[None, :], zeros[None, :], tops[None, :])
+    numbers, scales, zeros = quantize_keys(x, unit, L, C)
     tl.store(place, numbers.to(tl.uint8), mask=inside[None, :])
-    at = byte_pointer(stream, line + C.key_scales, channel, L)
-    tl.store(at, scales.to(tl.uint8), mask=inside)
-    store_signed(stream, line + C.key_scales, L.head_dim + channel, zeros, inside, L)
+    entry = tl.arange(0, scales.shape[0])
+    exists = entry < C.key_slices
+    at = byte_pointer(stream, line + C.key_scales, entry, L)
+    tl.store(at, scales.to(tl.uint8), mask=exists)
+    store_signed(stream, line + C.key_scales, C.key_slices + entry, zeros, exists, L)
 
-    numbers, codes, zeros = quantize_values(values, inside, C.value_groups, C.value_bits)
+    numbers, codes, zeros = quantize_tokens(values, inside, C.value_groups, C.value_bits)
     tl.store(place + 32 * L.head_dim, numbers.to(tl.uint8), mask=inside[None, :])
     byte = 32 * tl.arange(0, C.value_groups)[None, :] + row
     tl.store(byte_pointer(stream, line + C.value_scales, byte, L), codes.to(tl.uint8))

@@ -55,8 +55,36 @@ def round_keys(x, steps, zeros, tops):
 
 
 @triton.jit
-def quantize_values(x, inside, GROUPS: tl.constexpr, BITS: tl.constexpr):
-    """Quantize rotated values per token and group of channels.
+def quantize_keys(x, unit, L: tl.constexpr, C: tl.constexpr):
+    """Quantize a chunk's keys per channel; balanced ones per token, in units of their channels.
+
+    Args:
+        x: float32 ``[32, padded]``, by rank, less the centres; unit: float32 ``[padded]``.
+
+    Returns:
+        Integers as ``x``; scales as stored, and zero points: ``[padded]``, or ``[32]``.
+    """
+    rank = tl.arange(0, L.padded)
+    if C.balanced:
+        x = tl.div_rn(x, unit[None, :])
+        integers, scales, zeros = quantize_tokens(x, rank < L.head_dim, 1, C.band_bits[0])
+        scales, zeros = tl.reshape(scales, [32]), tl.reshape(zeros, [32])
+    else:
+        tops = key_tops(rank, L, C)
+        scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, tops)
+        integers = round_keys(x, steps[None, :], zeros[None, :], tops[None, :])
+    return integers, scales, zeros
+
+
+@triton.jit
+def decode_scale(codes):
+    """What 8-bit scales stand for: int32 to float32."""
+    return ((codes + CODE_BIAS) << 20).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize_tokens(x, inside, GROUPS: tl.constexpr, BITS: tl.constexpr):
+    """Quantize rotated values, or balanced keys, per token and group of channels.
 
     Args:
         x: float32 ``[tokens, channels]``; ``inside``: which channels exist, ``[channels]``.
@@ -75,7 +103,7 @@ def quantize_values(x, inside, GROUPS: tl.constexpr, BITS: tl.constexpr):
     scale = tl.maximum(tl.div_rn(high - low, top * 1.0), tl.div_rn(tl.abs(low), 127.0))
     codes = ((scale.to(tl.int32, bitcast=True) + ((1 << 20) - 1)) >> 20) - CODE_BIAS
     codes = tl.minimum(tl.maximum(codes, 0), 255)
-    steps = ((codes + CODE_BIAS) << 20).to(tl.float32, bitcast=True)
+    steps = decode_scale(codes)
     zeros = clamp(rint(clamp(tl.div_rn(low, steps), -1000.0, 1000.0)), -128.0, 127.0)
     ratio = clamp(tl.div_rn(grouped, steps[:, :, None]), -1000.0, 1000.0)
     integers = clamp(rint(ratio) - zeros[:, :, None], 0.0, top * 1.0)
