@@ -91,11 +91,15 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
         "BlockPool.get_new_blocks": "self num_blocks",
         "BlockPool.get_num_free_blocks": "self",
     },
+    "v1/engine/input_processor.py": {
+        "InputProcessor.process_inputs": "self request_id prompt params supported_tasks",
+    },
     "v1/engine/output_processor.py": {
         "OutputProcessor.process_outputs": "self engine_core_outputs",
     },
     "v1/kv_cache_interface.py": {
         "AttentionSpec": None,
+        "FullAttentionSpec.max_memory_usage_bytes": "self vllm_config",
         "FullAttentionSpec.merge": "cls specs",
         "replace_as": "spec target_cls",
     },

@@ -10,7 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState, pages_needed
 
 if TYPE_CHECKING:
     from mikv_vllm.engine.spec import TieredAttentionSpec
@@ -78,8 +78,15 @@ class TieredBlockManager(FullAttentionManager):
             return tiered.grow(num_tokens).new_pages
         if kwargs.get("apply_admission_cap") and request_id in self.ratios:
             # All of a prompt has to fit; but never more of it than this at once.
-            least = self.tiered_pages(self.ratios[request_id], num_tokens)
-            num_tokens = min(num_tokens, max(self.native_limit, least * self.block_size))
+            settings = self.kv_cache_spec.compression
+            pages = pages_needed(
+                self.geometry,
+                self.ratios[request_id],
+                settings.recent,
+                num_tokens,
+                settings.ladder,
+            )
+            num_tokens = min(num_tokens, max(self.native_limit, pages * self.block_size))
         return super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
@@ -139,18 +146,6 @@ class TieredBlockManager(FullAttentionManager):
         steps, self._steps = self._steps, {}
         return steps
 
-    def _planner(self, ratio: float, num_tokens: int) -> TierPlanner:
-        settings = self.kv_cache_spec.compression
-        return TierPlanner.choose(
-            self.geometry, ratio, settings.recent, num_tokens, settings.ladder
-        )
-
-    def tiered_pages(self, ratio: float, num_tokens: int) -> int:
-        """Pages that a request of ``num_tokens`` tokens takes once it is compressed."""
-        planner = self._planner(ratio, num_tokens)
-        state = planner.compress(num_tokens)
-        return state.pages if state else planner.native_pages(num_tokens)
-
     def compress(self, request_id: str, num_tokens: int, most_tokens: int) -> CompressStep | None:
         """Move a native request into tiers; None if that saves no page or no page is to be had.
 
@@ -161,7 +156,10 @@ class TieredBlockManager(FullAttentionManager):
         The request's native pages stay allocated until :meth:`release_native_pages`: other
         requests of the same step must not write to them before the workers have read them.
         """
-        planner = self._planner(self.ratios[request_id], most_tokens)
+        settings, ratio = self.kv_cache_spec.compression, self.ratios[request_id]
+        planner = TierPlanner.choose(
+            self.geometry, ratio, settings.recent, most_tokens, settings.ladder
+        )
         state = planner.compress(num_tokens)
         if state is None:
             return None

@@ -1,7 +1,7 @@
 """The KV cache spec of a layer whose requests may be compressed."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
@@ -9,6 +9,10 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.block_manager import TieredBlockManager
 from mikv_vllm.tiers.formats import NATIVE_BYTES, TierGeometry
+from mikv_vllm.tiers.plan import pages_needed
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 LEAST_HEAD_DIM, LARGEST_HEAD_DIM = 64, 256
 
@@ -26,6 +30,22 @@ class TieredAttentionSpec(FullAttentionSpec):
     def geometry(self) -> TierGeometry:
         """Sizes of the tiers in this spec's pages."""
         return TierGeometry(self.head_size, self.block_size, self.compression.high_bits)
+
+    def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        """Bytes of the longest request at the server's default ratio.
+
+        vLLM wants them to fit, and counts by them how many such requests do. Layers with a
+        sliding window take pages of the same pool; beside them a request counts as native.
+        """
+        model = vllm_config.model_config
+        layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+        if model.get_sliding_window() or "sliding_attention" in layer_types:
+            return super().max_memory_usage_bytes(vllm_config)
+        settings = self.compression
+        pages = pages_needed(
+            self.geometry, settings.ratio, settings.recent, model.max_model_len, settings.ladder
+        )
+        return pages * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

@@ -11,6 +11,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.exceptions import VLLMValidationError
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig, RatioError, parse_ratio
+from mikv_vllm.server.capacity import check_capacity
 from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.middleware import RatioMiddleware
 from mikv_vllm.server.reports import collect_reports
@@ -49,6 +50,7 @@ class MiKVEndpoint:
         state.mikv_largest_ratio = largest_ratio(head_dim, config.high_bits, config.ladder)
         engine: Any = engine_client
         check_ratios(engine, state.mikv_largest_ratio)
+        check_capacity(engine.input_processor, vllm_config, config)
         collect_reports(engine.output_processor)
         install_metrics(engine.logger_manager, vllm_config)
 

@@ -13,6 +13,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from mikv_vllm.config import RATIO_FIELD, parse_ratio
 from mikv_vllm.models import EMBEDDED_NAME, embedded_model
+from mikv_vllm.server.capacity import check_capacity
 from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.options import make_config
 from mikv_vllm.server.reports import collect_reports
@@ -57,6 +58,7 @@ class LLM(vllm.LLM):
         vllm_config = _engine_args(model, kwargs).create_engine_config(UsageContext.LLM_CLASS)
         self._largest_ratio = check_and_echo(vllm_config, config, "kv_compression_ratio")
         super().__init__(model, **kwargs)
+        check_capacity(self.llm_engine.input_processor, self.llm_engine.vllm_config, config)
         collect_reports(self.llm_engine.output_processor)
         install_metrics(self.llm_engine.logger_manager, self.llm_engine.vllm_config)
 

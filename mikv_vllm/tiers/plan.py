@@ -42,6 +42,41 @@ def largest_ratio(
     return math.floor(10 * geometry.token_bytes / stored) / 10
 
 
+def pages_needed(
+    geometry: TierGeometry,
+    ratio: float,
+    recent: int,
+    num_tokens: int,
+    ladder: tuple[LowFormat, ...] = LADDER,
+) -> int:
+    """Pages that a request takes until it holds ``num_tokens`` tokens, once it is compressed.
+
+    One more than the ratio allows for: a step may take the next page early.
+    """
+    planner = TierPlanner.choose(geometry, ratio, recent, num_tokens, ladder)
+    state = planner.compress(num_tokens) if ratio > 1.0 else None
+    return state.pages + 1 if state else planner.native_pages(num_tokens)
+
+
+@lru_cache(256)
+def most_tokens(
+    geometry: TierGeometry,
+    ratio: float,
+    recent: int,
+    pages: int,
+    ladder: tuple[LowFormat, ...] = LADDER,
+) -> int:
+    """Tokens that a request can come to hold in ``pages`` pages."""
+    fits, too_many = 0, int(2 * ratio * pages + 2) * geometry.block_size
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if pages_needed(geometry, ratio, recent, middle, ladder) <= pages:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
 @dataclass(frozen=True)
 class TierState:
     """Sizes of one compressed request, the same in every layer and head.
@@ -68,8 +103,8 @@ class TierState:
 class AppendStep:
     """How a request's tiers take in a new token, or the tokens of a prompt's next chunk.
 
-    A new token is attended to afterwards. Those of a chunk join after their attention, one by
-    one, and a demotion happens whenever there is no room for the next.
+    A new token is attended to afterwards. Those of a chunk join after their attention; what is
+    demoted is then the least important of all, high tokens and new ones.
     """
 
     new_pages: int
@@ -204,7 +239,7 @@ class TierPlanner:
         """Plan how a compressed request takes in the next ``count`` tokens of its prompt."""
         geometry, chunk = self.geometry, self._chunk_bytes()
         num_tokens = state.num_tokens + count
-        least = max(self.least_high(num_tokens), CHUNK_TOKENS + self.recent)
+        least = self.least_high(num_tokens)
         pages = max(state.pages, self.budget(num_tokens))
         while True:
             moved, low_end = 0, state.low_end

@@ -283,17 +283,33 @@ def demote(
     victims = order[:CHUNK_TOKENS].sort().values
     keep = torch.ones(state.high_tokens, dtype=torch.bool)
     keep[victims] = False
-    rest = (keys[keep].to(dtype), values[keep].to(dtype)) if geometry.high_bits == 16 else None
-    if rest is None:
-        _compact(stream, geometry, state.high_tokens, keep)
-    else:
-        write_high(stream, geometry, 0, *rest, scores[keep])
+    _keep_high(stream, geometry, keep, scores, (keys, values), dtype)
     after = replace(
         state, high_tokens=state.high_tokens - CHUNK_TOKENS, low_chunks=state.low_chunks + 1
     )
     offset = chunk_offset(geometry, low_format, after, 0)
     write_chunk(stream, geometry, low_format, offset, keys[victims], values[victims])
     return after
+
+
+def _keep_high(
+    stream: Stream,
+    geometry: TierGeometry,
+    keep: torch.Tensor,
+    scores: torch.Tensor,
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Drop the high tokens that ``keep`` does not mark; the rest get their ``scores``."""
+    if geometry.high_bits == 16:
+        keys, values = (part[keep].to(dtype) for part in tokens)
+        write_high(stream, geometry, 0, keys, values, scores[keep])
+        return
+    _compact(stream, geometry, len(keep), keep)
+    for i, score in enumerate(scores[keep]):
+        group, slot = divmod(i, GROUP_TOKENS)
+        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
+        stream.write(offset, score.reshape(1))
 
 
 def _compact(stream: Stream, geometry: TierGeometry, num_tokens: int, keep: torch.Tensor) -> None:
@@ -361,25 +377,29 @@ def extend(
         scores: ``[state.num_tokens + n]``, in the order of :func:`restore`, the new ones last.
         keep: factor on the high tokens' own scores, to which theirs are added.
     """
-    own = read_high(stream, geometry, state.high_tokens, keys.dtype)[2]
-    for i, score in enumerate(keep * own + scores[: state.high_tokens]):
-        group, slot = divmod(i, GROUP_TOKENS)
-        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
-        stream.write(offset, score.reshape(1))
-    new_scores = scores[state.num_tokens :]
+    before, dtype = state.high_tokens, keys.dtype
+    own_keys, own_values, own = read_high(stream, geometry, before, dtype)
+    scores = torch.cat([keep * own + scores[:before], scores[state.num_tokens :]])
+    leaving = torch.zeros(len(scores), dtype=torch.bool)
+    order = torch.sort(scores[: len(scores) - recent], stable=True).indices
+    leaving[order[: CHUNK_TOKENS * step.demoted_chunks]] = True
     moved, low_end = step.moved_chunks, step.state.low_end
     state = move_chunks(stream, geometry, low_format, state, moved, low_end)
     state = replace(state, pages=step.state.pages)
-    for i in range(len(keys)):
-        low_start = chunk_offset(geometry, low_format, state, 0)
-        if geometry.high_bytes(state.high_tokens + 1) > low_start:
-            state = demote(stream, geometry, low_format, state, recent, keys.dtype)
-        here = slice(i, i + 1)
-        write_high(
-            stream, geometry, state.high_tokens, keys[here], values[here], new_scores[here]
-        )
-        state = replace(state, high_tokens=state.high_tokens + 1)
-    return state
+    stay, new_stay = ~leaving[:before], ~leaving[before:]
+    _keep_high(stream, geometry, stay, scores[:before], (own_keys, own_values), dtype)
+    low_keys = torch.cat([own_keys, keys.float()])[leaving]
+    low_values = torch.cat([own_values, values.float()])[leaving]
+    for first in range(0, len(low_keys), CHUNK_TOKENS):
+        tokens = slice(first, first + CHUNK_TOKENS)
+        state = replace(state, low_chunks=state.low_chunks + 1)
+        offset = chunk_offset(geometry, low_format, state, 0)
+        write_chunk(stream, geometry, low_format, offset, low_keys[tokens], low_values[tokens])
+    first, new_scores = int(stay.sum()), scores[before:]
+    write_high(
+        stream, geometry, first, keys[new_stay], values[new_stay], new_scores[new_stay]
+    )
+    return replace(state, high_tokens=first + int(new_stay.sum()))
 
 
 def attend(

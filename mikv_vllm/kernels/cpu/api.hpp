@@ -79,8 +79,7 @@ struct Tiers {
 // Tokens of a prompt's next chunk that join the tiers of what came before.
 struct Extension {
     Tiers tiers;  // before
-    int most_high;  // tokens that the high tier meets on the way
-    int moved_chunks, low_end_after;
+    int moved_chunks, demoted_chunks, low_end_after;
     Rows k, v;
     int num_tokens;
     const float* scores;  // [num_kv_heads, score_stride]: of the tiers' tokens, then the new ones'

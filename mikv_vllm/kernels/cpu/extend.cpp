@@ -77,42 +77,111 @@ void restore(const Layer& layer, const Cache& cache, const Tiers& tiers, const C
     }
 }
 
+namespace {
+
+// One head's part of an extension.
+struct Extender {
+    const Layer& layer;
+    const Extension& job;
+    const HighLayout& high;
+    const LowLayout& low;
+    const Stream& stream;
+    int head;
+
+    const uint16_t* row(const Rows& tensor, int token) const {
+        return tensor.at(token) + static_cast<int64_t>(head) * layer.head_dim;
+    }
+
+    // Chooses the least important of the high tokens and the new ones: job.demoted_chunks x 32.
+    void choose(int high_tokens, ChangeScratch& s) const {
+        const float* added = job.scores + head * job.score_stride;
+        read_scores(stream, high, high_tokens, s.scores);
+        for (int i = 0; i < high_tokens; ++i) s.scores[i] = job.keep * s.scores[i] + added[i];
+        added += high_tokens + kChunk * job.tiers.low_chunks;
+        const int all = high_tokens + job.num_tokens, candidates = all - layer.recent;
+        for (int i = 0; i < job.num_tokens; ++i) s.scores[high_tokens + i] = added[i];
+        __builtin_memset(s.chosen, 0, static_cast<size_t>(all));
+        if (job.demoted_chunks) {
+            select_least(s.scores, candidates, kChunk * job.demoted_chunks, s.keys, s.chosen);
+        }
+    }
+
+    void write_scores(int count, const float* scores) const {
+        for (int first = 0; first < count; first += kGroup) {
+            int rest;
+            uint8_t* line = stream.at(high.group_line(first / kGroup) + high.num_lines - 1, &rest);
+            const int here = count - first < kGroup ? count - first : kGroup;
+            __builtin_memcpy(line, scores + first, static_cast<size_t>(here) * 4);
+        }
+    }
+
+    // `victims`: room for the key and value of every high token.
+    void run(ChangeScratch& s, float* victims) const {
+        const int d = layer.head_dim, before = job.tiers.high_tokens;
+        Sizes sizes{before, job.tiers.low_chunks, job.tiers.low_end};
+        choose(before, s);
+        write_scores(before, s.scores);
+        move_chunks(stream, low, sizes, job.moved_chunks, job.low_end_after, s.source);
+        int leaving = 0;
+        compact(stream, high, sizes, s, [&](const uint8_t* record, int slot) {
+            float* to = victims + static_cast<int64_t>(2 * d) * leaving++;
+            HighSlot{high}.read(record, slot, to, to + d, 1, layer.dtype);
+        });
+        alignas(64) uint8_t header[kHeader];
+        stream.read(0, header_lines(d), header);
+        const KeyFrame frame(header, d);
+        int in_chunk = 0;
+        const auto demote_token = [&](const float* key, const float* value) {
+            for (int c = 0; c < d; ++c) {
+                s.chunk.keys[in_chunk * d + c] = key[c];
+                s.chunk.values[c * kChunk + in_chunk] = value[c];
+            }
+            if (++in_chunk == kChunk) {
+                add_chunk(stream, low, frame, sizes, s);
+                in_chunk = 0;
+            }
+        };
+        for (int i = 0; i < leaving; ++i) {
+            const float* from = victims + static_cast<int64_t>(2 * d) * i;
+            demote_token(from, from + d);
+        }
+        alignas(64) float key[256], value[256];
+        for (int i = 0; i < job.num_tokens; ++i) {
+            const uint16_t *k = row(job.k, i), *v = row(job.v, i);
+            if (s.chosen[before + i]) {
+                for (int c = 0; c < d; c += 16) store(key + c, load_half(k + c, layer.dtype));
+                for (int c = 0; c < d; c += 16) store(value + c, load_half(v + c, layer.dtype));
+                demote_token(key, value);
+            }
+        }
+        for (int i = 0; i < job.num_tokens; ++i) {
+            if (s.chosen[before + i]) continue;
+            append(layer, stream, high, sizes, row(job.k, i), row(job.v, i),
+                   s.scores[before + i], s.source);
+        }
+    }
+};
+
+}  // namespace
+
 void extend(const Layer& layer, const Cache& cache, const Extension& job) {
     const int d = layer.head_dim, threads = omp_get_max_threads();
-    const Tiers& tiers = job.tiers;
     const HighLayout high(d, layer.high_bits);
-    const LowLayout low(d, tiers.key_code, tiers.value_bits);
-    const size_t bytes = (ChangeScratch::bytes(job.most_high) + 4095) / 4096 * 4096;
+    const LowLayout low(d, job.tiers.key_code, job.tiers.value_bits);
+    const int most_high = job.tiers.high_tokens + job.num_tokens;
+    const size_t victims = static_cast<size_t>(job.tiers.high_tokens + 1) * 2 * d;
+    const size_t bytes = (ChangeScratch::bytes(most_high) + victims * 4 + 8191) / 4096 * 4096;
     uint8_t* memory = workspace(threads * bytes);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Arena arena{memory + static_cast<size_t>(omp_get_thread_num()) * bytes};
-        ChangeScratch& s = *ChangeScratch::make(arena, job.most_high);
+        ChangeScratch& s = *ChangeScratch::make(arena, most_high);
+        float* buffer = arena.take<float>(victims);
 #pragma omp for schedule(dynamic, 1)
         for (int head = 0; head < layer.num_kv_heads; ++head) {
-            const Stream stream(cache, layer, head, tiers.table);
-            const float* scores = job.scores + head * job.score_stride;
-            Sizes sizes{tiers.high_tokens, tiers.low_chunks, tiers.low_end};
-            for (int first = 0; first < sizes.high_tokens; first += kGroup) {
-                int rest;
-                float* kept = reinterpret_cast<float*>(
-                    stream.at(high.group_line(first / kGroup) + high.num_lines - 1, &rest));
-                for (int i = 0; i < kGroup && first + i < sizes.high_tokens; ++i) {
-                    kept[i] = job.keep * kept[i] + scores[first + i];
-                }
-            }
-            move_chunks(stream, low, sizes, job.moved_chunks, job.low_end_after, s.source);
-            scores += tiers.high_tokens + kChunk * tiers.low_chunks;
-            for (int token = 0; token < job.num_tokens; ++token) {
-                const int end = high.group_line(sizes.high_tokens / kGroup + 1);
-                if (end > sizes.low_end - sizes.low_chunks * low.num_lines) {
-                    demote(layer, stream, high, low, sizes, s);
-                }
-                const int64_t at = static_cast<int64_t>(head) * d;
-                append(layer, stream, high, sizes, job.k.at(token) + at, job.v.at(token) + at,
-                       scores[token], s.source);
-            }
+            const Stream stream(cache, layer, head, job.tiers.table);
+            Extender{layer, job, high, low, stream, head}.run(s, buffer);
         }
     }
 }

@@ -123,39 +123,30 @@ inline void move_chunks(const Stream& stream, const LowLayout& low, Sizes& sizes
     sizes.low_end = low_end_after;
 }
 
-// Turns the 32 least important high tokens, the recent ones aside, into a new lowest chunk.
-inline void demote(const Layer& layer, const Stream& stream, const HighLayout& high,
-                   const LowLayout& low, Sizes& sizes, ChangeScratch& s) {
+// Removes the tokens that `s.chosen` marks from the high tier: later ones close the holes.
+// `leave(record, slot)` sees each of them before anything is written over it.
+template <class Leave>
+void compact(const Stream& stream, const HighLayout& high, Sizes& sizes, ChangeScratch& s,
+             const Leave& leave) {
     const HighSlot slots{high};
-    const int n = sizes.high_tokens, d = layer.head_dim, groups = (n + kGroup - 1) / kGroup;
-    for (int g = 0; g < groups; ++g) {
-        stream.read(high.group_line(g) + high.num_lines - 1, 1,
-                    reinterpret_cast<uint8_t*>(s.scores + g * kGroup));
-    }
-    const int candidates = n - layer.recent;
-    select_least(s.scores, candidates, kChunk, s.keys, s.chosen);
-    __builtin_memset(s.chosen + candidates, 0, static_cast<size_t>(layer.recent));
-
-    alignas(64) uint8_t header[kHeader];
-    stream.read(0, header_lines(d), header);
-    // Later tokens close the holes. A group is copied before anything is written over it.
-    int kept = 0, victim = 0;
+    const int n = sizes.high_tokens, groups = (n + kGroup - 1) / kGroup;
+    int kept = 0;
+    bool leaving = false;
     for (int g = 0; g < groups; ++g) {
         const int first = g * kGroup, last = first + kGroup < n ? first + kGroup : n;
-        int leaving = 0;
-        for (int t = first; t < last; ++t) leaving += s.chosen[t];
-        if (!victim && !leaving) {
+        const bool before = leaving;
+        for (int t = first; t < last; ++t) leaving |= s.chosen[t];
+        if (!leaving) {
             kept = last;
             continue;
         }
+        // A group is copied before anything is written over it.
         stream.read(high.group_line(g), high.num_lines, s.source);
-        if (!victim) __builtin_memcpy(s.target, s.source, static_cast<size_t>(high.num_lines) * kLine);
+        if (!before) __builtin_memcpy(s.target, s.source, static_cast<size_t>(high.num_lines) * kLine);
         for (int t = first; t < last; ++t) {
             const int slot = t - first;
             if (s.chosen[t]) {
-                slots.read(s.source, slot, s.chunk.keys + victim * d, s.chunk.values + victim,
-                           kChunk, layer.dtype);
-                ++victim;
+                leave(s.source, slot);
                 continue;
             }
             slots.copy(s.source, slot, s.target, kept % kGroup);
@@ -164,12 +155,45 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
             }
         }
     }
-    if (kept % kGroup) stream.write(high.group_line(kept / kGroup), high.num_lines, s.target);
-    sizes.high_tokens -= kChunk;
-    sizes.low_chunks += 1;
+    if (leaving && kept % kGroup) {
+        stream.write(high.group_line(kept / kGroup), high.num_lines, s.target);
+    }
+    sizes.high_tokens = kept;
+}
+
+// Scores of the high tier, with room for those of its last group that is not full.
+inline void read_scores(const Stream& stream, const HighLayout& high, int count, float* scores) {
+    for (int g = 0; g < (count + kGroup - 1) / kGroup; ++g) {
+        stream.read(high.group_line(g) + high.num_lines - 1, 1,
+                    reinterpret_cast<uint8_t*>(scores + g * kGroup));
+    }
+}
+
+// Writes the chunk in `s` as the new lowest one.
+inline void add_chunk(const Stream& stream, const LowLayout& low, const KeyFrame& frame,
+                      Sizes& sizes, ChangeScratch& s) {
     __builtin_memset(s.source, 0, static_cast<size_t>(low.num_lines) * kLine);
-    quantize_chunk(s.chunk, low, KeyFrame(header, d), s.source);
+    quantize_chunk(s.chunk, low, frame, s.source);
+    ++sizes.low_chunks;
     stream.write(sizes.low_end - sizes.low_chunks * low.num_lines, low.num_lines, s.source);
+}
+
+// Turns the 32 least important high tokens, the recent ones aside, into a new lowest chunk.
+inline void demote(const Layer& layer, const Stream& stream, const HighLayout& high,
+                   const LowLayout& low, Sizes& sizes, ChangeScratch& s) {
+    const int d = layer.head_dim, candidates = sizes.high_tokens - layer.recent;
+    read_scores(stream, high, sizes.high_tokens, s.scores);
+    select_least(s.scores, candidates, kChunk, s.keys, s.chosen);
+    __builtin_memset(s.chosen + candidates, 0, static_cast<size_t>(layer.recent));
+    alignas(64) uint8_t header[kHeader];
+    stream.read(0, header_lines(d), header);
+    int victim = 0;
+    compact(stream, high, sizes, s, [&](const uint8_t* record, int slot) {
+        HighSlot{high}.read(record, slot, s.chunk.keys + victim * d, s.chunk.values + victim,
+                            kChunk, layer.dtype);
+        ++victim;
+    });
+    add_chunk(stream, low, KeyFrame(header, d), sizes, s);
 }
 
 // Appends a token to the high tier.

@@ -159,14 +159,14 @@ class LayerHandle {
 
     void extend(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
                 int high_tokens, int low_chunks, int low_end, int key_code, int value_bits,
-                int most_high, int moved_chunks, int low_end_after, uintptr_t k, int64_t k_stride,
+                int moved_chunks, int demoted_chunks, int low_end_after, uintptr_t k, int64_t k_stride,
                 uintptr_t v, int64_t v_stride, int num_tokens, uintptr_t scores,
                 int64_t score_stride, float keep) const {
         nb::gil_scoped_release unlocked;
         active->extend(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
                        {{pointer<const int32_t>(table), high_tokens, low_chunks, low_end, key_code,
                          value_bits},
-                        most_high, moved_chunks, low_end_after, rows(k, k_stride),
+                        moved_chunks, demoted_chunks, low_end_after, rows(k, k_stride),
                         rows(v, v_stride), num_tokens, pointer<const float>(scores), score_stride,
                         keep});
     }
