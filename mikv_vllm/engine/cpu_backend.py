@@ -103,10 +103,10 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 ]
             )
         extended = []
-        for row in split.extended:
-            batch.slot_mapping[row.tokens] = -1
-            part = restored_part(batch, row, starts, self.block_size)
-            extended.append((row, super().build(common_prefix_len, part, fast_build)))
+        for chunk in split.extended:
+            batch.slot_mapping[chunk.tokens] = -1
+            part = restored_part(batch, chunk, starts, self.block_size)
+            extended.append((chunk, super().build(common_prefix_len, part, fast_build)))
         return TieredCPUAttentionMetadata(
             **vars(metadata),
             native_tokens=native_tokens,
@@ -157,9 +157,9 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
         if attn_metadata.decode is not None:
             ops = self._ops(layer, kv_cache)
             ops.decode(kv_cache, attn_metadata.decode, query, key, value, output)
-        for row, metadata in attn_metadata.extended:
-            t = row.tokens
-            self._extend(layer, query[t], key[t], value[t], kv_cache, row, metadata, output[t])
+        for extended, metadata in attn_metadata.extended:
+            t = extended.tokens
+            self._extend(layer, query[t], key[t], value[t], kv_cache, extended, metadata, output[t])
         return output
 
     def _extend(

@@ -46,4 +46,4 @@ def check_capacity(
         params.max_tokens = min(params.max_tokens, fits - prompt)
         return request
 
-    processor.process_inputs = process_and_check  # type: ignore[method-assign]
+    processor.process_inputs = process_and_check

@@ -205,8 +205,7 @@ class TierPlanner:
 
     def compress(self, num_tokens: int) -> TierState | None:
         """Sizes of a native request of ``num_tokens`` once compressed; None if no page is saved."""
-        all_high = -(-self.geometry.high_bytes(num_tokens) // self.geometry.page_bytes)
-        pages = min(self.budget(num_tokens), all_high)
+        pages = self._first_pages(num_tokens)
         while pages < self.native_pages(num_tokens):
             if state := self._fit(num_tokens, pages):
                 return state
@@ -231,7 +230,7 @@ class TierPlanner:
             new_pages = new_pages or int(full())
             pages += new_pages
             if new_pages:
-                moved, low_end = self._moved(replace(state, low_chunks=low), pages)
+                moved, low_end = self._moved(state, pages)
         after = replace(state, pages=pages, high_tokens=high + 1, low_chunks=low, low_end=low_end)
         return AppendStep(new_pages, moved, demoted, after)
 
@@ -240,7 +239,7 @@ class TierPlanner:
         geometry, chunk = self.geometry, self._chunk_bytes()
         num_tokens = state.num_tokens + count
         least = self.least_high(num_tokens)
-        pages = max(state.pages, self.budget(num_tokens))
+        pages = max(state.pages, self._first_pages(num_tokens))
         while True:
             moved, low_end = 0, state.low_end
             if pages > state.pages:
@@ -254,6 +253,11 @@ class TierPlanner:
                 after = TierState(pages, high, low, low_end)
                 return AppendStep(pages - state.pages, moved, low - state.low_chunks, after)
             pages += 1
+
+    def _first_pages(self, num_tokens: int) -> int:
+        """Pages to try first: those of the ratio, or fewer where all tokens can be high."""
+        all_high = -(-self.geometry.high_bytes(num_tokens) // self.geometry.page_bytes)
+        return min(self.budget(num_tokens), all_high)
 
     def _high_room(self, num_bytes: int) -> int:
         """High tokens that fit into ``num_bytes``."""

@@ -396,9 +396,7 @@ def extend(
         offset = chunk_offset(geometry, low_format, state, 0)
         write_chunk(stream, geometry, low_format, offset, low_keys[tokens], low_values[tokens])
     first, new_scores = int(stay.sum()), scores[before:]
-    write_high(
-        stream, geometry, first, keys[new_stay], values[new_stay], new_scores[new_stay]
-    )
+    write_high(stream, geometry, first, keys[new_stay], values[new_stay], new_scores[new_stay])
     return replace(state, high_tokens=first + int(new_stay.sum()))
 
 

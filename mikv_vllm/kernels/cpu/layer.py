@@ -21,7 +21,7 @@ def _place(cache: torch.Tensor) -> tuple[int, int, int]:
     return cache.data_ptr(), cache.stride(0) * size, cache.stride(1) * size
 
 
-def _sizes(state: TierState, low_format: LowFormat) -> tuple[int, ...]:
+def _sizes(state: TierState, low_format: LowFormat) -> tuple[int, int, int, int, int]:
     """Sizes and format as the kernels take them; ends count in lines."""
     return (
         state.high_tokens,
