@@ -2,6 +2,7 @@
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 import mikv_vllm
 from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
@@ -75,7 +76,7 @@ def test_long_and_short_prompts_share_the_pool(small, reference):
 def test_what_does_not_fit_at_its_ratio_is_refused(small):
     params = SamplingParams(max_tokens=40, extra_args=ratio(1.0))
     with pytest.raises(
-        ValueError, match=r"5000 tokens, but at kv_compression_ratio 1 the KV cache"
+        VLLMValidationError, match=r"5000 tokens, but at kv_compression_ratio 1 the KV cache"
     ):
         small.generate([{"prompt_token_ids": [1] * 5000}], params, use_tqdm=False)
     idle_stats(small)
