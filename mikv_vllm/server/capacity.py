@@ -10,6 +10,7 @@ from mikv_vllm.tiers.plan import most_tokens
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
 
@@ -24,10 +25,9 @@ def check_capacity(
     model, cache = vllm_config.model_config, vllm_config.cache_config
     geometry = TierGeometry(model.get_head_size(), cache.block_size, config.high_bits)
     engines = vllm_config.parallel_config.data_parallel_size
-    process_inputs = processor.process_inputs
+    process_inputs, process_inputs_async = processor.process_inputs, processor.process_inputs_async
 
-    def process_and_check(*args: Any, **kwargs: Any) -> Any:
-        request = process_inputs(*args, **kwargs)
+    def check(request: "EngineCoreRequest") -> "EngineCoreRequest":
         params = request.sampling_params
         if params is None or not cache.num_gpu_blocks:
             return request
@@ -43,7 +43,15 @@ def check_capacity(
                 f"holds {fits}; ask for a higher ratio or send a shorter prompt.",
                 parameter=RATIO_FIELD,
             )
-        params.max_tokens = min(params.max_tokens, fits - prompt)
+        if params.max_tokens is not None:
+            params.max_tokens = min(params.max_tokens, fits - prompt)
         return request
 
+    def process_and_check(*args: Any, **kwargs: Any) -> "EngineCoreRequest":
+        return check(process_inputs(*args, **kwargs))
+
+    async def process_and_check_async(*args: Any, **kwargs: Any) -> "EngineCoreRequest":
+        return check(await process_inputs_async(*args, **kwargs))
+
     processor.process_inputs = process_and_check
+    processor.process_inputs_async = process_and_check_async

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.engine
 
 MODEL = "smollm2-135m-instruct"
 FLAGS = [
-    *("--max-model-len", "2048"),
-    *("--kv-cache-memory-bytes", str(192 << 20)),
+    *("--max-model-len", "8192"),
+    *("--kv-cache-memory-bytes", str(160 << 20)),  # 7,232 native tokens
+    *("--kv-compression-ratio", "4"),
 ]
 TWO = ["--data-parallel-size", "2"]
 
@@ -83,3 +84,13 @@ def test_stats_are_those_of_both(server, expected):
     stats = server.client.get("/mikv/stats").json()
     assert stats["pages"]["total"] == 2 * expected[1]
     assert stats["operations"]["compress"] >= 4
+
+
+def test_a_prompt_that_no_engine_holds_is_400(server):
+    body = {"model": MODEL, "prompt": [7] * 7400, "max_tokens": 4}
+    refused = server.client.post("/v1/completions", json=body | {"kv_compression_ratio": 1.0})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "kv_compression_ratio")
+    assert "holds 7232" in error["message"]
+    answer = server.client.post("/v1/completions", json=body)
+    assert answer.json()["kv_compression"]["achieved_ratio"] > 3.6
