@@ -26,11 +26,9 @@ class TieredRequest:
     def grow(self, num_tokens: int) -> AppendStep:
         """How the tiers come to hold ``num_tokens`` tokens: one more, or a prompt's next chunk."""
         count = num_tokens - self.state.num_tokens
-        return (
-            self.planner.append(self.state)
-            if count == 1
-            else self.planner.extend(self.state, count)
-        )
+        if count == 1:
+            return self.planner.append(self.state)
+        return self.planner.extend(self.state, count)
 
 
 class TieredBlockManager(FullAttentionManager):

@@ -47,7 +47,7 @@ class TieredScheduler(Scheduler):
     """
 
     def __new__(cls, vllm_config: VllmConfig, *args, **kwargs) -> "TieredScheduler":
-        """As vLLM chooses between its own two, which it does before it looks at a given class."""
+        """Choose as vLLM does between its own two where no class is given."""
         is_async = vllm_config.scheduler_config.async_scheduling
         return super().__new__(TieredAsyncScheduler if is_async else cls)
 

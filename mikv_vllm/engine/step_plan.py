@@ -36,7 +36,7 @@ class CompressStep:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One decode step of a compressed request."""
+    """One step of a compressed request."""
 
     before: TierState
     append: AppendStep
@@ -46,14 +46,9 @@ class DecodeStep:
 
 
 @dataclass(frozen=True)
-class ExtendStep:
+class ExtendStep(DecodeStep):
     """The next chunk of a prompt whose beginning is compressed; it joins after its attention."""
 
-    before: TierState
-    append: AppendStep
-    new_pages: tuple[int, ...]
-    """Pages that join the request's table, ``append.new_pages`` of them."""
-    low_format: LowFormat
     num_queries: int
     """Last queries of the chunk, which score all tokens."""
 

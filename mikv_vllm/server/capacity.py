@@ -32,6 +32,8 @@ def check_capacity(
         if params is None or not cache.num_gpu_blocks:
             return request
         ratio = (params.extra_args or {}).get(RATIO_FIELD)
+        if request.resumable:
+            ratio = 1.0  # it stays native: more of its prompt comes later
         ratio = config.ratio if ratio is None else float(ratio)
         # vLLM keeps one page of each engine for itself.
         pages = cache.num_gpu_blocks // engines - 1

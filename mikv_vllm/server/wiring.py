@@ -51,6 +51,10 @@ def wire(
             f"This version of MiKV has no kernels for the device {device_type!r}; "
             f"it runs on: {', '.join(sorted(WORKER_CLS))}."
         )
+    for name in ("distributed_executor_backend", "data_parallel_backend"):
+        if device_type == "cpu" and engine_args.get(name) == "ray":
+            flag = "--" + name.replace("_", "-")
+            raise Refusal(f"{flag} ray is not supported by vLLM on CPU; use mp.")
     additional_config = dict(engine_args.get("additional_config") or {})
     if ADDITIONAL_CONFIG_KEY in additional_config:
         raise Refusal(

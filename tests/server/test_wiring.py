@@ -35,6 +35,12 @@ def test_device_without_kernels_is_refused():
         wire({}, CompressionConfig(), "tpu")
 
 
+@pytest.mark.parametrize("flag", ["distributed_executor_backend", "data_parallel_backend"])
+def test_ray_is_refused_where_vllm_does_not_run_on_it(flag):
+    with pytest.raises(Refusal, match=f"--{flag.replace('_', '-')} ray"):
+        wire({flag: "ray"}, CompressionConfig(), "cpu")
+
+
 def test_page_size_is_ours_unless_given():
     assert wire({}, CompressionConfig(), "cpu")["block_size"] == CPU_BLOCK_SIZE
     assert "block_size" not in wire({"block_size": 128}, CompressionConfig(), "cpu")
