@@ -22,13 +22,17 @@ class TieredRequest:
 
     planner: TierPlanner
     state: TierState
+    _next: AppendStep | None = None
 
     def grow(self, num_tokens: int) -> AppendStep:
         """How the tiers come to hold ``num_tokens`` tokens: one more, or a prompt's next chunk."""
-        count = num_tokens - self.state.num_tokens
-        if count == 1:
-            return self.planner.append(self.state)
-        return self.planner.extend(self.state, count)
+        step = self._next
+        if step is None or step.state.num_tokens != num_tokens:
+            count = num_tokens - self.state.num_tokens
+            plan = self.planner
+            step = plan.append(self.state) if count == 1 else plan.extend(self.state, count)
+            self._next = step  # vLLM asks for the pages first, and takes them later
+        return step
 
 
 class TieredBlockManager(FullAttentionManager):

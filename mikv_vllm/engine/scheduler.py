@@ -32,6 +32,7 @@ from mikv_vllm.engine.step_plan import (
     TieredSchedulerOutput,
     TierStats,
 )
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS
 from mikv_vllm.tiers.plan import largest_ratio
 
 logger = init_logger(__name__)
@@ -70,6 +71,8 @@ class TieredScheduler(Scheduler):
         least = config.min_tokens + config.window
         self.tiers.native_limit = max(share, -(-least // self.block_size)) * self.block_size
         self._scoring: set[str] = set()
+        self._stats: TierStats | None = None
+        """Of this step, until a request leaves."""
 
     # Requests come and go.
 
@@ -96,7 +99,7 @@ class TieredScheduler(Scheduler):
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        report = self._report(request)
+        report, self._stats = self._report(request), None
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         self.tiers.ratios.pop(request.request_id, None)
         self._scoring.discard(request.request_id)
@@ -205,7 +208,8 @@ class TieredScheduler(Scheduler):
                 self._scoring.discard(request_id)
         self.tiers.release_native_pages()
         zero = self.tiers.take_pages_to_zero()
-        return StepPlan(score, compress, decode, extend, zero, self._tier_stats())
+        self._stats = self._tier_stats()
+        return StepPlan(score, compress, decode, extend, zero, self._stats)
 
     @property
     def _least_tokens(self) -> int:
@@ -241,17 +245,18 @@ class TieredScheduler(Scheduler):
 
     def _tier_stats(self) -> TierStats:
         pool, geometry = self.tiers.block_pool, self.tiers.geometry
-        pages = high = low = high_bytes = low_bytes = 0
+        pages = high = groups = chunks = low_bytes = 0
         for tiered in self.tiers.tiered.values():
             state = tiered.state
             pages += state.pages
             high += state.high_tokens
-            low += state.low_tokens
-            high_bytes += geometry.high_bytes(state.high_tokens)
-            low_bytes += state.low_chunks * geometry.low(tiered.planner.low_format).num_bytes
+            groups += -(-state.high_tokens // GROUP_TOKENS)
+            chunks += state.low_chunks
+            low_bytes += state.low_chunks * tiered.planner.chunk_bytes
         total, free = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
         computed = sum(r.num_computed_tokens for r in self.running)
-        num_tiered = len(self.tiers.tiered)
+        num_tiered, low = len(self.tiers.tiered), CHUNK_TOKENS * chunks
+        high_bytes = num_tiered * geometry.header_bytes + groups * geometry.high.num_bytes
         unused = pages * geometry.page_bytes - high_bytes - low_bytes
         return TierStats(
             pages={
@@ -279,7 +284,8 @@ class TieredScheduler(Scheduler):
         if stats is not None:
             # The one field of vLLM's statistics that takes any dictionary; it is free, since
             # KV connectors are refused.
-            stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: asdict(self._tier_stats())}
+            tier_stats = self._stats or self._tier_stats()
+            stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: asdict(tier_stats)}
         return stats
 
 

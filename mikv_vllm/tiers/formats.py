@@ -228,17 +228,17 @@ class TierGeometry:
     block_size: int
     high_bits: int = 8
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of a page per layer and KV head."""
         return self.block_size * 2 * self.head_dim * NATIVE_BYTES
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
         """Bytes of an uncompressed token per layer and KV head."""
         return 2 * self.head_dim * NATIVE_BYTES
 
-    @property
+    @cached_property
     def header_bytes(self) -> int:
         return lines(5 * self.head_dim)
 

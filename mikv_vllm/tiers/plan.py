@@ -4,8 +4,8 @@ The scheduler runs them; nothing here looks at a key or a value.
 """
 
 import math
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Self
 
 from mikv_vllm.tiers.formats import (
@@ -173,7 +173,9 @@ class TierPlanner:
         """High tokens below which no demotion goes: the recent ones and some important ones."""
         return self.recent + int(LEAST_HIGH_FRACTION / 2 * num_tokens)
 
-    def _chunk_bytes(self) -> int:
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of a low chunk."""
         return self.geometry.low(self.low_format).num_bytes
 
     def budget(self, num_tokens: int) -> int:
@@ -188,7 +190,7 @@ class TierPlanner:
     def _fit(self, num_tokens: int, pages: int) -> TierState | None:
         """The sizes with the most high tokens in ``pages``, or None if nothing fits."""
         low_end = pages * self.geometry.page_bytes
-        chunk = self._chunk_bytes()
+        chunk = self.chunk_bytes
         group = self.geometry.high.num_bytes
         free = low_end - self.geometry.header_bytes
         # All high first; every chunk then frees the bytes of two groups for those of a chunk.
@@ -214,9 +216,11 @@ class TierPlanner:
 
     def append(self, state: TierState) -> AppendStep:
         """Plan one decode step of a compressed request."""
-        geometry, chunk = self.geometry, self._chunk_bytes()
-        new_pages = moved = demoted = 0
         pages, high, low, low_end = state.pages, state.high_tokens, state.low_chunks, state.low_end
+        if high % GROUP_TOKENS:  # the last group has room
+            return AppendStep(0, 0, 0, TierState(pages, high + 1, low, low_end))
+        geometry, chunk = self.geometry, self.chunk_bytes
+        new_pages = moved = demoted = 0
 
         def full() -> bool:
             return geometry.high_bytes(high + 1) > low_end - low * chunk
@@ -231,12 +235,11 @@ class TierPlanner:
             pages += new_pages
             if new_pages:
                 moved, low_end = self._moved(state, pages)
-        after = replace(state, pages=pages, high_tokens=high + 1, low_chunks=low, low_end=low_end)
-        return AppendStep(new_pages, moved, demoted, after)
+        return AppendStep(new_pages, moved, demoted, TierState(pages, high + 1, low, low_end))
 
     def extend(self, state: TierState, count: int) -> AppendStep:
         """Plan how a compressed request takes in the next ``count`` tokens of its prompt."""
-        geometry, chunk = self.geometry, self._chunk_bytes()
+        geometry, chunk = self.geometry, self.chunk_bytes
         num_tokens = state.num_tokens + count
         least = self.least_high(num_tokens)
         pages = max(state.pages, self._first_pages(num_tokens))
@@ -265,7 +268,7 @@ class TierPlanner:
 
     def _moved(self, state: TierState, pages: int) -> tuple[int, int]:
         """Chunks that move when the stream grows to ``pages``, and where the low tier then ends."""
-        end, chunk = pages * self.geometry.page_bytes, self._chunk_bytes()
+        end, chunk = pages * self.geometry.page_bytes, self.chunk_bytes
         moved = (end - state.low_end) // chunk
         if moved >= state.low_chunks:
             return state.low_chunks, end
