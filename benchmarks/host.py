@@ -1,7 +1,8 @@
 """What the host does for a decode step: scheduler, serialization, tables and metadata.
 
-No model runs. A scheduler, ours or stock vLLM's, gets many requests and made-up tokens; the
-worker's part is the metadata builder of one group of layers, on the same step.
+No model runs. A scheduler, ours or stock vLLM's, gets many requests, up to 63 tokens shorter than
+the context, and made-up tokens; the worker's part is the metadata builder of one group of layers,
+on the same step.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import median
+from statistics import mean
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -33,6 +34,7 @@ from mikv_vllm.config import RATIO_FIELD, CompressionConfig
 from mikv_vllm.engine.cpu_backend import TieredCPUAttentionMetadataBuilder
 from mikv_vllm.engine.scheduler import TieredScheduler
 from mikv_vllm.engine.spec import tiered_spec
+from mikv_vllm.engine.tier_tables import TierTables
 from mikv_vllm.engine.worker_context import context
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, BLOCK_SIZE = 32, 8, 128, 4, 32
@@ -86,11 +88,12 @@ class Host:
         names = [f"layer.{i}" for i in range(LAYERS)]
         self.scheduler = self._scheduler(spec, names, rows * (tokens // BLOCK_SIZE + 40))
         self.builder = self._builder(spec, names)
+        context.tiers = TierTables()
         self.times: dict[str, list[float]] = defaultdict(list)
         for i in range(rows):
             extra = {RATIO_FIELD: ratio} if self.tiered else None
             params = SamplingParams(max_tokens=900, ignore_eos=True, extra_args=extra)
-            self.scheduler.add_request(Request(f"r{i}", [i % 999] * tokens, params, None))
+            self.scheduler.add_request(Request(f"r{i}", [i % 999] * (tokens - i % 64), params, None))
         while any(request.is_prefill_chunk for request in self.scheduler.running) or (
             not self.scheduler.running
         ):
@@ -184,7 +187,7 @@ def main() -> None:
                 ours.step()
             sums = {}
             for label, host in (("stock", stock), (f"ratio {args.ratio:g}", ours)):
-                each = [1e6 * median(host.times[part]) for part in PARTS]
+                each = [1e6 * mean(host.times[part]) for part in PARTS]
                 sums[label] = sum(each)
                 cells = " | ".join(f"{value:.0f}" for value in (*each, sums[label]))
                 print(f"| {tokens:,} | {label} | {cells} |")

@@ -10,29 +10,63 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
+from mikv_vllm.tiers.formats import GROUP_TOKENS
 from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState, pages_needed
 
 if TYPE_CHECKING:
     from mikv_vllm.engine.spec import TieredAttentionSpec
 
 
-@dataclass
 class TieredRequest:
     """The tiers of one compressed request; its pages are in ``req_to_blocks``."""
 
-    planner: TierPlanner
-    state: TierState
-    _next: AppendStep | None = None
+    def __init__(self, planner: TierPlanner, state: TierState) -> None:
+        self.planner = planner
+        self._next: AppendStep | None = None
+        self.state = state
+
+    @property
+    def state(self) -> TierState:
+        """Sizes, this step's tokens included."""
+        known = self._state
+        high_tokens = self.num_tokens - known.low_tokens
+        return TierState(known.pages, high_tokens, known.low_chunks, known.low_end)
+
+    @state.setter
+    def state(self, state: TierState) -> None:
+        self._state = state
+        self.num_tokens = state.num_tokens
+        self.room = -state.high_tokens % GROUP_TOKENS
+        """Free places in the last high group."""
 
     def grow(self, num_tokens: int) -> AppendStep:
         """How the tiers come to hold ``num_tokens`` tokens: one more, or a prompt's next chunk."""
         step = self._next
         if step is None or step.state.num_tokens != num_tokens:
-            count = num_tokens - self.state.num_tokens
-            plan = self.planner
-            step = plan.append(self.state) if count == 1 else plan.extend(self.state, count)
+            count, planner = num_tokens - self.num_tokens, self.planner
+            step = planner.append(self.state) if count == 1 else planner.extend(self.state, count)
             self._next = step  # vLLM asks for the pages first, and takes them later
         return step
+
+
+@dataclass
+class TierTotals:
+    """What all compressed requests hold together; pages are in the pool, the rest in each head."""
+
+    pages: int = 0
+    high_tokens: int = 0
+    high_groups: int = 0
+    low_chunks: int = 0
+    low_bytes: int = 0
+
+    def count(self, tiered: TieredRequest, sign: int) -> None:
+        """Add a request, or with ``sign`` -1 take it away."""
+        state = tiered.state
+        self.pages += sign * state.pages
+        self.high_tokens += sign * state.high_tokens
+        self.high_groups += sign * -(-state.high_tokens // GROUP_TOKENS)
+        self.low_chunks += sign * state.low_chunks
+        self.low_bytes += sign * state.low_chunks * tiered.planner.chunk_bytes
 
 
 class TieredBlockManager(FullAttentionManager):
@@ -52,6 +86,7 @@ class TieredBlockManager(FullAttentionManager):
         self.native_limit = 0
         """Tokens of a prompt beyond which it is compressed while it is computed."""
         self.tiered: dict[str, TieredRequest] = {}
+        self.totals = TierTotals()
         self.num_compressed = 0
         self.num_compressed_in_place = 0
         self.num_demoted = 0
@@ -77,7 +112,7 @@ class TieredBlockManager(FullAttentionManager):
     ) -> int:
         tiered = self.tiered.get(request_id)
         if tiered is not None:
-            if num_tokens <= tiered.state.num_tokens:
+            if num_tokens <= tiered.num_tokens:
                 return 0
             return tiered.grow(num_tokens).new_pages
         if kwargs.get("apply_admission_cap") and request_id in self.ratios:
@@ -103,12 +138,16 @@ class TieredBlockManager(FullAttentionManager):
             blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
             self._clean(blocks)
             return blocks
+        if self.take_token(request_id, num_tokens):
+            return []
         before = tiered.state
         append = tiered.grow(num_tokens)
         blocks = self.block_pool.get_new_blocks(append.new_pages)
         self._once_tiered.update(block.block_id for block in blocks)
         self.req_to_blocks[request_id].extend(blocks)
+        self.totals.count(tiered, -1)
         tiered.state = append.state
+        self.totals.count(tiered, 1)
         self.num_demoted += append.demoted_chunks
         self._steps[request_id] = DecodeStep(
             before,
@@ -123,7 +162,8 @@ class TieredBlockManager(FullAttentionManager):
             super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self.tiered.pop(request_id, None)
+        if tiered := self.tiered.pop(request_id, None):
+            self.totals.count(tiered, -1)
         self._steps.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
@@ -140,13 +180,29 @@ class TieredBlockManager(FullAttentionManager):
 
     # What our scheduler calls.
 
+    def take_token(self, request_id: str, num_tokens: int) -> bool:
+        """Let a compressed request's last high group take in one token, its ``num_tokens``-th.
+
+        Nothing else changes then, and the plan does not mention it.
+
+        Returns:
+            Whether the request is compressed and its group has room for the token.
+        """
+        tiered = self.tiered.get(request_id)
+        if tiered is None or not tiered.room or num_tokens != tiered.num_tokens + 1:
+            return False
+        tiered.room -= 1
+        tiered.num_tokens = num_tokens
+        self.totals.high_tokens += 1
+        return True
+
     def take_pages_to_zero(self) -> tuple[int, ...]:
         """Drain the pages that have to be zeroed before this step's tokens are written."""
         pages, self._to_zero = tuple(self._to_zero), []
         return pages
 
     def take_steps(self) -> dict[str, DecodeStep]:
-        """Drain the steps of the tiered requests that were scheduled since the last call."""
+        """Drain the steps since the last call that are more than :meth:`take_token`."""
         steps, self._steps = self._steps, {}
         return steps
 
@@ -183,7 +239,8 @@ class TieredBlockManager(FullAttentionManager):
         )
         self._released.extend(b for b in reversed(native) if b.block_id not in kept)
         self.req_to_blocks[request_id] = targets
-        self.tiered[request_id] = TieredRequest(planner, state)
+        self.tiered[request_id] = tiered = TieredRequest(planner, state)
+        self.totals.count(tiered, 1)
         self.num_compressed += 1
         self.num_compressed_in_place += in_place
         return step

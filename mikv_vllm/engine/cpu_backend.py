@@ -69,14 +69,14 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
-        if context.plan.is_native or not isinstance(self.kv_cache_spec, TieredAttentionSpec):
+        if context.is_native or not isinstance(self.kv_cache_spec, TieredAttentionSpec):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         batch = common_attn_metadata
-        starts = batch.query_start_loc_cpu.tolist()
+        starts = batch.query_start_loc_cpu.numpy()
         split = split_batch(context, starts, batch.block_table_tensor)
         native_tokens: slice | torch.Tensor | None = None
         native = batch
-        if split.native_rows:
+        if len(split.native_rows):
             native_tokens = token_selection(split.native_rows, starts)
             if len(split.native_rows) < len(starts) - 1:
                 native = native_part(batch, split.native_rows, starts)
@@ -93,15 +93,10 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 scheduler_metadata=None,
             )
         decode = None
-        if split.tiered:
+        if len(split.tokens):
             # vLLM's slots of these tokens lie in pages that the request gave back.
-            batch.slot_mapping[[row.token for row in split.tiered]] = -1
-            decode = DecodeBatch.build(
-                [
-                    (row.token, row.table, row.step.before, row.step.append, row.step.low_format)
-                    for row in split.tiered
-                ]
-            )
+            batch.slot_mapping[torch.from_numpy(split.tokens)] = -1
+            decode = DecodeBatch.of(*split.decode)
         extended = []
         for chunk in split.extended:
             batch.slot_mapping[chunk.tokens] = -1

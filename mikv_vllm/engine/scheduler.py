@@ -1,6 +1,6 @@
 """The scheduler: vLLM's own, plus one plan a step."""
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -32,7 +32,7 @@ from mikv_vllm.engine.step_plan import (
     TieredSchedulerOutput,
     TierStats,
 )
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS
+from mikv_vllm.tiers.formats import CHUNK_TOKENS
 from mikv_vllm.tiers.plan import largest_ratio
 
 logger = init_logger(__name__)
@@ -70,7 +70,11 @@ class TieredScheduler(Scheduler):
         share = int(config.native_share * (self.kv_cache_config.num_blocks - 1))
         least = config.min_tokens + config.window
         self.tiers.native_limit = max(share, -(-least // self.block_size)) * self.block_size
+        if len(managers) == 1:
+            self._allocate_slots = self.kv_cache_manager.allocate_slots
+            self.kv_cache_manager.allocate_slots = self._take_slots
         self._scoring: set[str] = set()
+        self._with_stop_strings: set[str] = set()
         self._stats: TierStats | None = None
         """Of this step, until a request leaves."""
 
@@ -81,6 +85,8 @@ class TieredScheduler(Scheduler):
         ratio = self._requested_ratio(request)
         if ratio > 1.0:
             self.tiers.ratios[request.request_id] = ratio
+        if request.sampling_params and request.sampling_params.stop:
+            self._with_stop_strings.add(request.request_id)
 
     def _requested_ratio(self, request: Request) -> float:
         # A resumable request gets new prompt tokens later; they need native pages.
@@ -103,6 +109,7 @@ class TieredScheduler(Scheduler):
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         self.tiers.ratios.pop(request.request_id, None)
         self._scoring.discard(request.request_id)
+        self._with_stop_strings.discard(request.request_id)
         return {REPORT_FIELD: report}, ec_transfer_params
 
     def _preempt_request(self, request: Request, *args, **kwargs) -> None:
@@ -113,27 +120,29 @@ class TieredScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         by_client = super().update_from_output(scheduler_output, model_runner_output)
-        for outputs in by_client.values():
-            for output in outputs.outputs:
-                request = self.requests.get(output.request_id)
-                # A stop string is found in the front end: any of these outputs may be the last.
-                if request is not None and request.sampling_params and request.sampling_params.stop:
-                    output.kv_transfer_params = {REPORT_FIELD: self._report(request)}
+        if self._with_stop_strings:
+            for outputs in by_client.values():
+                for output in outputs.outputs:
+                    # The front end finds a stop string: any of these outputs may be the last.
+                    if output.request_id in self._with_stop_strings:
+                        request = self.requests[output.request_id]
+                        output.kv_transfer_params = {REPORT_FIELD: self._report(request)}
         return by_client
 
     def _report(self, request: Request) -> dict[str, Any]:
         """What a finished request took, true to the page."""
         geometry = self.tiers.geometry
         tiered = self.tiers.tiered.get(request.request_id)
-        tokens = tiered.state.num_tokens if tiered else request.num_computed_tokens
+        state = tiered.state if tiered else None
+        tokens = state.num_tokens if state else request.num_computed_tokens
         uncompressed = tokens * geometry.token_bytes * self._heads
-        stored = tiered.state.pages * geometry.page_bytes * self._heads if tiered else uncompressed
+        stored = state.pages * geometry.page_bytes * self._heads if state else uncompressed
         return {
             "requested_ratio": self.tiers.ratios.get(request.request_id, 1.0),
             "achieved_ratio": round(uncompressed / stored, 4) if stored else 1.0,
             "kv_tokens": tokens,
-            "high_tokens": tiered.state.high_tokens if tiered else 0,
-            "low_tokens": tiered.state.low_tokens if tiered else 0,
+            "high_tokens": state.high_tokens if state else 0,
+            "low_tokens": state.low_tokens if state else 0,
             "kv_bytes": stored,
             "uncompressed_kv_bytes": uncompressed,
             "low_format": tiered.planner.low_format.name if tiered else None,
@@ -161,7 +170,7 @@ class TieredScheduler(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        if request.request_id not in self.tiers.ratios:
+        if num_new_tokens <= 1 or request.request_id not in self.tiers.ratios:
             return num_new_tokens
         limit = self.tiers.native_limit
         if request.request_id not in self.tiers.tiered and request.num_tokens > limit:
@@ -181,6 +190,13 @@ class TieredScheduler(Scheduler):
         values = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
         return TieredSchedulerOutput(**values, plan=self._plan(output.num_scheduled_tokens))
 
+    def _take_slots(self, request: Request, num_new_tokens: int, *args, **kwargs):
+        """``KVCacheManager.allocate_slots``, short for what a compressed request mostly does."""
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        if num_new_tokens == 1 and self.tiers.take_token(request.request_id, num_tokens):
+            return self.kv_cache_manager.empty_kv_cache_blocks
+        return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
+
     def _plan(self, num_scheduled_tokens: dict[str, int]) -> StepPlan:
         decode: dict[str, DecodeStep] = {}
         extend: dict[str, ExtendStep] = {}
@@ -192,9 +208,9 @@ class TieredScheduler(Scheduler):
                 extend[request_id] = ExtendStep(**vars(step), num_queries=self._queries(num_new))
         score: dict[str, ScoreStep] = {}
         compress: dict[str, CompressStep] = {}
-        for request_id in self.tiers.ratios:
+        for request_id in [r for r in self.tiers.ratios if r not in self.tiers.tiered]:
             num_new = num_scheduled_tokens.get(request_id, 0)
-            if not num_new or request_id in self.tiers.tiered:
+            if not num_new:
                 continue
             request = self.requests[request_id]
             if scoring := self._score(request, num_new):
@@ -244,31 +260,24 @@ class TieredScheduler(Scheduler):
     # What it holds.
 
     def _tier_stats(self) -> TierStats:
-        pool, geometry = self.tiers.block_pool, self.tiers.geometry
-        pages = high = groups = chunks = low_bytes = 0
-        for tiered in self.tiers.tiered.values():
-            state = tiered.state
-            pages += state.pages
-            high += state.high_tokens
-            groups += -(-state.high_tokens // GROUP_TOKENS)
-            chunks += state.low_chunks
-            low_bytes += state.low_chunks * tiered.planner.chunk_bytes
+        pool, geometry, held = self.tiers.block_pool, self.tiers.geometry, self.tiers.totals
         total, free = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
         computed = sum(r.num_computed_tokens for r in self.running)
-        num_tiered, low = len(self.tiers.tiered), CHUNK_TOKENS * chunks
-        high_bytes = num_tiered * geometry.header_bytes + groups * geometry.high.num_bytes
-        unused = pages * geometry.page_bytes - high_bytes - low_bytes
+        num_tiered = len(self.tiers.tiered)
+        high, low = held.high_tokens, CHUNK_TOKENS * held.low_chunks
+        high_bytes = num_tiered * geometry.header_bytes + held.high_groups * geometry.high.num_bytes
+        unused = held.pages * geometry.page_bytes - high_bytes - held.low_bytes
         return TierStats(
             pages={
                 "total": total,
                 "free": free,
-                "native": total - free - pages,
-                "tiered": pages,
+                "native": total - free - held.pages,
+                "tiered": held.pages,
             },
             tokens={"native": max(0, computed - high - low), "high": high, "low": low},
             bytes={
                 "high": high_bytes * self._heads,
-                "low": low_bytes * self._heads,
+                "low": held.low_bytes * self._heads,
                 "unused": unused * self._heads,
             },
             operations={
@@ -285,7 +294,7 @@ class TieredScheduler(Scheduler):
             # The one field of vLLM's statistics that takes any dictionary; it is free, since
             # KV connectors are refused.
             tier_stats = self._stats or self._tier_stats()
-            stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: asdict(tier_stats)}
+            stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: vars(tier_stats)}
         return stats
 
 

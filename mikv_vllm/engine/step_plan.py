@@ -87,15 +87,12 @@ class StepPlan:
     score: dict[str, ScoreStep] = field(default_factory=dict)
     compress: dict[str, CompressStep] = field(default_factory=dict)
     decode: dict[str, DecodeStep] = field(default_factory=dict)
+    """Of compressed requests that take or change a page. Any other that is scheduled takes its
+    token into its last high group."""
     extend: dict[str, ExtendStep] = field(default_factory=dict)
     zero: tuple[int, ...] = ()
     """Pages to zero before anything is written in this step."""
     stats: TierStats = field(default_factory=TierStats)
-
-    @property
-    def is_native(self) -> bool:
-        """Whether the step touches no tier: stock vLLM runs it."""
-        return not (self.score or self.compress or self.decode or self.extend)
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from mikv_vllm.engine.step_plan import CompressStep, DecodeStep, ExtendStep, ScoreStep
+from mikv_vllm.engine.step_plan import CompressStep, ExtendStep, ScoreStep
 from mikv_vllm.engine.worker_context import WorkerContext
 
 
@@ -26,22 +27,14 @@ class ScoredRow:
 
 
 @dataclass(frozen=True)
-class TieredRow:
-    """A compressed request's row: one token to append and attend with."""
-
-    token: int
-    table: list[int]
-    step: DecodeStep
-
-
-@dataclass(frozen=True)
 class ExtendedRow:
     """A compressed request's row with the next chunk of its prompt."""
 
     row: int
     tokens: slice
     """Of the batch."""
-    table: list[int]
+    table: np.ndarray
+    """int32 ``[pages]``."""
     step: ExtendStep
 
 
@@ -49,14 +42,18 @@ class ExtendedRow:
 class BatchSplit:
     """The batch of one step, by who runs each row."""
 
-    tiered: list[TieredRow]
+    tokens: np.ndarray
+    """The one token of each compressed request, by its row in the batch; int64 ``[rows]``."""
+    decode: tuple[np.ndarray, np.ndarray]
+    """Their rows and tables as the kernels read them."""
     extended: list[ExtendedRow]
     scored: list[ScoredRow]
-    native_rows: list[int]
+    native_rows: np.ndarray
+    """Ascending, int64 ``[rows]``."""
 
 
 def split_batch(
-    context: WorkerContext, query_start_loc: list[int], block_table: torch.Tensor
+    context: WorkerContext, query_start_loc: np.ndarray, block_table: torch.Tensor
 ) -> BatchSplit:
     """Look each row of the batch up in the plan.
 
@@ -64,21 +61,21 @@ def split_batch(
         query_start_loc: first token of each row, and the end of the last.
         block_table: vLLM's, int32 ``[rows, pages]``; right for native rows only.
     """
-    plan = context.plan
-    tiered, extended, scored, native_rows = [], [], [], []
-    for row, request_id in enumerate(context.request_ids()[: len(query_start_loc) - 1]):
-        if decode := plan.decode.get(request_id):
-            token = query_start_loc[row]
-            assert query_start_loc[row + 1] == token + 1, "a compressed request decodes by one"
-            tiered.append(TieredRow(token, context.tables[request_id], decode))
-            continue
-        if extend := plan.extend.get(request_id):
-            tokens = slice(query_start_loc[row], query_start_loc[row + 1])
-            extended.append(ExtendedRow(row, tokens, context.tables[request_id], extend))
-            continue
-        native_rows.append(row)
-        if score := plan.score.get(request_id):
-            end = query_start_loc[row + 1]
+    plan, tiers, starts = context.plan, context.tiers, query_start_loc
+    request_ids = context.request_ids()[: len(starts) - 1]
+    slots = tiers.slots(request_ids)
+    native = slots < 0
+    extended, scored = [], []
+    if plan.extend or plan.score:
+        rows = {request_id: row for row, request_id in enumerate(request_ids)}
+        for request_id, extend in plan.extend.items():
+            row = rows[request_id]
+            slots[row] = -1
+            span = slice(int(starts[row]), int(starts[row + 1]))
+            extended.append(ExtendedRow(row, span, tiers.table(request_id), extend))
+        for request_id, score in plan.score.items():
+            row = rows[request_id]
+            end = int(starts[row + 1])
             compress = plan.compress.get(request_id)
             scored.append(
                 ScoredRow(
@@ -90,29 +87,34 @@ def split_batch(
                     torch.tensor(compress.tiered_pages, dtype=torch.int32) if compress else None,
                 )
             )
-    return BatchSplit(tiered, extended, scored, native_rows)
+    tiered = np.flatnonzero(slots >= 0)
+    tokens = starts[tiered]
+    assert (starts[tiered + 1] == tokens + 1).all(), "a compressed request decodes by one"
+    decode = tiers.rows(slots[tiered], tokens)
+    return BatchSplit(tokens, decode, extended, scored, np.flatnonzero(native))
 
 
-def token_selection(rows: list[int], query_start_loc: list[int]) -> slice | torch.Tensor:
+def token_selection(rows: np.ndarray, query_start_loc: np.ndarray) -> slice | torch.Tensor:
     """Tokens of ``rows``: a slice where they lie together, else an index, int64."""
     if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(query_start_loc[rows[0]], query_start_loc[rows[-1] + 1])
-    spans = [torch.arange(query_start_loc[r], query_start_loc[r + 1]) for r in rows]
-    return torch.cat(spans)
+        return slice(int(query_start_loc[rows[0]]), int(query_start_loc[rows[-1] + 1]))
+    chosen = np.zeros(len(query_start_loc) - 1, bool)
+    chosen[rows] = True
+    return torch.from_numpy(np.flatnonzero(chosen.repeat(np.diff(query_start_loc))))
 
 
 def native_part(
-    batch: CommonAttentionMetadata, rows: list[int], query_start_loc: list[int]
+    batch: CommonAttentionMetadata, rows: np.ndarray, query_start_loc: np.ndarray
 ) -> CommonAttentionMetadata:
     """vLLM's metadata of the step as if only ``rows`` were in it."""
-    lengths = [query_start_loc[r + 1] - query_start_loc[r] for r in rows]
+    lengths = np.diff(query_start_loc)[rows]
     starts = torch.zeros(len(rows) + 1, dtype=batch.query_start_loc.dtype)
-    starts[1:] = torch.tensor(lengths).cumsum(0)
-    index = torch.tensor(rows)
+    starts[1:] = torch.from_numpy(lengths.cumsum())
+    index = torch.from_numpy(rows)
     part = copy(batch)
     part.num_reqs = len(rows)
-    part.num_actual_tokens = sum(lengths)
-    part.max_query_len = max(lengths)
+    part.num_actual_tokens = int(starts[-1])
+    part.max_query_len = int(lengths.max())
     part.query_start_loc = part.query_start_loc_cpu = starts
     part.seq_lens = batch.seq_lens[index]
     part.max_seq_len = int(part.seq_lens.max())
@@ -121,10 +123,10 @@ def native_part(
 
 
 def restored_part(
-    batch: CommonAttentionMetadata, row: ExtendedRow, query_start_loc: list[int], block_size: int
+    batch: CommonAttentionMetadata, row: ExtendedRow, query_start_loc: np.ndarray, block_size: int
 ) -> CommonAttentionMetadata:
     """vLLM's metadata of one extended row, in native pages 0, 1, … that hold all its tokens."""
-    part = native_part(batch, [row.row], query_start_loc)
+    part = native_part(batch, np.array([row.row]), query_start_loc)
     num_tokens = row.step.append.state.num_tokens
     pages = -(-num_tokens // block_size)
     part.block_table_tensor = torch.arange(pages, dtype=batch.block_table_tensor.dtype)[None]

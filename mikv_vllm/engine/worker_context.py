@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.step_plan import StepPlan, TieredSchedulerOutput
+from mikv_vllm.engine.tier_tables import TierTables
+
+NO_SLOTS = np.empty(0, np.int64)
 
 
 @dataclass
@@ -21,12 +25,14 @@ class WorkerContext:
     plan: StepPlan = field(default_factory=StepPlan)
     request_ids: Callable[[], list[str]] = list
     """Request ids in batch order, once vLLM has laid out the step's batch."""
-    tables: dict[str, list[int]] = field(default_factory=dict)
-    """Block table of each tiered request: page ids in stream order."""
+    tiers: TierTables = field(default_factory=TierTables)
+    """Sizes and pages of the compressed requests."""
     scores: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Importance scores of native requests, by layer name: float32 ``[kv_heads, capacity]``."""
 
     _workspace: torch.Tensor | None = None
+    _appended: np.ndarray = field(default_factory=lambda: NO_SLOTS)
+    """Slots of the requests that take in one token in this step."""
 
     def workspace(self, cache: torch.Tensor, num_pages: int) -> torch.Tensor:
         """Native pages outside of the pool, like those of ``cache``, for one layer at a time.
@@ -37,24 +43,41 @@ class WorkerContext:
             self._workspace = cache.new_zeros(num_pages, *cache.shape[1:])
         return self._workspace[:num_pages]
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the step touches no tier: stock vLLM runs it."""
+        plan = self.plan
+        return not (len(self._appended) or plan.score or plan.compress or plan.extend)
+
     def begin_step(self, output: TieredSchedulerOutput) -> None:
         """Apply the plan's changes to the tables; called before the model runs."""
         self.plan = plan = output.plan
         for request_id in output.finished_req_ids:
-            self.tables.pop(request_id, None)
             self.scores.pop(request_id, None)
+            self.tiers.discard(request_id)
+        for request_id in output.preempted_req_ids or ():
+            self.tiers.discard(request_id)
         for request_id, score in plan.score.items():
             if score.reset:
                 self.scores[request_id] = {}
-        for request_id, step in (plan.decode | plan.extend).items():
-            self.tables[request_id].extend(step.new_pages)
-        for request_id, compress in plan.compress.items():
-            self.tables[request_id] = list(compress.tiered_pages)
+        for steps in (plan.decode, plan.extend):
+            for request_id, step in steps.items():
+                self.tiers.change(request_id, step)
+        slots = self.tiers.slots(r for r in output.num_scheduled_tokens if r not in plan.extend)
+        self._appended = slots[slots >= 0]
 
     def end_step(self) -> None:
-        """Drop the scores of requests that this step compressed."""
-        for request_id in self.plan.compress:
+        """Enter what the step did; called after the model has run."""
+        plan = self.plan
+        self.tiers.end_step(self._appended)
+        for request_id, step in plan.extend.items():
+            count = step.append.state.num_tokens - step.before.num_tokens
+            self.tiers.end_step(self.tiers.slots([request_id]), count)
+        for request_id, done in plan.compress.items():
             self.scores.pop(request_id, None)
+            self.tiers.add(request_id, done.tiered_pages, done.state, done.low_format)
+        # A dummy step, as data parallelism runs them, has no plan of its own.
+        self.plan, self._appended = StepPlan(stats=plan.stats), NO_SLOTS
 
 
 context = WorkerContext()

@@ -11,9 +11,31 @@ from mikv_vllm.tiers.plan import AppendStep, TierState
 DecodeRow = tuple[int, Any, TierState, AppendStep, LowFormat]
 """Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
 step; what the step does; low format."""
+
 ROW_FIELDS = 10
+TOKEN, PAGES, HIGH, LOW, LOW_END, MOVED, DEMOTED, NEXT_LOW_END, KEY_CODE, VALUE_BITS = range(
+    ROW_FIELDS
+)
 """Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
 and demoted; low end after it; bits of keys (``key_code``) and of values. Ends count in lines."""
+
+
+def row_numbers(
+    token: int, before: TierState, step: AppendStep, low_format: LowFormat
+) -> tuple[int, ...]:
+    """One row's :data:`ROW_FIELDS` numbers."""
+    return (
+        token,
+        step.state.pages,
+        before.high_tokens,
+        before.low_chunks,
+        before.low_end // LINE_BYTES,
+        step.moved_chunks,
+        step.demoted_chunks,
+        step.state.low_end // LINE_BYTES,
+        low_format.key_code,
+        low_format.value_bits,
+    )
 
 
 def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
@@ -22,22 +44,11 @@ def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
     max_pages = max((row[3].state.pages for row in rows), default=0)
     tables = np.zeros((len(rows), max_pages), np.int32)
     for i, (token, table, before, step, low_format) in enumerate(rows):
-        after = step.state
-        pages = np.asarray(table)[: after.pages]
-        assert len(pages) == after.pages, (
-            f"the table has {len(pages)} pages, the step needs {after.pages}"
+        num_pages = step.state.pages
+        pages = np.asarray(table)[:num_pages]
+        assert len(pages) == num_pages, (
+            f"the table has {len(pages)} pages, the step needs {num_pages}"
         )
-        tables[i, : after.pages] = pages
-        numbers[i] = (
-            token,
-            after.pages,
-            before.high_tokens,
-            before.low_chunks,
-            before.low_end // LINE_BYTES,
-            step.moved_chunks,
-            step.demoted_chunks,
-            after.low_end // LINE_BYTES,
-            low_format.key_code,
-            low_format.value_bits,
-        )
+        tables[i, :num_pages] = pages
+        numbers[i] = row_numbers(token, before, step, low_format)
     return numbers, tables

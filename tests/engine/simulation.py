@@ -9,6 +9,7 @@ import json
 from collections import Counter, deque
 from pathlib import Path
 
+import numpy as np
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -20,10 +21,13 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig
+from mikv_vllm.engine.block_manager import TierTotals
 from mikv_vllm.engine.scheduler import TieredScheduler
 from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.step_plan import TieredSchedulerOutput
 from mikv_vllm.engine.worker_context import WorkerContext
+from mikv_vllm.kernels.batch import HIGH, LOW, PAGES
+from mikv_vllm.tiers.formats import CHUNK_TOKENS
 
 HEAD_DIM = 64
 MAX_MODEL_LEN = 8192
@@ -178,7 +182,8 @@ class Simulation:
         for page in plan.zero:
             assert page not in self._tiered_pages() - in_this_step, "a tiered page was zeroed"
             self.memory[page] = {}
-        native = [r for r in scheduled if r not in plan.decode and r not in plan.extend]
+        tiers = self.context.tiers
+        native = [r for r in scheduled if r not in tiers]
         for request_id in native:
             self._write_native(request_id, computed[request_id], scheduled[request_id])
         for request_id in native:
@@ -196,9 +201,14 @@ class Simulation:
             for page in step.new_pages:
                 self._check_private(page)
                 self.memory[page] = request_id
-            table = self.context.tables[request_id]
-            assert len(table) == step.append.state.pages
-            for page in table:
+        tiered = [r for r in scheduled if r in tiers]
+        rows, tables = tiers.rows(tiers.slots(tiered), np.zeros(len(tiered)))
+        for request_id, row, table in zip(tiered, rows, tables, strict=True):
+            num_tokens = row[HIGH] + CHUNK_TOKENS * row[LOW]
+            assert num_tokens == computed[request_id], "the worker's sizes are not the request's"
+            assert scheduled[request_id] == 1 or request_id in plan.extend
+            assert tiers.table(request_id).tolist() == table[: row[PAGES]].tolist()
+            for page in tiers.table(request_id):
                 assert self.memory[page] == request_id, "a tiered page was overwritten"
         self.context.end_step()
         sampled = []
@@ -274,3 +284,7 @@ class Simulation:
             assert all(holders[b.block_id] == 1 for b in blocks), "a tiered page is shared"
             request = self.scheduler.requests[request_id]
             assert tiered.state.num_tokens == request.num_computed_tokens
+        totals = TierTotals()
+        for tiered in tiers.tiered.values():
+            totals.count(tiered, 1)
+        assert totals == tiers.totals

@@ -94,7 +94,7 @@ def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
     tiers = simulation.scheduler.tiers
     scheduler, context = simulation.scheduler, simulation.context
     left = (tiers.tiered, tiers.req_to_blocks, tiers.ratios, scheduler._scoring)
-    assert not any((*left, context.tables, context.scores))
+    assert not any((*left, context.tiers, context.scores))
 
 
 def test_more_requests_run_at_once_compressed(vllm_configs):

@@ -21,13 +21,14 @@ class DecodeBatch:
     tables: np.ndarray
     addresses: tuple[int, int, int, int]
     """Rows' address, number of rows, tables' address, pages per table row."""
-    last_token: int
-    """Largest row of q, k, v and out."""
+
+    @classmethod
+    def of(cls, rows: np.ndarray, tables: np.ndarray) -> "DecodeBatch":
+        """A batch of the arrays that :func:`~mikv_vllm.kernels.batch.describe_rows` returns."""
+        addresses = (rows.ctypes.data, len(rows), tables.ctypes.data, tables.shape[1])
+        return cls(rows, tables, addresses)
 
     @classmethod
     def build(cls, rows: Iterable[DecodeRow]) -> "DecodeBatch":
         """Describe the compressed rows of a step."""
-        rows = list(rows)
-        numbers, tables = describe_rows(rows)
-        addresses = (numbers.ctypes.data, len(rows), tables.ctypes.data, tables.shape[1])
-        return cls(numbers, tables, addresses, max((row[0] for row in rows), default=-1))
+        return cls.of(*describe_rows(list(rows)))

@@ -1,0 +1,119 @@
+"""What a worker knows of its compressed requests, in arrays: a step costs little for each of them.
+
+The plan names only the requests whose step is more than a new token in the last high group.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mikv_vllm.engine.step_plan import DecodeStep
+from mikv_vllm.kernels.batch import (
+    DEMOTED,
+    HIGH,
+    LOW,
+    LOW_END,
+    MOVED,
+    NEXT_LOW_END,
+    PAGES,
+    ROW_FIELDS,
+    TOKEN,
+    row_numbers,
+)
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierState
+
+
+class TierTables:
+    """Block table and sizes of each compressed request.
+
+    A row's numbers are those of the step that comes next or runs now
+    (:mod:`mikv_vllm.kernels.batch`): as long as the plan says nothing else, one token in the last
+    high group.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._rows = np.zeros((0, ROW_FIELDS), np.int32)
+        self._tables = np.zeros((0, 0), np.int32)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def add(
+        self, request_id: str, pages: Sequence[int], state: TierState, low_format: LowFormat
+    ) -> None:
+        """Take in a request that was just compressed."""
+        slot = self._free.pop() if self._free else len(self._slots)
+        self._slots[request_id] = slot
+        self._reserve(slot, len(pages))
+        self._tables[slot, : len(pages)] = pages
+        self._rows[slot] = row_numbers(0, state, AppendStep(0, 0, 0, state), low_format)
+
+    def discard(self, request_id: str) -> None:
+        """Forget a request, if it is one of ours."""
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def change(self, request_id: str, step: DecodeStep) -> None:
+        """Set what a request's next step does, and add its new pages."""
+        slot = self._slots[request_id]
+        numbers = row_numbers(0, step.before, step.append, step.low_format)
+        known = self._rows[slot, HIGH : LOW_END + 1].tolist()
+        assert known == list(numbers[HIGH : LOW_END + 1]), (
+            f"the plan and the worker disagree about {request_id}: {numbers}, {known}"
+        )
+        before, after = step.before.pages, step.append.state.pages
+        self._reserve(slot, after)
+        self._tables[slot, before:after] = step.new_pages
+        self._rows[slot] = numbers
+
+    def table(self, request_id: str) -> np.ndarray:
+        """Page ids of a request in stream order, int32 ``[pages]``."""
+        slot = self._slots[request_id]
+        return self._tables[slot, : self._rows[slot, PAGES]]
+
+    def slots(self, request_ids: Iterable[str]) -> np.ndarray:
+        """Slots of requests, int64 ``[requests]``; -1 for those that are not compressed."""
+        get = self._slots.get
+        return np.array([get(request_id, -1) for request_id in request_ids], np.int64)
+
+    def rows(self, slots: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the kernels read of a step: rows and tables, as ``describe_rows`` returns them.
+
+        Args:
+            tokens: row of q, k, v and out of each slot, ``[slots]``.
+        """
+        rows = self._rows.take(slots, 0)
+        rows[:, TOKEN] = tokens
+        max_pages = rows[:, PAGES].max(initial=0)
+        return rows, self._tables[slots, :max_pages]
+
+    def end_step(self, slots: np.ndarray, count: int = 1) -> None:
+        """Requests have run their step, which added ``count`` tokens to each."""
+        rows = self._rows[slots]
+        rows[:, HIGH] += count - CHUNK_TOKENS * rows[:, DEMOTED]
+        rows[:, LOW] += rows[:, DEMOTED]
+        rows[:, LOW_END] = rows[:, NEXT_LOW_END]
+        rows[:, [MOVED, DEMOTED]] = 0
+        self._rows[slots] = rows
+
+    def _reserve(self, slot: int, num_pages: int) -> None:
+        """Make room for a row, and for pages in it."""
+        num_slots, most_pages = self._tables.shape
+        if slot < num_slots and num_pages <= most_pages:
+            return
+        if slot >= num_slots:
+            num_slots = max(16, 2 * slot)
+        if num_pages > most_pages:
+            most_pages = 2 * num_pages
+        tables = np.zeros((num_slots, most_pages), np.int32)
+        tables[: len(self._tables), : self._tables.shape[1]] = self._tables
+        rows = np.zeros((num_slots, ROW_FIELDS), np.int32)
+        rows[: len(self._rows)] = self._rows
+        self._tables, self._rows = tables, rows
