@@ -93,7 +93,9 @@ class Host:
         for i in range(rows):
             extra = {RATIO_FIELD: ratio} if self.tiered else None
             params = SamplingParams(max_tokens=900, ignore_eos=True, extra_args=extra)
-            self.scheduler.add_request(Request(f"r{i}", [i % 999] * (tokens - i % 64), params, None))
+            self.scheduler.add_request(
+                Request(f"r{i}", [i % 999] * (tokens - i % 64), params, None)
+            )
         while any(request.is_prefill_chunk for request in self.scheduler.running) or (
             not self.scheduler.running
         ):

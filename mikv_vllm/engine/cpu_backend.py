@@ -93,7 +93,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 scheduler_metadata=None,
             )
         decode = None
-        if len(split.tokens):
+        if len(split.rows):
             # vLLM's slots of these tokens lie in pages that the request gave back.
             batch.slot_mapping[torch.from_numpy(split.tokens)] = -1
             decode = DecodeBatch.of(*split.decode)

@@ -42,8 +42,10 @@ class ExtendedRow:
 class BatchSplit:
     """The batch of one step, by who runs each row."""
 
+    rows: np.ndarray
+    """Which rows are compressed requests with one token, int64 ``[rows]``."""
     tokens: np.ndarray
-    """The one token of each compressed request, by its row in the batch; int64 ``[rows]``."""
+    """That token of each, int32 ``[rows]``."""
     decode: tuple[np.ndarray, np.ndarray]
     """Their rows and tables as the kernels read them."""
     extended: list[ExtendedRow]
@@ -84,14 +86,18 @@ def split_batch(
                     block_table[row],
                     score,
                     compress,
-                    torch.tensor(compress.tiered_pages, dtype=torch.int32) if compress else None,
+                    torch.tensor(
+                        compress.tiered_pages, dtype=torch.int32, device=block_table.device
+                    )
+                    if compress
+                    else None,
                 )
             )
     tiered = np.flatnonzero(slots >= 0)
     tokens = starts[tiered]
     assert (starts[tiered + 1] == tokens + 1).all(), "a compressed request decodes by one"
     decode = tiers.rows(slots[tiered], tokens)
-    return BatchSplit(tokens, decode, extended, scored, np.flatnonzero(native))
+    return BatchSplit(tiered, tokens, decode, extended, scored, np.flatnonzero(native))
 
 
 def token_selection(rows: np.ndarray, query_start_loc: np.ndarray) -> slice | torch.Tensor:

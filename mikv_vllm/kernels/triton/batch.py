@@ -3,9 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from mikv_vllm.kernels.batch import ROW_FIELDS, DecodeRow, describe_rows
+from mikv_vllm.kernels.batch import (
+    HIGH,
+    KEY_CODE,
+    ROW_FIELDS,
+    VALUE_BITS,
+    DecodeRow,
+    describe_rows,
+)
 from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
 
 
@@ -43,6 +51,25 @@ class DecodeBatch:
         rows = torch.full((capacity, ROW_FIELDS), -1, dtype=torch.int32, device=device)
         tables = torch.zeros(capacity, max_pages, dtype=torch.int32, device=device)
         return cls(rows, tables, tuple(low_formats), max_high)
+
+    @classmethod
+    def of(
+        cls,
+        rows: torch.Tensor,
+        tables: torch.Tensor,
+        numbers: np.ndarray,
+        ladder: Sequence[LowFormat],
+    ) -> "DecodeBatch":
+        """A batch of what :func:`~mikv_vllm.kernels.batch.describe_rows` returns, on the device.
+
+        Args:
+            numbers: ``rows`` on the host.
+            ladder: formats that rows may have.
+        """
+        found = {tuple(bits) for bits in numbers[:, [KEY_CODE, VALUE_BITS]].tolist()}
+        low_formats = tuple(f for f in ladder if (f.key_code, f.value_bits) in found)
+        assert len(low_formats) == len(found), "a row has a low format that is not of the ladder"
+        return cls(rows, tables, low_formats, int(numbers[:, HIGH].max(initial=0)) + 1)
 
     @classmethod
     def build(cls, rows: Sequence[DecodeRow], device: torch.device | str) -> "DecodeBatch":

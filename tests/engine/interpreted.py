@@ -1,0 +1,119 @@
+"""A real engine on CPU tensors whose Triton kernels are interpreted: vLLM's and ours.
+
+    python -m tests.engine.interpreted FOLDER cpu|triton 1|2 few|many OUT.json
+
+Serves the model in FOLDER with the CPU backend or the GPU one, and vLLM's V1 or V2 model runner,
+and writes what it predicted for few or many tokens.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+SETTINGS = {"min_tokens": 64, "window": 16, "recent": 8, "native_share": 1.0}
+BLOCK_SIZE = 32
+PAGE_BYTES = BLOCK_SIZE * 64 * 2 * 2 * 2
+"""Of the model that ``test_gpu_backend`` makes: 64 channels, keys and values, 2 bytes, 2 layers."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that run together, and the pool that they run in."""
+
+    requests: tuple[tuple[float, int], ...]
+    """Ratio and prompt length of each."""
+    new_tokens: int
+    pages: int
+
+
+BATCHES = {
+    "few": Batch(((1.0, 40), (4.0, 180), (3.0, 140)), 8, pages=9),
+    "many": Batch(((1.0, 90), (4.0, 500), (2.0, 430), (5.0, 350)), 60, pages=128),
+}
+"""The first compresses in place, for want of free pages."""
+
+
+def prepare(backend: str, runner: str) -> None:
+    """Make vLLM believe in Triton; before it is imported."""
+    os.environ |= {
+        "TRITON_INTERPRET": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "2")),
+    }
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    import torch
+
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's cache write asks for it
+    from mikv_vllm.engine.worker import TieredCPUWorker
+
+    if backend == "triton":
+        path = "gpu_backend.TieredTritonAttentionBackend"
+        TieredCPUWorker.backends = {"CPU_ATTN": path}
+
+
+def predict(folder: str, batch: Batch) -> dict:
+    """What was done; of each request its report, tokens and log-probabilities ``[tokens][512]``."""
+    from vllm import LLM, SamplingParams
+
+    from mikv_vllm.config import CompressionConfig
+    from mikv_vllm.evaluation.quality import generate_together
+
+    from .conftest import ratio
+    from .generated import VOCABULARY, random_tokens
+
+    engine = LLM(
+        model=folder,
+        dtype="float16",  # the interpreter multiplies bf16 matrices wrongly
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=(batch.pages + 1) * PAGE_BYTES,
+        block_size=BLOCK_SIZE,
+        max_model_len=256 if batch.pages < 32 else 1024,
+        max_num_batched_tokens=256,
+        max_logprobs=VOCABULARY,
+        enable_prefix_caching=False,
+        scheduler_cls="mikv_vllm.engine.scheduler.TieredScheduler",
+        worker_cls="mikv_vllm.engine.worker.TieredCPUWorker",
+        additional_config=CompressionConfig(**SETTINGS).to_additional_config(),
+    )
+    params = [
+        SamplingParams(
+            max_tokens=batch.new_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=VOCABULARY,
+            extra_args=ratio(one),
+        )
+        for one, _ in batch.requests
+    ]
+    prompts = [
+        {"prompt_token_ids": random_tokens(length, seed=length)} for _, length in batch.requests
+    ]
+    found = []
+    for output in generate_together(engine, prompts, params):
+        one = output.outputs[0]
+        found.append(
+            {
+                "report": output.kv_transfer_params["kv_compression"],
+                "tokens": list(one.token_ids),
+                "log_probs": [
+                    [step[token].logprob for token in range(VOCABULARY)] for step in one.logprobs
+                ],
+            }
+        )
+    operations = engine.collective_rpc("mikv_stats")[0]["operations"]
+    return {"operations": operations, "requests": found}
+
+
+if __name__ == "__main__":
+    folder, backend, runner, batch, out = sys.argv[1:]
+    prepare(backend, runner)
+    Path(out).write_text(json.dumps(predict(folder, BATCHES[batch])))

@@ -1,0 +1,75 @@
+"""The GPU backend, its metadata builder and both model runners of vLLM, on CPU tensors.
+
+Triton's interpreter runs vLLM's kernels and ours; the C++ kernels say what has to come out.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from .generated import save_model
+
+pytestmark = pytest.mark.engine
+
+SAME = 1e-4
+"""KL divergence in nats of what rounding alone makes of a forward pass, at most."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 128}
+    return save_model(folder, "Llama", num_hidden_layers=2, **shape)
+
+
+@pytest.fixture(scope="module")
+def predict(model, tmp_path_factory):
+    """What an engine predicts for a batch, each run once."""
+    folder, known = tmp_path_factory.mktemp("predicted"), {}
+
+    def run(backend, runner, batch):
+        if (key := (backend, runner, batch)) not in known:
+            out = folder / "-".join(key)
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.engine.interpreted", model, *key, out],
+                check=False,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            known[key] = json.loads(out.read_text())
+        return known[key]
+
+    return run
+
+
+def divergences(run, reference):
+    """Mean KL divergence of each request, as long as both chose the same tokens."""
+    for one, expected in zip(run["requests"], reference["requests"], strict=True):
+        pairs = list(zip(one["tokens"], expected["tokens"], strict=True))
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs) - 1)
+        p, q = (np.array(r["log_probs"][: same + 1]) for r in (expected, one))
+        assert same >= len(pairs) // 2
+        yield (np.exp(p) * (p - q)).sum(1).mean()
+
+
+@pytest.mark.parametrize("runner", ["1", "2"])
+def test_gpu_backend_predicts_as_the_cpu_backend_does(predict, runner):
+    run, reference = predict("triton", runner, "few"), predict("cpu", "1", "few")
+    assert run["operations"] == reference["operations"]
+    assert run["operations"]["compress_in_place"]
+    assert [r["report"] for r in run["requests"]] == [r["report"] for r in reference["requests"]]
+    assert all(r["report"]["low_tokens"] for r in run["requests"][1:])
+    assert max(divergences(run, reference)) < SAME
+
+
+def test_v2_model_runner_predicts_as_the_v1_runner_does(predict):
+    run, reference = predict("cpu", "2", "many"), predict("cpu", "1", "many")
+    assert run["operations"] == reference["operations"]
+    assert run["operations"]["demote"]
+    assert max(divergences(run, reference)) < SAME
