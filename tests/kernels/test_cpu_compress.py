@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mikv_vllm.kernels import cpu
 from mikv_vllm.tiers import reference
 from mikv_vllm.tiers.formats import LowFormat
 
+from .cpu_layer import RECENT, layer
 from .tiered_cache import (
     Shape,
     assert_same_tiers,
@@ -20,38 +20,7 @@ from .tiered_cache import (
     write_native,
 )
 
-RECENT = 16
-
-
-@pytest.fixture(params=cpu.isas(), autouse=True)
-def isa(request):
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(cpu.isas()[0])
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def layer(shape, index, **kwargs):
-    parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None, "decay": 0.9}
-    return cpu.LayerOps(
-        shape.head_dim,
-        shape.heads,
-        shape.kv_heads,
-        shape.block_size,
-        shape.high_bits,
-        shape.dtype,
-        key_index=index[0],
-        value_index=index[1],
-        recent=RECENT,
-        **parameters | kwargs,
-    )
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.mark.parametrize(
