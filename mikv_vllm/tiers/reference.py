@@ -1,4 +1,6 @@
-"""Every tier operation in plain torch, on the bytes of real pages: the kernels' oracle.
+"""What writes, changes and reads tiers, in plain torch on the bytes of real pages: the oracle.
+
+Attention is in :mod:`mikv_vllm.tiers.attention`.
 
 A layer's cache is ``pages``: uint8 ``[num_pages, kv_heads, page_bytes]``. All functions work on
 one request; ``table`` is its block table, page ids in stream order.
@@ -145,10 +147,10 @@ def write_high(
 ) -> None:
     """Store tokens ``[n, head_dim]`` with scores ``[n]`` as high tokens ``first ..``."""
     layout = geometry.high
-    for i, (key, value, score) in enumerate(zip(keys, values, scores, strict=True), first):
+    write_scores(stream, geometry, first, scores)
+    for i, (key, value) in enumerate(zip(keys, values, strict=True), first):
         group, slot = divmod(i, GROUP_TOKENS)
         base = group_offset(geometry, group)
-        stream.write(base + layout.scores + 4 * slot, score.float().reshape(1))
         if layout.bits == 16:
             stream.write(base + layout.keys + slot * 2 * len(key), key)
             stream.write(base + layout.values + slot * 2 * len(value), value)
@@ -170,6 +172,14 @@ def write_high(
             rows[slot] = integers[0]
             stream.write(base + start, tiles_of(rows))
             stream.write(base + scale_start + 2 * slot, scale)
+
+
+def write_scores(stream: Stream, geometry: TierGeometry, first: int, scores: torch.Tensor) -> None:
+    """Store importance scores ``[n]`` of the high tokens ``first ..``."""
+    for i, score in enumerate(scores.float(), first):
+        group, slot = divmod(i, GROUP_TOKENS)
+        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
+        stream.write(offset, score.reshape(1))
 
 
 def read_high(
@@ -305,16 +315,14 @@ def _keep_high(
         keys, values = (part[keep].to(dtype) for part in tokens)
         write_high(stream, geometry, 0, keys, values, scores[keep])
         return
-    _compact(stream, geometry, len(keep), keep)
-    for i, score in enumerate(scores[keep]):
-        group, slot = divmod(i, GROUP_TOKENS)
-        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
-        stream.write(offset, score.reshape(1))
+    _compact(stream, geometry, keep)
+    write_scores(stream, geometry, 0, scores[keep])
 
 
-def _compact(stream: Stream, geometry: TierGeometry, num_tokens: int, keep: torch.Tensor) -> None:
-    """Close the holes of an 8-bit high tier byte by byte: nothing is quantized again."""
+def _compact(stream: Stream, geometry: TierGeometry, keep: torch.Tensor) -> None:
+    """Close the holes of an 8-bit high tier, scores excepted: nothing is quantized again."""
     layout, head_dim = geometry.high, geometry.head_dim
+    num_tokens = len(keep)
     groups = -(-num_tokens // GROUP_TOKENS)
     offsets = [group_offset(geometry, group) for group in range(groups)]
     records = [stream.read(offset, layout.num_bytes) for offset in offsets]
@@ -329,12 +337,9 @@ def _compact(stream: Stream, geometry: TierGeometry, num_tokens: int, keep: torc
         joined[: len(kept)] = kept
         for offset, part in zip(offsets, joined.split(GROUP_TOKENS), strict=True):
             stream.write(offset + start, tiles_of(part))
-    for start, stop, dtype in (
-        (layout.key_scales, layout.value_scales, torch.float16),
-        (layout.value_scales, layout.scores, torch.float16),
-        (layout.scores, layout.num_bytes, torch.float32),
-    ):
-        joined = torch.cat([r[start:stop].view(dtype) for r in records])
+    for start in (layout.key_scales, layout.value_scales):
+        scales = [r[start : start + 2 * GROUP_TOKENS].view(torch.float16) for r in records]
+        joined = torch.cat(scales)
         kept = joined[:num_tokens][keep]
         joined[: len(kept)] = kept
         for offset, part in zip(offsets, joined.split(GROUP_TOKENS), strict=True):
@@ -398,86 +403,3 @@ def extend(
     first, new_scores = int(stay.sum()), scores[before:]
     write_high(stream, geometry, first, keys[new_stay], values[new_stay], new_scores[new_stay])
     return replace(state, high_tokens=first + int(new_stay.sum()))
-
-
-def attend(
-    stream: Stream,
-    geometry: TierGeometry,
-    low_format: LowFormat,
-    state: TierState,
-    queries: torch.Tensor,
-    scale: float,
-    decay: float,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of one token over both tiers; adds its probabilities to the importance scores.
-
-    Args:
-        queries: ``[group, head_dim]``, the query heads that share this KV head.
-        sinks: ``[group]`` logits that only join the softmax's denominator, or None.
-
-    Returns:
-        ``[group, head_dim]``, float32.
-    """
-    keys, values = restore(stream, geometry, low_format, state, queries.dtype)
-    weights = attention_weights(queries, keys, scale, softcap, sinks)
-    own = read_high(stream, geometry, state.high_tokens, queries.dtype)[2]
-    scores = own * decay + weights[:, : state.high_tokens].sum(0)
-    for i, score in enumerate(scores):
-        group, slot = divmod(i, GROUP_TOKENS)
-        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
-        stream.write(offset, score.reshape(1))
-    return weights @ values
-
-
-def attention_weights(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Softmax weights ``[queries, keys]``, float32; sinks ``[queries]`` take their share."""
-    logits = queries.float() @ keys.float().T * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        logits = torch.cat([logits, sinks.float()[:, None]], dim=1)
-        return logits.softmax(-1)[:, :-1]
-    return logits.softmax(-1)
-
-
-def score_prompt(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Importance of a prompt's tokens: attention that its last queries paid to each.
-
-    Args:
-        queries: ``[n, heads, head_dim]``, of the last ``n`` tokens, causal.
-        keys: ``[tokens, kv_heads, head_dim]``.
-        sinks: ``[heads]`` or None.
-
-    Returns:
-        ``[kv_heads, tokens]``: weights summed over queries and over the query heads of a KV head.
-    """
-    num_queries, num_heads, _ = queries.shape
-    tokens, kv_heads, _ = keys.shape
-    group = num_heads // kv_heads
-    positions = torch.arange(tokens - num_queries, tokens)
-    mask = torch.arange(tokens)[None] <= positions[:, None]
-    scores = torch.zeros(kv_heads, tokens)
-    for head in range(num_heads):
-        sink = None if sinks is None else sinks[head].expand(num_queries)
-        weights = attention_weights(
-            queries[:, head], keys[:, head // group], scale, softcap, sink, mask
-        )
-        scores[head // group] += weights.sum(0)
-    return scores

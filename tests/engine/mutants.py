@@ -1,5 +1,7 @@
 """A worker that can be told to do its work wrong: the tests have to notice."""
 
+from contextlib import contextmanager
+
 import torch
 
 from mikv_vllm.engine.worker import TieredCPUWorker
@@ -7,8 +9,9 @@ from mikv_vllm.kernels.cpu import LayerOps
 from mikv_vllm.tiers.formats import TierGeometry
 
 MUTATIONS = ("zeroed low tier", "shuffled heads", "wrong scale", "zeroed output")
+"""Wrong for every compressed request; "zeroed workspace" is wrong for long prompts alone."""
 
-_compress, _decode = LayerOps.compress, LayerOps.decode
+_compress, _decode, _restore = LayerOps.compress, LayerOps.decode, LayerOps.restore
 
 
 def _page_bytes(cache: torch.Tensor) -> torch.Tensor:
@@ -40,12 +43,17 @@ def _zeroed_output(self, cache, batch, query, key, value, output):
     output.zero_()
 
 
+def _zeroed_workspace(self, cache, tiered_table, state, low_format, native):
+    _restore(self, cache, tiered_table, state, low_format, native)
+    native.zero_()
+
+
 class MutableWorker(TieredCPUWorker):
     """The real worker, and on request a wrong one."""
 
     def mutate(self, mutation: str | None) -> None:
         """Do one thing wrong from now on; None for nothing."""
-        LayerOps.compress, LayerOps.decode = _compress, _decode
+        LayerOps.compress, LayerOps.decode, LayerOps.restore = _compress, _decode, _restore
         match mutation:
             case "zeroed low tier":
                 LayerOps.compress = _zeroed_low_tier
@@ -55,5 +63,19 @@ class MutableWorker(TieredCPUWorker):
                 LayerOps.decode = _wrong_scale
             case "zeroed output":
                 LayerOps.decode = _zeroed_output
+            case "zeroed workspace":
+                LayerOps.restore = _zeroed_workspace
             case _:
                 assert mutation is None, mutation
+
+
+@contextmanager
+def mutated(engine, mutation: str):
+    """The engine does one thing wrong here; its prefix cache is empty before and after."""
+    engine.reset_prefix_cache()
+    engine.collective_rpc("mutate", args=(mutation,))
+    try:
+        yield
+    finally:
+        engine.collective_rpc("mutate", args=(None,))
+        engine.reset_prefix_cache()

@@ -8,8 +8,10 @@ import mikv_vllm
 from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
 from mikv_vllm.evaluation.quality import QualityRun
 from mikv_vllm.evaluation.windows import cut_windows
+from mikv_vllm.server import wiring
 
 from .conftest import BLOCK_SIZE, ENGINE, idle_stats, ratio, start, stop
+from .mutants import mutated
 
 pytestmark = pytest.mark.engine
 
@@ -35,13 +37,16 @@ def reference(model_path):
 
 @pytest.fixture(scope="module")
 def small(model_path, reference):
-    llm = mikv_vllm.LLM(
-        str(model_path),
-        kv_compression_ratio=4.0,
-        logits_processors=[ForcedDecoding],
-        **ENGINE | {"max_model_len": 6400},
-        kv_cache_memory_bytes=POOL_TOKENS * TOKEN_BYTES,
-    )
+    """MiKV in a pool of half the prompt, with a worker that can be mutated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(wiring.WORKER_CLS, "cpu", "tests.engine.mutants.MutableWorker")
+        llm = mikv_vllm.LLM(
+            str(model_path),
+            kv_compression_ratio=4.0,
+            logits_processors=[ForcedDecoding],
+            **ENGINE | {"max_model_len": 6400},
+            kv_cache_memory_bytes=POOL_TOKENS * TOKEN_BYTES,
+        )
     yield llm
     stop(llm)
 
@@ -56,6 +61,14 @@ def test_the_answer_is_as_good_as_if_the_prompt_fitted(small, reference):
     assert (stats["pages"]["total"] + 1) * BLOCK_SIZE == POOL_TOKENS
     # The beginning was compressed once, what followed joined it.
     assert stats["operations"]["demote"] >= 2 * (PROMPT - POOL_TOKENS) // 32
+
+
+def test_a_beginning_restored_wrongly_is_noticed(small, reference):
+    reference.use(small)
+    with mutated(small, "zeroed workspace"):
+        divergence = reference.measure(4.0).divergence
+    print(divergence)
+    assert divergence > 2 * MOST_DIVERGENCE
 
 
 def test_long_and_short_prompts_share_the_pool(small, reference):

@@ -4,7 +4,7 @@ import pytest
 
 from mikv_vllm.evaluation.quality import QualityRun
 
-from .mutants import MUTATIONS
+from .mutants import MUTATIONS, mutated
 
 pytestmark = pytest.mark.engine
 
@@ -47,11 +47,6 @@ def test_pages_that_held_tiers_serve_native_requests_again(engine, run, measured
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_wrong_kernel_is_noticed(engine, run, mutation):
-    engine.reset_prefix_cache()
-    engine.collective_rpc("mutate", args=(mutation,))
-    try:
+    with mutated(engine, mutation):
         divergence = run.measure(4.0).divergence
-    finally:
-        engine.collective_rpc("mutate", args=(None,))
-        engine.reset_prefix_cache()
     assert divergence > 2 * MOST_DIVERGENCE[4.0]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mikv_vllm.kernels import cpu
-from mikv_vllm.tiers import reference
+from mikv_vllm.tiers import attention, reference
 from mikv_vllm.tiers.formats import LowFormat
 
+from .cpu_layer import RECENT, layer
 from .tiered_cache import (
     Shape,
     assert_same_tiers,
@@ -20,38 +20,7 @@ from .tiered_cache import (
     write_native,
 )
 
-RECENT = 16
-
-
-@pytest.fixture(params=cpu.isas(), autouse=True)
-def isa(request):
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(cpu.isas()[0])
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def layer(shape, index, **kwargs):
-    parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None, "decay": 0.9}
-    return cpu.LayerOps(
-        shape.head_dim,
-        shape.heads,
-        shape.kv_heads,
-        shape.block_size,
-        shape.high_bits,
-        shape.dtype,
-        key_index=index[0],
-        value_index=index[1],
-        recent=RECENT,
-        **parameters | kwargs,
-    )
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +107,7 @@ def test_scores_of_a_prompt(shape, num_tokens, num_queries, kwargs, order, threa
     ops = layer(shape, index, **kwargs)
     scores = torch.ones(shape.kv_heads, num_tokens + 3)
     ops.score(pages, table, num_tokens, q, scores)
-    expected = reference.score_prompt(q, keys, shape.head_dim**-0.5, **kwargs)
+    expected = attention.score_prompt(q, keys, shape.head_dim**-0.5, **kwargs)
     assert torch.equal(scores[:, num_tokens:], torch.ones(shape.kv_heads, 3))
     torch.testing.assert_close(scores[:, :num_tokens] - 1, expected, rtol=1e-4, atol=2e-6)
 
@@ -155,7 +124,7 @@ def test_scores_add_up_over_the_chunks_of_a_prefill(threads):
     for start, stop in ((0, 100), (100, 257), (257, 400)):
         write_native(pages, table, shape, keys[:stop], values[:stop], index)
         ops.score(pages, table, stop, q[start:stop], scores)
-    expected = reference.score_prompt(q, keys, shape.head_dim**-0.5)
+    expected = attention.score_prompt(q, keys, shape.head_dim**-0.5)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ from mikv_vllm.tiers import reference
 from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
+from .cpu_layer import DECAY, RECENT, layer
 from .tiered_cache import (
     Shape,
     expected_attention,
@@ -16,46 +17,12 @@ from .tiered_cache import (
     live_bytes,
     new_pages,
     oracle_step,
-    permutation,
     read_tiers,
     state_of,
     tokens,
 )
 
-RECENT, DECAY = 16, 0.9
-
-
-@pytest.fixture(params=cpu.isas(), autouse=True)
-def isa(request):
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(cpu.isas()[0])
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def layer(shape, **kwargs):
-    index = permutation(shape, None)
-    parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None}
-    return cpu.LayerOps(
-        shape.head_dim,
-        shape.heads,
-        shape.kv_heads,
-        shape.block_size,
-        shape.high_bits,
-        shape.dtype,
-        key_index=index[0],
-        value_index=index[1],
-        decay=DECAY,
-        recent=RECENT,
-        **parameters | kwargs,
-    )
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def assert_close_attention(out, expected, dtype):

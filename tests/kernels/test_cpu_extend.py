@@ -3,22 +3,14 @@
 import pytest
 import torch
 
-from mikv_vllm.kernels import cpu
 from mikv_vllm.tiers import reference
 from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import TierPlanner
 
+from .cpu_layer import RECENT, layer
 from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, permutation, tokens
 
-RECENT = 16
-
-
-@pytest.fixture(params=cpu.isas(), autouse=True)
-def isa(request):
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(cpu.isas()[0])
-
+pytestmark = pytest.mark.usefixtures("isa")
 
 CASES = [
     (Shape(), LowFormat((6, 4, 3, 3), 3), 4.0, 700, 130, None),
@@ -28,25 +20,6 @@ CASES = [
     (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 3, 2, 2), 2), 5.0, 350, 64, None),
     (Shape(96, block_size=32), LowFormat.parse("B3V3"), 4.0, 300, 40, None),
 ]
-
-
-def layer(shape, order):
-    index = permutation(shape, order)
-    return index, cpu.LayerOps(
-        shape.head_dim,
-        shape.heads,
-        shape.kv_heads,
-        shape.block_size,
-        shape.high_bits,
-        shape.dtype,
-        scale=shape.head_dim**-0.5,
-        softcap=0.0,
-        sinks=None,
-        decay=0.9,
-        recent=RECENT,
-        key_index=index[0],
-        value_index=index[1],
-    )
 
 
 def compressed(shape, low_format, ratio, first, more):
@@ -62,11 +35,11 @@ def compressed(shape, low_format, ratio, first, more):
 
 @pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "order"), CASES)
 def test_restored_pages_hold_both_tiers(shape, low_format, ratio, first, more, order):
-    index, ops = layer(shape, order)
+    index = permutation(shape, order)
     state, _, pages, table = compressed(shape, low_format, ratio, first, more)
     count = -(-first // shape.block_size)
     native = new_pages(shape, count)
-    ops.restore(pages, table, state, low_format, native)
+    layer(shape, index).restore(pages, table, state, low_format, native)
     elements = native.view(shape.dtype)
     for head in range(shape.kv_heads):
         stream = reference.Stream(pages, table, head)
@@ -80,7 +53,6 @@ def test_restored_pages_hold_both_tiers(shape, low_format, ratio, first, more, o
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 @pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "order"), CASES)
 def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, order, keep):
-    _, ops = layer(shape, order)
     state, step, pages, table = compressed(shape, low_format, ratio, first, more)
     keys, values = tokens(shape, more + 2, seed=more)
     scores = torch.rand(shape.kv_heads, first + more)
@@ -101,6 +73,7 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
         )
         assert after == step.state
     k, v = keys[1 : more + 1], values[1 : more + 1]
+    ops = layer(shape, permutation(shape, order))
     ops.extend(pages, table, state, step, low_format, k, v, scores, keep)
     assert_same_tiers(pages, expected, table, shape, low_format, step.state)
     others = [page for page in range(len(pages)) if page not in table]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mikv_vllm.tiers import reference
+from mikv_vllm.tiers import attention, reference
 from mikv_vllm.tiers.formats import LowFormat
 
 from .tiered_cache import (
@@ -124,7 +124,7 @@ def test_scores_of_a_prompt(shape, num_tokens, num_queries, kwargs, device):
         cache[0], table_tensor(table, device), num_tokens, q.to(device), scores
     )
     scores = scores.cpu()
-    expected = reference.score_prompt(q, keys, shape.head_dim**-0.5, **kwargs)
+    expected = attention.score_prompt(q, keys, shape.head_dim**-0.5, **kwargs)
     assert torch.equal(scores[:, num_tokens:], torch.ones(shape.kv_heads, 3))
     torch.testing.assert_close(scores[:, :num_tokens] - 1, expected, rtol=1e-3, atol=2e-5)
 
@@ -139,5 +139,5 @@ def test_scores_add_up_over_the_chunks_of_a_prefill(device):
     for start, stop in ((0, 50), (50, 129), (129, 200)):
         cache = native_cache(shape, keys[:stop], values[:stop], table, 4, device)
         ops.score(cache[0], table_tensor(table, device), stop, q[start:stop].to(device), scores)
-    expected = reference.score_prompt(q, keys, shape.head_dim**-0.5)
+    expected = attention.score_prompt(q, keys, shape.head_dim**-0.5)
     torch.testing.assert_close(scores.cpu(), expected, rtol=1e-3, atol=2e-5)

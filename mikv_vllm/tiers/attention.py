@@ -1,0 +1,87 @@
+"""Attention and the importance scores that it yields, in plain torch: the kernels' oracle."""
+
+import torch
+
+from mikv_vllm.tiers.formats import LowFormat, TierGeometry
+from mikv_vllm.tiers.plan import TierState
+from mikv_vllm.tiers.reference import Stream, read_high, restore, write_scores
+
+
+def attend(
+    stream: Stream,
+    geometry: TierGeometry,
+    low_format: LowFormat,
+    state: TierState,
+    queries: torch.Tensor,
+    scale: float,
+    decay: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one token over both tiers; adds its probabilities to the importance scores.
+
+    Args:
+        queries: ``[group, head_dim]``, the query heads that share this KV head.
+        sinks: ``[group]`` logits that only join the softmax's denominator, or None.
+
+    Returns:
+        ``[group, head_dim]``, float32.
+    """
+    keys, values = restore(stream, geometry, low_format, state, queries.dtype)
+    weights = attention_weights(queries, keys, scale, softcap, sinks)
+    own = read_high(stream, geometry, state.high_tokens, queries.dtype)[2]
+    scores = own * decay + weights[:, : state.high_tokens].sum(0)
+    write_scores(stream, geometry, 0, scores)
+    return weights @ values
+
+
+def attention_weights(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax weights ``[queries, keys]``, float32; sinks ``[queries]`` take their share."""
+    logits = queries.float() @ keys.float().T * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None]], dim=1)
+        return logits.softmax(-1)[:, :-1]
+    return logits.softmax(-1)
+
+
+def score_prompt(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Importance of a prompt's tokens: attention that its last queries paid to each.
+
+    Args:
+        queries: ``[n, heads, head_dim]``, of the last ``n`` tokens, causal.
+        keys: ``[tokens, kv_heads, head_dim]``.
+        sinks: ``[heads]`` or None.
+
+    Returns:
+        ``[kv_heads, tokens]``: weights summed over queries and over the query heads of a KV head.
+    """
+    num_queries, num_heads, _ = queries.shape
+    tokens, kv_heads, _ = keys.shape
+    group = num_heads // kv_heads
+    positions = torch.arange(tokens - num_queries, tokens)
+    mask = torch.arange(tokens)[None] <= positions[:, None]
+    scores = torch.zeros(kv_heads, tokens)
+    for head in range(num_heads):
+        sink = None if sinks is None else sinks[head].expand(num_queries)
+        weights = attention_weights(
+            queries[:, head], keys[:, head // group], scale, softcap, sink, mask
+        )
+        scores[head // group] += weights.sum(0)
+    return scores
