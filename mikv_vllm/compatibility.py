@@ -38,7 +38,14 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
         "FlexibleArgumentParser.load_config_file": "self file_path",
         "FlexibleArgumentParser.parse_args": "self args namespace",
     },
-    "v1/attention/backend.py": {"AttentionLayer": None, "CommonAttentionMetadata": None},
+    "utils/torch_utils.py": {"async_tensor_h2d": "data device"},
+    "v1/attention/backend.py": {
+        "AttentionCGSupport": None,
+        "AttentionImpl.fused_output_quant_supported": "self quant_key",
+        "AttentionLayer": None,
+        "AttentionMetadataBuilder.get_cudagraph_support": "cls vllm_config kv_cache_spec",
+        "CommonAttentionMetadata": None,
+    },
     "v1/attention/backends/cpu_attn.py": {
         "CPUAttentionBackend.get_builder_cls": "",
         "CPUAttentionBackend.get_impl_cls": "",
@@ -51,12 +58,40 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
             "self common_prefix_len common_attn_metadata fast_build"
         ),
     },
+    "v1/attention/backends/flash_attn.py": {
+        "FlashAttentionBackend.get_builder_cls": "",
+        "FlashAttentionBackend.get_impl_cls": "",
+        "FlashAttentionImpl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+        "FlashAttentionImpl.forward": (
+            "self layer query key value kv_cache attn_metadata output output_scale "
+            "output_block_scale"
+        ),
+        "FlashAttentionMetadataBuilder.build": (
+            "self common_prefix_len common_attn_metadata fast_build"
+        ),
+    },
+    "v1/attention/backends/triton_attn.py": {
+        "TritonAttentionBackend.get_builder_cls": "",
+        "TritonAttentionBackend.get_impl_cls": "",
+        "TritonAttentionImpl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+        "TritonAttentionImpl.forward": (
+            "self layer query key value kv_cache attn_metadata output output_scale "
+            "output_block_scale"
+        ),
+        "TritonAttentionMetadataBuilder.build": (
+            "self common_prefix_len common_attn_metadata fast_build"
+        ),
+    },
     "v1/attention/backends/registry.py": {
+        "AttentionBackendEnum.FLASHINFER": None,
+        "AttentionBackendEnum.FLASH_ATTN": None,
+        "AttentionBackendEnum.TRITON_ATTN": None,
         "AttentionBackendEnum.CPU_ATTN": None,
         "register_backend": "backend class_path",
     },
     "v1/core/kv_cache_manager.py": {
-        "KVCacheManager.truncate_computed_blocks": "self blocks num_computed_tokens"
+        "KVCacheManager.allocate_slots": "self request num_new_tokens",
+        "KVCacheManager.truncate_computed_blocks": "self blocks num_computed_tokens",
     },
     "v1/core/sched/async_scheduler.py": {"AsyncScheduler": None},
     "v1/core/sched/output.py": {"SchedulerOutput": None},
@@ -106,7 +141,19 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
     "v1/kv_cache_spec_registry.py": {"register_kv_cache_spec": ""},
     "v1/metrics/loggers.py": {"AggregateStatLoggerBase": None, "StatLoggerManager": None},
     "v1/metrics/stats.py": {"SchedulerStats.kv_connector_stats": None},
+    "v1/cudagraph_dispatcher.py": {
+        "CudagraphDispatcher.dispatch": (
+            "self num_tokens uniform_decode has_lora num_active_loras valid_modes invalid_modes"
+        )
+    },
+    "v1/kv_cache_layout.py": {"KVCacheLayout.LBHNC": None},
     "v1/worker/cpu_worker.py": {"CPUWorker.init_device": "self"},
+    "v1/worker/gpu/cudagraph_utils.py": {
+        "CudaGraphManager.dispatch": (
+            "self num_reqs num_tokens uniform_token_count num_active_loras max_query_len"
+        ),
+    },
+    "v1/worker/gpu/model_runner.py": {"GPUModelRunner.prepare_attn": "self input_batch"},
     "v1/worker/gpu_input_batch.py": {"InputBatch.req_ids": "self"},
     "v1/worker/gpu_model_runner.py": {
         "GPUModelRunner.sync_and_gather_intermediate_tensors": (
@@ -114,6 +161,8 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
         ),
     },
     "v1/worker/gpu_worker.py": {
+        "Worker.compile_or_warm_up_model": "self",
+        "Worker.init_device": "self",
         "Worker.execute_model": "self scheduler_output",
         "Worker.initialize_from_config": "self kv_cache_config",
         "Worker.sample_tokens": "self grammar_output",

@@ -77,9 +77,6 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
     def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
         return cls._cudagraph_support
 
-    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
-        return context.is_native and super().use_cascade_attention(*args, **kwargs)
-
     def build(
         self,
         common_prefix_len: int,

@@ -97,7 +97,9 @@ def check(vllm_config: "VllmConfig") -> None:
     Raises:
         Refusal: naming the model or the flag.
     """
-    if why := _why_not(vllm_config.model_config):
+    if vllm_config.device_config.device_type == "cuda":
+        _check_gpu()
+    if why := _why_not(vllm_config):
         model = f"--model {vllm_config.model_config.model}"
         raise _unsupported(model, why, "serve it with `vllm serve`")
     if vllm_config.speculative_config is not None:
@@ -116,10 +118,25 @@ def check(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _why_not(model: "ModelConfig") -> str | None:
-    """What about this model MiKV cannot serve, or None."""
-    from mikv_vllm.kernels.cpu import HEAD_DIMS
+def _check_gpu() -> None:
+    """Refuse a GPU that the Triton kernels are not made for."""
+    from vllm.platforms import current_platform
 
+    if not current_platform.is_cuda() or not current_platform.has_device_capability(80):
+        raise Refusal(
+            "MiKV's GPU kernels are made for NVIDIA GPUs of compute capability 8.0 or more, "
+            f"and this is {current_platform.get_device_name()}."
+        )
+
+
+def _why_not(vllm_config: "VllmConfig") -> str | None:
+    """What about this model MiKV cannot serve, or None."""
+    if vllm_config.device_config.device_type == "cuda":
+        from mikv_vllm.kernels.triton import HEAD_DIMS
+    else:
+        from mikv_vllm.kernels.cpu import HEAD_DIMS
+
+    model = vllm_config.model_config
     head_dim = model.get_head_size()
     reasons = (
         (model.is_encoder_decoder, "it is an encoder-decoder model"),

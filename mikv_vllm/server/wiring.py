@@ -13,7 +13,10 @@ from mikv_vllm.server.refusals import Refusal, check_flags
 logger = logging.getLogger("vllm.mikv")
 
 SCHEDULER_CLS = "mikv_vllm.engine.scheduler.TieredScheduler"
-WORKER_CLS = {"cpu": "mikv_vllm.engine.worker.TieredCPUWorker"}
+WORKER_CLS = {
+    "cpu": "mikv_vllm.engine.cpu_worker.TieredCPUWorker",
+    "cuda": "mikv_vllm.engine.gpu_worker.TieredGPUWorker",
+}
 """Worker class by vLLM's device type. A device that is missing here has no kernels yet."""
 
 CPU_BLOCK_SIZE = 32

@@ -2,38 +2,6 @@
 
 import torch
 
-from mikv_vllm.tiers.formats import LowFormat, TierGeometry
-from mikv_vllm.tiers.plan import TierState
-from mikv_vllm.tiers.reference import Stream, read_high, restore, write_scores
-
-
-def attend(
-    stream: Stream,
-    geometry: TierGeometry,
-    low_format: LowFormat,
-    state: TierState,
-    queries: torch.Tensor,
-    scale: float,
-    decay: float,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of one token over both tiers; adds its probabilities to the importance scores.
-
-    Args:
-        queries: ``[group, head_dim]``, the query heads that share this KV head.
-        sinks: ``[group]`` logits that only join the softmax's denominator, or None.
-
-    Returns:
-        ``[group, head_dim]``, float32.
-    """
-    keys, values = restore(stream, geometry, low_format, state, queries.dtype)
-    weights = attention_weights(queries, keys, scale, softcap, sinks)
-    own = read_high(stream, geometry, state.high_tokens, queries.dtype)[2]
-    scores = own * decay + weights[:, : state.high_tokens].sum(0)
-    write_scores(stream, geometry, 0, scores)
-    return weights @ values
-
 
 def attention_weights(
     queries: torch.Tensor,

@@ -51,7 +51,7 @@ def prepare(backend: str, runner: str) -> None:
     import torch
 
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's cache write asks for it
-    from mikv_vllm.engine.worker import TieredCPUWorker
+    from mikv_vllm.engine.cpu_worker import TieredCPUWorker
 
     if backend == "triton":
         path = "gpu_backend.TieredTritonAttentionBackend"
@@ -80,7 +80,7 @@ def predict(folder: str, batch: Batch) -> dict:
         max_logprobs=VOCABULARY,
         enable_prefix_caching=False,
         scheduler_cls="mikv_vllm.engine.scheduler.TieredScheduler",
-        worker_cls="mikv_vllm.engine.worker.TieredCPUWorker",
+        worker_cls="mikv_vllm.engine.cpu_worker.TieredCPUWorker",
         additional_config=CompressionConfig(**SETTINGS).to_additional_config(),
     )
     params = [

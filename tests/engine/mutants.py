@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mikv_vllm.engine.worker import TieredCPUWorker
+from mikv_vllm.engine.cpu_worker import TieredCPUWorker
 from mikv_vllm.kernels.cpu import LayerOps
 from mikv_vllm.tiers.formats import TierGeometry
 

@@ -63,7 +63,9 @@ def test_rust_frontend_is_refused(monkeypatch):
         refusals.check_frontend({})
 
 
-def config(cache_dtype: str = "auto", speculative=None, transfer=None, **model) -> SimpleNamespace:
+def config(
+    cache_dtype: str = "auto", speculative=None, transfer=None, device: str = "cpu", **model
+) -> SimpleNamespace:
     """As much of a VllmConfig as the check reads; a plain model unless told otherwise."""
     fields = {
         "model": "some/model",
@@ -85,6 +87,7 @@ def config(cache_dtype: str = "auto", speculative=None, transfer=None, **model) 
         speculative_config=speculative,
         kv_transfer_config=transfer,
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        device_config=SimpleNamespace(device_type=device),
     )
 
 
@@ -122,3 +125,8 @@ def test_model_is_refused_in_one_sentence(differs, said):
 )
 def test_model_with_full_attention_passes(differs):
     refusals.check(config(**differs))
+
+
+def test_gpu_that_the_kernels_are_not_made_for_is_refused():
+    with pytest.raises(Refusal, match=r"compute capability 8\.0"):  # here the platform is the CPU
+        refusals.check(config(device="cuda"))

@@ -10,7 +10,7 @@ from mikv_vllm.kernels.cpu.batch import DecodeBatch
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierState
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 128, 256)
 """Head sizes that the kernels are compiled for."""
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 

@@ -1,7 +1,7 @@
 """The tier operations as Triton kernels, on the bytes that ``tiers/formats.py`` lays out."""
 
 from mikv_vllm.kernels.triton.batch import DecodeBatch
-from mikv_vllm.kernels.triton.layer import LayerOps
+from mikv_vllm.kernels.triton.layer import HEAD_DIMS, LayerOps
 from mikv_vllm.kernels.triton.scratch import Scratch
 
-__all__ = ["DecodeBatch", "LayerOps", "Scratch"]
+__all__ = ["HEAD_DIMS", "DecodeBatch", "LayerOps", "Scratch"]

@@ -35,7 +35,7 @@ OPTIONS = {
     "write_low": {"num_warps": 8},
 }
 """How kernels are launched, where it is not Triton's own way."""
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 112, 128, 256)
 """Head sizes whose groups of value channels are powers of two once they are padded."""
 PROGRAMS = 2048
 """Splits that fill a large GPU: 16 warps for each of 128 multiprocessors."""

@@ -1,0 +1,59 @@
+"""The GPU worker."""
+
+from functools import wraps
+from typing import Any, ClassVar
+
+from vllm.config import CUDAGraphMode
+
+from mikv_vllm.engine.tiered_worker import TieredWorker
+from mikv_vllm.engine.worker_context import context
+
+
+class TieredGPUWorker(TieredWorker):
+    """vLLM's GPU worker with the two-tier attention backends."""
+
+    backends: ClassVar = {
+        "FLASH_ATTN": "gpu_backend.TieredFlashAttentionBackend",
+        # vLLM's first choice on some GPUs; it has no tiered form.
+        "FLASHINFER": "gpu_backend.TieredFlashAttentionBackend",
+        "TRITON_ATTN": "gpu_backend.TieredTritonAttentionBackend",
+    }
+
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        if self.use_v2_model_runner:
+            self._leave_full_graphs_v2(self.model_runner.cudagraph_manager)
+        else:
+            self._leave_full_graphs(self.model_runner.cudagraph_dispatcher)
+        return result
+
+    @staticmethod
+    def _leave_full_graphs(dispatcher: Any) -> None:
+        """Run steps that touch a tier piecewise: attention outside of the CUDA graphs."""
+        dispatch = dispatcher.dispatch
+
+        @wraps(dispatch)
+        def dispatch_step(*args: Any, **kwargs: Any) -> Any:
+            if not context.is_native:
+                invalid = kwargs.get("invalid_modes") or frozenset()
+                kwargs["invalid_modes"] = invalid | {CUDAGraphMode.FULL}
+            return dispatch(*args, **kwargs)
+
+        dispatcher.dispatch = dispatch_step
+
+    @staticmethod
+    def _leave_full_graphs_v2(manager: Any) -> None:
+        """The same for the V2 model runner, whose full graphs are those of uniform batches."""
+        if manager is None:
+            return
+        dispatch = manager.dispatch
+
+        @wraps(dispatch)
+        def dispatch_step(
+            num_reqs: int, num_tokens: int, uniform_token_count: int | None, **kwargs: Any
+        ) -> Any:
+            if not context.is_native:
+                uniform_token_count = kwargs["max_query_len"] = None
+            return dispatch(num_reqs, num_tokens, uniform_token_count, **kwargs)
+
+        manager.dispatch = dispatch_step

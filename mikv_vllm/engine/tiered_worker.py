@@ -1,0 +1,63 @@
+"""What our workers have in common: they hand the plan to the attention backend."""
+
+from dataclasses import asdict
+from functools import wraps
+from typing import Any, ClassVar
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu_worker import Worker
+
+from mikv_vllm.config import CompressionConfig
+from mikv_vllm.engine.step_plan import StepPlan, TieredSchedulerOutput, TierStats
+from mikv_vllm.engine.worker_context import context
+
+
+class TieredWorker(Worker):
+    """What our workers add to vLLM's, with either of its model runners."""
+
+    backends: ClassVar[dict[str, str]]
+    """Attention backends of ours by the name of vLLM's backend that each takes the place of."""
+
+    def init_device(self) -> None:
+        context.compression = CompressionConfig.from_additional_config(
+            self.vllm_config.additional_config
+        )
+        for name, path in self.backends.items():
+            register_backend(AttentionBackendEnum[name], f"mikv_vllm.engine.{path}")
+        super().init_device()
+        self._follow_batches()
+
+    def _follow_batches(self) -> None:
+        """Let the metadata builders know which request each row of a batch is."""
+        runner = self.model_runner
+        if not self.use_v2_model_runner:
+            context.request_ids = lambda: runner.input_batch.req_ids
+            return
+        prepare_attn = runner.prepare_attn
+
+        @wraps(prepare_attn)
+        def prepare(input_batch: Any) -> Any:
+            context.request_ids = lambda: input_batch.req_ids
+            return prepare_attn(input_batch)
+
+        runner.prepare_attn = prepare
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        # vLLM keeps one page for itself.
+        context.plan = StepPlan(stats=TierStats.idle(kv_cache_config.num_blocks - 1))
+
+    def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
+        """Run one step under its plan."""
+        context.begin_step(scheduler_output)
+        if pages := list(scheduler_output.plan.zero):
+            for cache in self.model_runner.kv_caches:
+                cache[pages] = 0
+        result = super().execute_model(scheduler_output)
+        context.end_step()
+        return result
+
+    def mikv_stats(self) -> dict[str, Any]:
+        """The scheduler's figures as of the last step, for ``collective_rpc``."""
+        return asdict(context.plan.stats)
