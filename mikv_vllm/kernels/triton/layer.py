@@ -18,6 +18,11 @@ from mikv_vllm.kernels.triton.compress import (
 )
 from mikv_vllm.kernels.triton.layout import Layout, LowLines, power_of_two
 from mikv_vllm.kernels.triton.merge import merge_kernel
+from mikv_vllm.kernels.triton.restore import (
+    CHUNKS_AT_ONCE,
+    restore_high_kernel,
+    restore_low_kernel,
+)
 from mikv_vllm.kernels.triton.score import KEYS, prompt_scores_kernel, prompt_sums_kernel
 from mikv_vllm.kernels.triton.scratch import Scratch
 from mikv_vllm.tiers import codec
@@ -372,4 +377,38 @@ class LayerOps:
         largest = shared.abs().amax((0, 2)).float() if low.balanced else None
         frame_kernel[(heads,)](
             *tiered, partial, channels, largest, tokens, PARTS=PARTS, L=layout, C=low
+        )
+
+    def restore(
+        self,
+        cache: torch.Tensor,
+        tiered_table: torch.Tensor,
+        state: TierState,
+        low_format: LowFormat,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+    ) -> None:
+        """Lay a compressed request out as native pages: its high tokens, then its low ones.
+
+        Args:
+            tiered_table: page ids, int32.
+            state: its sizes.
+            key_cache, value_cache: the pages to write, from the first on.
+        """
+        assert key_cache.stride() == value_cache.stride(), "keys and values need equal strides"
+        layout, heads = self._layout, self._kv_heads
+        places = (key_cache, value_cache, *key_cache.stride()[:3], *_words(cache), tiered_table)
+        high, chunks = state.high_tokens, state.low_chunks
+        restore_high_kernel[(triton.cdiv(high, 32), heads)](*places, high, L=layout)
+        if not chunks:
+            return
+        restore_low_kernel[(triton.cdiv(chunks, CHUNKS_AT_ONCE.value), heads)](
+            *places,
+            high,
+            chunks,
+            state.low_end // LINE_BYTES,
+            self._hadamard,
+            self._hadamard_scale,
+            L=layout,
+            C=LowLines(layout.head_dim, low_format),
         )

@@ -1,0 +1,52 @@
+"""A prompt that continues behind its compressed beginning, in Triton, against the torch oracle."""
+
+import pytest
+import torch
+
+from mikv_vllm.tiers import reference
+from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.plan import TierPlanner
+
+from .tiered_cache import Shape, filled, new_pages, state_of
+from .triton_layer import RECENT, layer
+
+CASES = [
+    (Shape(), LowFormat((5, 3, 2, 2), 3), 40, 4),
+    (Shape(64, block_size=16, group=1), LowFormat((6, 5, 5, 4), 4), 16, 3),
+    (Shape(80, block_size=32, dtype=torch.float16), LowFormat((5, 5, 4, 2), 5), 47, 6),
+    (Shape(96, block_size=32), LowFormat((6, 4, 3, 3), 2), 33, 3),
+    (Shape(112, kv_heads=1), LowFormat((6, 6, 4, 3), 3), 30, 2),
+    (Shape(128, block_size=128), LowFormat((4, 2, 2, 2), 2), 64, 5),
+    (Shape(128, high_bits=16), LowFormat((2, 2, 2, 2), 4), 20, 2),
+    (Shape(256, kv_heads=1, block_size=16), LowFormat((6, 6, 3, 2), 3), 17, 2),
+    (Shape(64, high_bits=16), LowFormat((6, 4, 3, 3), 4), 130, 0),
+    (Shape(), LowFormat.parse("B3V3"), 40, 4),
+    (Shape(80, block_size=32, dtype=torch.float16), LowFormat.parse("B5V5"), 47, 2),
+    (Shape(128, kv_heads=1, high_bits=16), LowFormat.parse("B2V2"), 20, 2),
+]
+
+
+def on(device, table):
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize(("shape", "low_format", "high", "chunks"), CASES)
+def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device):
+    state = state_of(shape, low_format, high, chunks, slack_lines=3)
+    pages = new_pages(shape, state.pages + 2, poison=None)
+    table = torch.randperm(len(pages))[: state.pages].tolist()
+    filled(shape, low_format, state, pages, table, seed=high, recent=RECENT)
+    count = -(-state.num_tokens // shape.block_size)
+    # Keys and values of a page beside each other: a page's stride is not its tokens'.
+    size = (count, 2, shape.block_size, shape.kv_heads, shape.head_dim)
+    native = torch.full(size, 7.0, dtype=shape.dtype).to(device)
+    ops = layer(shape, device)
+    ops.restore(pages.to(device), on(device, table), state, low_format, native[:, 0], native[:, 1])
+    restored = native.cpu().movedim(1, 0).flatten(1, 2)
+    assert (restored[:, state.num_tokens :] == 7.0).all()
+    for head in range(shape.kv_heads):
+        stream = reference.Stream(pages, table, head)
+        expected = reference.restore(stream, shape.geometry, low_format, state, shape.dtype)
+        for stored, numbers in zip(restored[:, : state.num_tokens, head], expected, strict=True):
+            # Triton's interpreter truncates to bf16.
+            torch.testing.assert_close(stored.float(), numbers, rtol=2**-7, atol=1e-5)
