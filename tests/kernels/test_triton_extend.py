@@ -7,7 +7,7 @@ from mikv_vllm.tiers import reference
 from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import TierPlanner
 
-from .tiered_cache import Shape, filled, new_pages, state_of
+from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, state_of, tokens
 from .triton_layer import RECENT, layer
 
 CASES = [
@@ -50,3 +50,56 @@ def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device)
         for stored, numbers in zip(restored[:, : state.num_tokens, head], expected, strict=True):
             # Triton's interpreter truncates to bf16.
             torch.testing.assert_close(stored.float(), numbers, rtol=2**-7, atol=1e-5)
+
+
+STEPS = [
+    (Shape(), LowFormat((6, 4, 3, 3), 3), 4.0, 700, 130),
+    (Shape(64, block_size=32, group=1), LowFormat((5, 3, 3, 2), 3), 4.5, 500, 333),
+    (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 4), 3.0, 300, 17),
+    (Shape(128, high_bits=16), LowFormat((4, 2, 2, 2), 4), 4.0, 400, 100),
+    (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 3, 2, 2), 2), 5.0, 350, 64),
+    (Shape(112, kv_heads=1, block_size=16), LowFormat((6, 4, 3, 3), 5), 3.0, 200, 1),
+    (Shape(96, block_size=32), LowFormat.parse("B3V3"), 4.0, 300, 40),
+    (Shape(64, block_size=16, high_bits=16), LowFormat.parse("B2V4"), 3.0, 150, 75),
+]
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+@pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more"), STEPS)
+def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, keep, device):
+    planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
+    state = planner.compress(first)
+    extend(shape, low_format, state, planner.extend(state, more), more, keep, device)
+
+
+def extend(shape, low_format, state, step, more, keep, device):
+    """Extend random tiers by ``more`` tokens, and compare with what the oracle does."""
+    pages = new_pages(shape, step.state.pages + 3, poison=None)
+    table = torch.randperm(len(pages))[: step.state.pages].tolist()
+    filled(shape, low_format, state, pages, table, seed=state.high_tokens, recent=RECENT)
+    keys, values = tokens(shape, more + 2, seed=more)
+    scores = torch.rand(shape.kv_heads, state.num_tokens + more + 3)
+    scores[:, state.num_tokens : state.num_tokens + more // 2] = 0.5  # ties
+    expected, before = pages.clone(), pages.clone()
+    for head in range(shape.kv_heads):
+        after = reference.extend(
+            reference.Stream(expected, table, head),
+            shape.geometry,
+            low_format,
+            state,
+            step,
+            keys[1 : more + 1, head],
+            values[1 : more + 1, head],
+            scores[head, : state.num_tokens + more],
+            keep,
+            RECENT,
+        )
+        assert after == step.state
+    pages = pages.to(device)
+    k, v = (part[1 : more + 1].to(device) for part in (keys, values))
+    args = (on(device, table), state, step, low_format, k, v, scores.to(device), keep)
+    layer(shape, device).extend(pages, *args)
+    pages = pages.cpu()
+    assert_same_tiers(pages, expected, table, shape, low_format, step.state)
+    others = [page for page in range(len(pages)) if page not in table]
+    assert torch.equal(pages[others], before[others])
