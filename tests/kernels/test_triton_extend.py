@@ -53,30 +53,56 @@ def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device)
 
 
 STEPS = [
-    (Shape(), LowFormat((6, 4, 3, 3), 3), 4.0, 700, 130),
-    (Shape(64, block_size=32, group=1), LowFormat((5, 3, 3, 2), 3), 4.5, 500, 333),
-    (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 4), 3.0, 300, 17),
-    (Shape(128, high_bits=16), LowFormat((4, 2, 2, 2), 4), 4.0, 400, 100),
-    (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 3, 2, 2), 2), 5.0, 350, 64),
-    (Shape(112, kv_heads=1, block_size=16), LowFormat((6, 4, 3, 3), 5), 3.0, 200, 1),
-    (Shape(96, block_size=32), LowFormat.parse("B3V3"), 4.0, 300, 40),
-    (Shape(64, block_size=16, high_bits=16), LowFormat.parse("B2V4"), 3.0, 150, 75),
+    # New pages: some chunks move, or all, or there are none, and some tokens are demoted, or none.
+    (Shape(64, block_size=16, group=1), LowFormat((5, 3, 3, 2), 3), 3.0, 170, 90, 1.0),
+    (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 3.0, 130, 125, 0.0),
+    (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 2.2, 60, 90, 1.0),
+    (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 1.6, 60, 33, 1.0),
+    (Shape(64, block_size=16), LowFormat.parse("B3V3"), 2.2, 190, 5, 0.0),
+    # No new pages.
+    (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 4), 3.0, 300, 17, 0.0),
+    (Shape(96, block_size=32), LowFormat.parse("B3V3"), 4.0, 300, 40, 1.0),
+    (Shape(112, kv_heads=1, block_size=16), LowFormat((6, 4, 3, 3), 5), 3.0, 200, 1, 0.0),
+    (Shape(128, high_bits=16), LowFormat((4, 2, 2, 2), 4), 4.0, 400, 100, 1.0),
+    (Shape(128, block_size=16, high_bits=16), LowFormat.parse("B2V4"), 3.0, 150, 75, 0.0),
+    (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 3, 2, 2), 2), 5.0, 350, 64, 1.0),
 ]
 
 
-@pytest.mark.parametrize("keep", [0.0, 1.0])
-@pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more"), STEPS)
+@pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "keep"), STEPS)
 def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, keep, device):
     planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
     state = planner.compress(first)
-    extend(shape, low_format, state, planner.extend(state, more), more, keep, device)
+    step = planner.extend(state, more)
+    pages, table = compressed(shape, low_format, state, step.state.pages)
+    check_extend(
+        layer(shape, device), shape, low_format, state, step, pages, table, more, keep, device
+    )
 
 
-def extend(shape, low_format, state, step, more, keep, device):
-    """Extend random tiers by ``more`` tokens, and compare with what the oracle does."""
-    pages = new_pages(shape, step.state.pages + 3, poison=None)
-    table = torch.randperm(len(pages))[: step.state.pages].tolist()
-    filled(shape, low_format, state, pages, table, seed=state.high_tokens, recent=RECENT)
+def test_a_prompt_chunk_by_chunk(device):
+    shape = Shape(64, kv_heads=1, block_size=16)
+    planner = TierPlanner.choose(shape.geometry, 4.0, RECENT, 400)
+    state = planner.compress(100)
+    pages, table = compressed(shape, planner.low_format, state, 40)
+    ops = layer(shape, device)
+    for more in (60, 1, 33, 16, 150, 40):
+        step = planner.extend(state, more)
+        check_extend(ops, shape, planner.low_format, state, step, pages, table, more, 1.0, device)
+        state = step.state
+    assert state.num_tokens == 400
+
+
+def compressed(shape, low_format, state, num_pages):
+    """Pages with a compressed request, and its table of ``num_pages``."""
+    pages = new_pages(shape, num_pages + 3, poison=None)
+    table = torch.randperm(len(pages))[:num_pages].tolist()
+    filled(shape, low_format, state, pages, table, seed=num_pages, recent=RECENT)
+    return pages, table
+
+
+def check_extend(ops, shape, low_format, state, step, pages, table, more, keep, device):
+    """Extend the request in ``pages`` by ``more`` tokens, and compare with what the oracle does."""
     keys, values = tokens(shape, more + 2, seed=more)
     scores = torch.rand(shape.kv_heads, state.num_tokens + more + 3)
     scores[:, state.num_tokens : state.num_tokens + more // 2] = 0.5  # ties
@@ -95,11 +121,23 @@ def extend(shape, low_format, state, step, more, keep, device):
             RECENT,
         )
         assert after == step.state
-    pages = pages.to(device)
+    on_device = pages.to(device)
     k, v = (part[1 : more + 1].to(device) for part in (keys, values))
     args = (on(device, table), state, step, low_format, k, v, scores.to(device), keep)
-    layer(shape, device).extend(pages, *args)
-    pages = pages.cpu()
+    ops.extend(on_device, *args)
+    pages.copy_(on_device)
     assert_same_tiers(pages, expected, table, shape, low_format, step.state)
-    others = [page for page in range(len(pages)) if page not in table]
+    for head in range(shape.kv_heads):
+        # No rotation comes in between.
+        ours, theirs = (
+            reference.read_high(
+                reference.Stream(part, table, head),
+                shape.geometry,
+                step.state.high_tokens,
+                shape.dtype,
+            )
+            for part in (pages, expected)
+        )
+        assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+    others = [page for page in range(len(pages)) if page not in table[: step.state.pages]]
     assert torch.equal(pages[others], before[others])

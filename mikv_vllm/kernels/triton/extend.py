@@ -73,23 +73,16 @@ def choose_kernel(
 
 @triton.jit
 def move_kernel(
-    pages,
-    page_stride,
-    head_stride,
-    tiered_table,
-    source,
-    to,
-    L: tl.constexpr,
-    C: tl.constexpr,
+    pages, page_stride, head_stride, tiered_table, source, to, num_lines, L: tl.constexpr
 ):
-    """Move the chunks from line ``source`` on to line ``to``, where nothing lies yet.
+    """Move chunks of ``num_lines`` from line ``source`` on to line ``to``, where nothing lies yet.
 
     Grid ``(chunks, kv_heads)``.
     """
     head = tl.program_id(1)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    line = tl.program_id(0) * C.count
-    copy_lines(stream, source + line, to + line, C.count, L)
+    line = tl.program_id(0) * num_lines
+    copy_lines(stream, source + line, to + line, num_lines, L)
 
 
 @triton.jit

@@ -101,11 +101,10 @@ def load_stored(stream, tokens, mask, DTYPE: tl.constexpr, L: tl.constexpr):
     keys, values = high_pointers(stream, tokens, channel, DTYPE, L)
     k, v = tl.load(keys, mask=inside), tl.load(values, mask=inside)
     if L.high_bits == 16:
-        stored = (k, v)
+        return k, v
     else:
         key_scales, value_scales = scale_pointers(stream, tokens, L)
-        stored = (k, v, tl.load(key_scales, mask=mask), tl.load(value_scales, mask=mask))
-    return stored
+        return k, v, tl.load(key_scales, mask=mask), tl.load(value_scales, mask=mask)
 
 
 @triton.jit

@@ -44,6 +44,9 @@ OPTIONS = {
     "change": {"num_warps": 8},
     "write_high": {"num_warps": 8},
     "write_low": {"num_warps": 8},
+    "restore_high": {"num_warps": 8},
+    "restore_low": {"num_warps": 8},
+    "extend_high": {"num_warps": 8},
     "extend_low": {"num_warps": 8},
 }
 """How kernels are launched, where it is not Triton's own way."""
@@ -406,7 +409,9 @@ class LayerOps:
         layout, heads = self._layout, self._kv_heads
         places = (key_cache, value_cache, *key_cache.stride()[:3], *_words(cache), tiered_table)
         high, chunks = state.high_tokens, state.low_chunks
-        restore_high_kernel[(triton.cdiv(high, 32), heads)](*places, high, L=layout)
+        restore_high_kernel[(triton.cdiv(high, 32), heads)](
+            *places, high, L=layout, **OPTIONS["restore_high"]
+        )
         if not chunks:
             return
         restore_low_kernel[(triton.cdiv(chunks, CHUNKS_AT_ONCE.value), heads)](
@@ -418,6 +423,7 @@ class LayerOps:
             self._hadamard_scale,
             L=layout,
             C=LowLines(layout.head_dim, low_format),
+            **OPTIONS["restore_low"],
         )
 
     def extend(
@@ -468,10 +474,11 @@ class LayerOps:
         first = state.low_end // LINE_BYTES - state.low_chunks * low.count
         low_end, moved = step.state.low_end // LINE_BYTES, step.moved_chunks
         if moved:
-            move_kernel[(moved, heads)](*tiered, first, low_end - moved * low.count, L=layout, C=low)
+            to = low_end - moved * low.count
+            move_kernel[(moved, heads)](*tiered, first, to, low.count, L=layout)
         tokens = (*copied, *tiered, k, k.stride(0), v, v.stride(0))
         extend_high_kernel[(triton.cdiv(step.state.high_tokens, GROUP_TOKENS), heads)](
-            *tokens, merged, order, high, count, leaving, L=layout
+            *tokens, merged, order, high, count, leaving, L=layout, **OPTIONS["extend_high"]
         )
         if not leaving:
             return

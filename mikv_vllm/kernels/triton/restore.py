@@ -70,11 +70,12 @@ def chunk_keys(record, center, unit, rank, L: tl.constexpr, C: tl.constexpr):
         token = token_order()
         steps = decode_scale(load_bytes(record, C.key_scales, token))
         zeros = load_signed(record, C.key_scales, C.key_slices + token)
-        return (numbers + zeros[:, None]) * steps[:, None] * unit[None, :]
+        keys = (numbers + zeros[:, None]) * steps[:, None] * unit[None, :]
     else:
         steps = load_bytes(record, C.key_scales, rank).to(tl.float32) * unit
         zeros = load_signed(record, C.key_scales, C.key_slices + rank) / KEY_ZERO_STEPS
-        return (numbers + zeros[None, :]) * steps[None, :] + center[None, :]
+        keys = (numbers + zeros[None, :]) * steps[None, :] + center[None, :]
+    return keys
 
 
 @triton.jit
@@ -83,15 +84,16 @@ def chunk_values(record, hadamard, hadamard_scale, L: tl.constexpr, C: tl.conste
 
     Rows are in :func:`~stream.token_order`.
     """
-    CHANNELS: tl.constexpr = L.padded // C.value_groups
+    GROUPS: tl.constexpr = C.value_groups
+    CHANNELS: tl.constexpr = L.padded // GROUPS
     channel = tl.arange(0, L.padded)
     token = token_order()
     out = tl.zeros([32, L.padded], tl.float32)
-    for g in tl.static_range(C.value_groups):
+    for g in tl.static_range(GROUPS):
         numbers = low_values(record, 4 * g, CHANNELS, L, C).to(tl.float32)
         numbers *= value_row_factor(CHANNELS, C)[:, None]
         steps = decode_scale(load_bytes(record, C.value_scales, 32 * g + token))
-        zeros = load_signed(record, C.value_scales, 32 * (C.value_groups + g) + token)
+        zeros = load_signed(record, C.value_scales, 32 * (GROUPS + g) + token)
         rotated = (numbers + zeros[None, :]) * steps[None, :]
         row = CHANNELS * g + value_channel_order(CHANNELS)
         signs = tl.load(hadamard + row[:, None] * L.padded + channel[None, :])
