@@ -18,7 +18,7 @@ from benchmarks.gpu.cases import DEVICE, MODELS, Heads, decode_rows, prompt_rows
 from benchmarks.gpu.timing import copy_bandwidth
 from mikv_vllm.evaluation.tables import markdown_table
 
-TESTS = ("test_triton_decode.py", "test_triton_compress.py")
+TESTS = ("test_triton_decode.py", "test_triton_compress.py", "test_triton_extend.py")
 
 
 def check_kernels() -> None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mikv_vllm.kernels.triton import attend, change, compress, merge, score
+from mikv_vllm.kernels.triton import attend, change, compress, extend, merge, restore, score
 from mikv_vllm.kernels.triton.layer import LEAST_BLOCKS, OPTIONS, PARTS, SCORE_ROWS
 from mikv_vllm.kernels.triton.layout import Layout, LowLines
 from mikv_vllm.tiers.formats import LADDER, LADDERS, LowFormat
@@ -36,6 +36,8 @@ TYPES = {
     "channels": "*i64",
     "native_table": INT32,
     "tiered_table": INT32,
+    "copied": INT32,
+    "copied_table": INT32,
     "integers": BYTES,
     "hadamard": "*bf16",
     "partial": FLOAT,
@@ -43,12 +45,14 @@ TYPES = {
     "partial_sums": FLOAT,
     "high_logits": FLOAT,
     "scores": FLOAT,
+    "merged": FLOAT,
     "sums": FLOAT,
     "sinks": FLOAT,
     "ranges": "*fp64",
     "largest_queries": FLOAT,
     "scale": "fp32",
     "decay": "fp32",
+    "keep": "fp32",
     "hadamard_scale": "fp32",
 }
 NATIVE = {"q", "k", "v", "out", "keys", "values"}
@@ -56,6 +60,7 @@ NATIVE = {"q", "k", "v", "out", "keys", "values"}
 ODD = {
     *("num_tokens", "num_high", "first_low", "recent"),
     *("num_queries", "num_chunks", "low_end", "order_stride"),
+    *("num_restored", "num_leaving", "source", "to", "num_lines", "low_line"),
 }
 """Numbers that no one promises to be multiples of 16."""
 KERNELS = {
@@ -70,8 +75,14 @@ KERNELS = {
     "write_low": compress.write_low_kernel,
     "prompt_sums": score.prompt_sums_kernel,
     "prompt_scores": score.prompt_scores_kernel,
+    "restore_high": restore.restore_high_kernel,
+    "restore_low": restore.restore_low_kernel,
+    "choose": extend.choose_kernel,
+    "move": extend.move_kernel,
+    "extend_high": extend.extend_high_kernel,
+    "extend_low": extend.extend_low_kernel,
 }
-BY_FORMAT = {"attend", "change", "frame", "write_low"}
+BY_FORMAT = {"attend", "change", "frame", "write_low", "restore_low", "extend_low"}
 
 
 H100_SLOTS = 132 * 4 * 1.755e9

@@ -94,33 +94,48 @@ def store_high(stream, keys, values, scores, tokens, mask, L: tl.constexpr):
 
 
 @triton.jit
+def load_stored(stream, tokens, mask, DTYPE: tl.constexpr, L: tl.constexpr):
+    """Numbers of tokens ``[n]`` as they are stored, for :func:`store_stored`."""
+    channel = tl.arange(0, L.padded)[None, :]
+    inside = mask[:, None] & (channel < L.head_dim)
+    keys, values = high_pointers(stream, tokens, channel, DTYPE, L)
+    k, v = tl.load(keys, mask=inside), tl.load(values, mask=inside)
+    if L.high_bits == 16:
+        return k, v
+    else:
+        key_scales, value_scales = scale_pointers(stream, tokens, L)
+        return k, v, tl.load(key_scales, mask=mask), tl.load(value_scales, mask=mask)
+
+
+@triton.jit
+def store_stored(stream, stored, tokens, mask, DTYPE: tl.constexpr, L: tl.constexpr):
+    """Store numbers of :func:`load_stored` as other tokens: nothing is quantized again."""
+    channel = tl.arange(0, L.padded)[None, :]
+    inside = mask[:, None] & (channel < L.head_dim)
+    keys, values = high_pointers(stream, tokens, channel, DTYPE, L)
+    tl.store(keys, stored[0], mask=inside)
+    tl.store(values, stored[1], mask=inside)
+    if L.high_bits == 8:
+        key_scales, value_scales = scale_pointers(stream, tokens, L)
+        tl.store(key_scales, stored[2], mask=mask)
+        tl.store(value_scales, stored[3], mask=mask)
+
+
+@triton.jit
 def compact(stream, kept, first, count, DTYPE: tl.constexpr, L: tl.constexpr):
-    """Close the holes of the high tier; nothing is quantized again.
+    """Close the holes of the high tier.
 
     Args:
         kept: int32 pointer to the places of the ``count`` tokens that stay, ascending; those before
             ``first`` stay where they are.
     """
-    channel = tl.arange(0, L.padded)[None, :]
     for start in range(first // 16 * 16, count, 16):
         to = start + tl.arange(0, 16)
         mask = to < count
-        inside = mask[:, None] & (channel < L.head_dim)
         source = tl.load(kept + to, mask=mask, other=0)
-        keys, values = high_pointers(stream, source, channel, DTYPE, L)
-        k, v = tl.load(keys, mask=inside), tl.load(values, mask=inside)
+        stored = load_stored(stream, source, mask, DTYPE, L)
         score = tl.load(score_pointers(stream, source, L), mask=mask)
-        if L.high_bits == 8:
-            key_scales, value_scales = scale_pointers(stream, source, L)
-            key_scale = tl.load(key_scales, mask=mask)
-            value_scale = tl.load(value_scales, mask=mask)
         tl.debug_barrier()
-        keys, values = high_pointers(stream, to, channel, DTYPE, L)
-        tl.store(keys, k, mask=inside)
-        tl.store(values, v, mask=inside)
+        store_stored(stream, stored, to, mask, DTYPE, L)
         tl.store(score_pointers(stream, to, L), score, mask=mask)
-        if L.high_bits == 8:
-            key_scales, value_scales = scale_pointers(stream, to, L)
-            tl.store(key_scales, key_scale, mask=mask)
-            tl.store(value_scales, value_scale, mask=mask)
         tl.debug_barrier()

@@ -16,13 +16,24 @@ from mikv_vllm.kernels.triton.compress import (
     write_high_kernel,
     write_low_kernel,
 )
+from mikv_vllm.kernels.triton.extend import (
+    choose_kernel,
+    extend_high_kernel,
+    extend_low_kernel,
+    move_kernel,
+)
 from mikv_vllm.kernels.triton.layout import Layout, LowLines, power_of_two
 from mikv_vllm.kernels.triton.merge import merge_kernel
+from mikv_vllm.kernels.triton.restore import (
+    CHUNKS_AT_ONCE,
+    restore_high_kernel,
+    restore_low_kernel,
+)
 from mikv_vllm.kernels.triton.score import KEYS, prompt_scores_kernel, prompt_sums_kernel
 from mikv_vllm.kernels.triton.scratch import Scratch
 from mikv_vllm.tiers import codec
 from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import TierState
+from mikv_vllm.tiers.plan import AppendStep, TierState
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LEAST_BLOCKS = 8
@@ -33,6 +44,10 @@ OPTIONS = {
     "change": {"num_warps": 8},
     "write_high": {"num_warps": 8},
     "write_low": {"num_warps": 8},
+    "restore_high": {"num_warps": 8},
+    "restore_low": {"num_warps": 8},
+    "extend_high": {"num_warps": 8},
+    "extend_low": {"num_warps": 8},
 }
 """How kernels are launched, where it is not Triton's own way."""
 HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 112, 128, 256)
@@ -373,3 +388,125 @@ class LayerOps:
         frame_kernel[(heads,)](
             *tiered, partial, channels, largest, tokens, PARTS=PARTS, L=layout, C=low
         )
+
+    def restore(
+        self,
+        cache: torch.Tensor,
+        tiered_table: torch.Tensor,
+        state: TierState,
+        low_format: LowFormat,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+    ) -> None:
+        """Lay a compressed request out as native pages: its high tokens, then its low ones.
+
+        Args:
+            tiered_table: page ids, int32.
+            state: its sizes.
+            key_cache, value_cache: the pages to write, from the first on.
+        """
+        assert key_cache.stride() == value_cache.stride(), "keys and values need equal strides"
+        layout, heads = self._layout, self._kv_heads
+        places = (key_cache, value_cache, *key_cache.stride()[:3], *_words(cache), tiered_table)
+        high, chunks = state.high_tokens, state.low_chunks
+        restore_high_kernel[(triton.cdiv(high, 32), heads)](
+            *places, high, L=layout, **OPTIONS["restore_high"]
+        )
+        if not chunks:
+            return
+        restore_low_kernel[(triton.cdiv(chunks, CHUNKS_AT_ONCE.value), heads)](
+            *places,
+            high,
+            chunks,
+            state.low_end // LINE_BYTES,
+            self._hadamard,
+            self._hadamard_scale,
+            L=layout,
+            C=LowLines(layout.head_dim, low_format),
+            **OPTIONS["restore_low"],
+        )
+
+    def extend(
+        self,
+        cache: torch.Tensor,
+        tiered_table: torch.Tensor,
+        state: TierState,
+        step: AppendStep,
+        low_format: LowFormat,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: torch.Tensor,
+        keep: float,
+    ) -> None:
+        """Take the next tokens of a prompt into a compressed request's tiers.
+
+        Args:
+            tiered_table: page ids, int32; the step's new ones included.
+            state: sizes before; at least one token is high.
+            step: what :meth:`~mikv_vllm.tiers.plan.TierPlanner.extend` planned.
+            k, v: ``[tokens, kv_heads, head_dim]``; heads and channels contiguous.
+            scores: ``[kv_heads, >= state.num_tokens + tokens]``, float32, in the order of
+                :meth:`restore`, the new tokens last.
+            keep: factor on the high tokens' own scores, to which theirs are added.
+        """
+        layout, heads, take = self._layout, self._kv_heads, self._scratch.take
+        low = LowLines(layout.head_dim, low_format)
+        tiered = (*_words(cache), tiered_table)
+        high = state.high_tokens
+        count, leaving = high + len(k), CHUNK_TOKENS * step.demoted_chunks
+        copied = self._copy_high(tiered[0], tiered_table, high)
+        merged = take("scores", (heads, count), torch.float32)
+        order = take("order", (heads, count), torch.int32)
+        choose_kernel[(heads,)](
+            *copied,
+            scores,
+            scores.stride(0),
+            keep,
+            high,
+            state.num_tokens,
+            count,
+            self._recent,
+            leaving,
+            merged,
+            order,
+            L=layout,
+        )
+        first = state.low_end // LINE_BYTES - state.low_chunks * low.count
+        low_end, moved = step.state.low_end // LINE_BYTES, step.moved_chunks
+        if moved:
+            to = low_end - moved * low.count
+            move_kernel[(moved, heads)](*tiered, first, to, low.count, L=layout)
+        tokens = (*copied, *tiered, k, k.stride(0), v, v.stride(0))
+        extend_high_kernel[(triton.cdiv(step.state.high_tokens, GROUP_TOKENS), heads)](
+            *tokens, merged, order, high, count, leaving, L=layout, **OPTIONS["extend_high"]
+        )
+        if not leaving:
+            return
+        shape = (heads, step.demoted_chunks, 2, CHUNK_TOKENS, layout.head_dim)
+        integers = take("integers", shape, torch.uint8)
+        extend_low_kernel[(step.demoted_chunks, heads)](
+            *tokens,
+            order,
+            high,
+            count,
+            low_end - state.low_chunks * low.count,
+            integers,
+            self._hadamard,
+            self._hadamard_scale,
+            L=layout,
+            C=low,
+            **OPTIONS["extend_low"],
+        )
+
+    def _copy_high(
+        self, words: torch.Tensor, tiered_table: torch.Tensor, high_tokens: int
+    ) -> tuple[Any, ...]:
+        """A request's first pages, those of the high tier, and where they are: as kernels take
+        them."""
+        geometry = self._layout.geometry
+        count = -(-geometry.high_bytes(high_tokens) // geometry.page_bytes)
+        shape = (count, *words.shape[1:])
+        copied = self._scratch.take("high", shape, torch.int32)
+        torch.index_select(words, 0, tiered_table[:count], out=copied)
+        table = torch.arange(count, dtype=torch.int32, device=words.device)
+        return copied, copied.stride(0), copied.stride(1), table

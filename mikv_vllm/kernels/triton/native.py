@@ -26,3 +26,20 @@ def load_native(data, native, tokens, channel, mask, L: tl.constexpr):
     token = page * native.page_stride + tokens % L.block_size * native.token_stride
     inside = mask[:, None] & (channel < L.head_dim)[None, :]
     return tl.load(data + token[:, None] + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_native(data, strides, tokens, channel, numbers, mask, L: tl.constexpr):
+    """Store keys or values ``[n, c]`` as ``tokens [n]`` of pages 0, 1, … at ``channel [c]``.
+
+    Channels from ``head_dim`` on are not stored.
+
+    Args:
+        data: pointer to the head's keys or values.
+        strides: from a page and from a token to the next, in elements.
+    """
+    page = (tokens // L.block_size).to(tl.int64)
+    at = page * strides[0] + tokens % L.block_size * strides[1]
+    inside = mask[:, None] & (channel < L.head_dim)[None, :]
+    numbers = numbers.to(data.dtype.element_ty)
+    tl.store(data + at[:, None] + channel[None, :], numbers, mask=inside)

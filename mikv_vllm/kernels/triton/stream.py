@@ -116,6 +116,12 @@ def load_bytes(record, line, byte):
 
 
 @triton.jit
+def load_signed(record, line, byte):
+    """As :func:`load_bytes`, bytes -128 to 127 as float32."""
+    return (load_bytes(record, line, byte) ^ 0x80).to(tl.float32) - 128.0
+
+
+@triton.jit
 def small_fp16(numbers):
     """Integers 0 to 1023 as fp16."""
     # 0x6400 is 1024, whose last bit counts 1.
