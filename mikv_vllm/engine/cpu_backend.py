@@ -100,7 +100,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         extended = []
         for chunk in split.extended:
             batch.slot_mapping[chunk.tokens] = -1
-            part = restored_part(batch, chunk, starts, self.block_size)
+            part = restored_part(batch, chunk, self.block_size)
             extended.append((chunk, super().build(common_prefix_len, part, fast_build)))
         return TieredCPUAttentionMetadata(
             **vars(metadata),

@@ -6,7 +6,7 @@ sequence is as short as its queries there, and what comes out for it is overwrit
 """
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -100,8 +100,9 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
         for chunk in split.extended:
             native.seq_lens[chunk.row] = chunk.tokens.stop - chunk.tokens.start
             batch.slot_mapping[chunk.tokens] = -1
-            part = restored_part(batch, chunk, starts, self.kv_cache_spec.block_size)
-            extended.append((chunk, super().build(0, part, fast_build)))
+            on_device = replace(chunk, table=async_tensor_h2d(chunk.table, device=self.device))
+            part = restored_part(batch, chunk, self.kv_cache_spec.block_size)
+            extended.append((on_device, super().build(0, part, fast_build)))
         metadata = super().build(common_prefix_len, native, fast_build)
         return TieredMetadata(metadata, decode, split.scored, extended)
 
@@ -191,6 +192,38 @@ class TieredImpl(AttentionImpl[Any]):
             row.compress.low_format,
             scores,
             queries[-context.compression.window :],
+        )
+
+    def _extend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        row: ExtendedRow,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend to a compressed beginning and the chunk behind it, then take the chunk in.
+
+        Args:
+            query, key, value, output: of the row's tokens alone.
+        """
+        assert context.compression is not None
+        ops, step = self._ops(kv_cache), row.step
+        pages = metadata.block_table[0]
+        native = context.workspace(kv_cache, len(pages))
+        keys, values = self._native(native)
+        ops.restore(kv_cache, row.table, step.before, step.low_format, keys, values)
+        self.do_kv_cache_update(layer, key, value, native, metadata.slot_mapping)
+        super().forward(layer, query, key, value, native, metadata, output)
+        num_tokens = step.append.state.num_tokens
+        scores = torch.zeros(self.num_kv_heads, num_tokens, device=kv_cache.device)
+        ops.score(keys, pages, num_tokens, query[-step.num_queries :], scores)
+        keep = float(context.compression.importance == "h2o")
+        ops.extend(
+            kv_cache, row.table, step.before, step.append, step.low_format, key, value, scores, keep
         )
 
     def _native(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ class ExtendedRow:
     row: int
     tokens: slice
     """Of the batch."""
-    table: np.ndarray
-    """int32 ``[pages]``."""
+    table: Any
+    """Page ids, int32 ``[pages]``: an array, or on a GPU a tensor."""
     step: ExtendStep
 
 
@@ -129,14 +130,21 @@ def native_part(
 
 
 def restored_part(
-    batch: CommonAttentionMetadata, row: ExtendedRow, query_start_loc: np.ndarray, block_size: int
+    batch: CommonAttentionMetadata, row: ExtendedRow, block_size: int
 ) -> CommonAttentionMetadata:
     """vLLM's metadata of one extended row, in native pages 0, 1, … that hold all its tokens."""
-    part = native_part(batch, np.array([row.row]), query_start_loc)
-    num_tokens = row.step.append.state.num_tokens
+    first, num_tokens = row.step.before.num_tokens, row.step.append.state.num_tokens
+    device = batch.seq_lens.device
+    part = copy(batch)
+    part.num_reqs = 1
+    part.num_actual_tokens = part.max_query_len = num_tokens - first
+    part.query_start_loc_cpu = torch.tensor([0, num_tokens - first], dtype=torch.int32)
+    part.query_start_loc = part.query_start_loc_cpu.to(device, non_blocking=True)
+    part.seq_lens = torch.full((1,), num_tokens, dtype=torch.int32, device=device)
+    part.max_seq_len = num_tokens
     pages = -(-num_tokens // block_size)
-    part.block_table_tensor = torch.arange(pages, dtype=batch.block_table_tensor.dtype)[None]
+    part.block_table_tensor = torch.arange(pages, dtype=torch.int32, device=device)[None]
     part.slot_mapping = torch.arange(
-        row.step.before.num_tokens, num_tokens, dtype=batch.slot_mapping.dtype
+        first, num_tokens, dtype=batch.slot_mapping.dtype, device=device
     )
     return part

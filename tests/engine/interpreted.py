@@ -1,9 +1,9 @@
 """A real engine on CPU tensors whose Triton kernels are interpreted: vLLM's and ours.
 
-    python -m tests.engine.interpreted FOLDER cpu|triton 1|2 few|many OUT.json
+    python -m tests.engine.interpreted FOLDER cpu|triton 1|2 BATCH OUT.json
 
 Serves the model in FOLDER with the CPU backend or the GPU one, and vLLM's V1 or V2 model runner,
-and writes what it predicted for few or many tokens.
+and writes what it predicted for one of the batches below.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-SETTINGS = {"min_tokens": 64, "window": 16, "recent": 8, "native_share": 1.0}
+SETTINGS = {"min_tokens": 64, "window": 16, "recent": 8}
 BLOCK_SIZE = 32
 PAGE_BYTES = BLOCK_SIZE * 64 * 2 * 2 * 2
 """Of the model that ``test_gpu_backend`` makes: 64 channels, keys and values, 2 bytes, 2 layers."""
@@ -27,13 +27,15 @@ class Batch:
     """Ratio and prompt length of each."""
     new_tokens: int
     pages: int
+    native_share: float = 1.0
 
 
 BATCHES = {
-    "few": Batch(((1.0, 40), (4.0, 180), (3.0, 140)), 8, pages=9),
+    "in place": Batch(((1.0, 40), (4.0, 180), (3.0, 140)), 8, pages=9),
+    "long": Batch(((1.0, 40), (4.0, 200)), 4, pages=9, native_share=0.5),
     "many": Batch(((1.0, 90), (4.0, 500), (2.0, 430), (5.0, 350)), 60, pages=128),
 }
-"""The first compresses in place, for want of free pages."""
+"""The first compresses in place, for want of free pages; the second while it computes a prompt."""
 
 
 def prepare(backend: str, runner: str) -> None:
@@ -68,6 +70,7 @@ def predict(folder: str, batch: Batch) -> dict:
     from .conftest import ratio
     from .generated import VOCABULARY, random_tokens
 
+    settings = CompressionConfig(**SETTINGS, native_share=batch.native_share)
     engine = LLM(
         model=folder,
         dtype="float16",  # the interpreter multiplies bf16 matrices wrongly
@@ -81,7 +84,7 @@ def predict(folder: str, batch: Batch) -> dict:
         enable_prefix_caching=False,
         scheduler_cls="mikv_vllm.engine.scheduler.TieredScheduler",
         worker_cls="mikv_vllm.engine.cpu_worker.TieredCPUWorker",
-        additional_config=CompressionConfig(**SETTINGS).to_additional_config(),
+        additional_config=settings.to_additional_config(),
     )
     params = [
         SamplingParams(

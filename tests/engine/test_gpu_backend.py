@@ -58,11 +58,12 @@ def divergences(run, reference):
         yield (np.exp(p) * (p - q)).sum(1).mean()
 
 
-@pytest.mark.parametrize("runner", ["1", "2"])
-def test_gpu_backend_predicts_as_the_cpu_backend_does(predict, runner):
-    run, reference = predict("triton", runner, "few"), predict("cpu", "1", "few")
+@pytest.mark.parametrize(("runner", "batch"), [("1", "in place"), ("2", "in place"), ("2", "long")])
+def test_gpu_backend_predicts_as_the_cpu_backend_does(predict, runner, batch):
+    run, reference = predict("triton", runner, batch), predict("cpu", "1", batch)
     assert run["operations"] == reference["operations"]
-    assert run["operations"]["compress_in_place"]
+    assert bool(run["operations"]["compress_in_place"]) == (batch == "in place")
+    assert bool(run["operations"]["demote"]) == (batch == "long")
     assert [r["report"] for r in run["requests"]] == [r["report"] for r in reference["requests"]]
     assert all(r["report"]["low_tokens"] for r in run["requests"][1:])
     assert max(divergences(run, reference)) < SAME
