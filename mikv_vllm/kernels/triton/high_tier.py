@@ -102,9 +102,8 @@ def load_stored(stream, tokens, mask, DTYPE: tl.constexpr, L: tl.constexpr):
     k, v = tl.load(keys, mask=inside), tl.load(values, mask=inside)
     if L.high_bits == 16:
         return k, v
-    else:  # noqa: RET505  (Triton compiles what follows a return, too)
-        key_scales, value_scales = scale_pointers(stream, tokens, L)
-        return k, v, tl.load(key_scales, mask=mask), tl.load(value_scales, mask=mask)
+    key_scales, value_scales = scale_pointers(stream, tokens, L)
+    return k, v, tl.load(key_scales, mask=mask), tl.load(value_scales, mask=mask)
 
 
 @triton.jit
