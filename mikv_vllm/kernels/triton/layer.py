@@ -501,8 +501,7 @@ class LayerOps:
     def _copy_high(
         self, words: torch.Tensor, tiered_table: torch.Tensor, high_tokens: int
     ) -> tuple[Any, ...]:
-        """A request's first pages, those of the high tier, and where they are: as kernels take
-        them."""
+        """A copy of a request's first pages, those of the high tier, and a table of them."""
         geometry = self._layout.geometry
         count = -(-geometry.high_bytes(high_tokens) // geometry.page_bytes)
         shape = (count, *words.shape[1:])
