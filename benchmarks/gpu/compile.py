@@ -250,9 +250,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one low format of each codec")
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    every = jobs(args.quick, args.targets)
+    every = [job for job in jobs(args.quick, args.targets) if job.kernel in args.kernels]
     with ProcessPoolExecutor(args.jobs) as pool:
         needs = list(pool.map(compile_job, every))
     print(table(every, needs))
