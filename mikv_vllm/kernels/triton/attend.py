@@ -53,7 +53,8 @@ def splits_of(chunks, blocks, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr):
     """
     cost = chunks + 2 * blocks
     splits = tl.minimum(SPLITS, tl.cdiv(cost, LEAST_BLOCKS) + 1)
-    low_splits = tl.minimum(tl.maximum(chunks * splits // cost, 1), splits - 1)
+    # Rounded up: few chunks in one split would take longer than all others.
+    low_splits = tl.minimum(tl.cdiv(chunks * splits, cost), splits - 1)
     return splits, tl.where(chunks > 0, low_splits, 0)
 
 
