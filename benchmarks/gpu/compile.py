@@ -9,11 +9,11 @@ Fails if the decode kernel spills registers.
 import argparse
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.gpu import sass
 from mikv_vllm.kernels.triton import attend, change, compress, extend, merge, restore, score
 from mikv_vllm.kernels.triton.layer import LEAST_BLOCKS, OPTIONS, PARTS, SCORE_ROWS
 from mikv_vllm.kernels.triton.layout import Layout, LowLines
@@ -85,11 +86,12 @@ KERNELS = {
 BY_FORMAT = {"attend", "change", "frame", "write_low", "restore_low", "extend_low"}
 
 
-H100_SLOTS = 132 * 4 * 1.755e9
-"""Warp instructions a second: multiprocessors, schedulers, boost clock of the SXM board."""
+H100_PROCESSORS, H100_CLOCK = 132, 1.755e9
+"""Multiprocessors, and cycles a second, of the SXM board."""
+H100_SLOTS = H100_PROCESSORS * 4 * H100_CLOCK
+"""Warp instructions a second: a multiprocessor has four schedulers."""
 H100_BANDWIDTH = 3.35e12
 """Bytes a second, from its data sheet."""
-INSTRUCTION = r"^\s+/\*[0-9a-f]+\*/\s+[@A-Z]"
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,11 @@ class Needs:
     """Bytes of local memory a thread: more than 0 are spills."""
     shared: int
     """Bytes of a program."""
-    instructions: int
     warps: int
-    loops: tuple[int, ...]
-    """Instructions of each loop with matrix products, in the order of the code."""
+    kernel: sass.Kernel
 
 
+@cache
 def compile_job(job: Job) -> Needs:
     """Compile and read the resources out of the binary."""
     kernel = KERNELS[job.kernel]
@@ -159,42 +160,19 @@ def compile_job(job: Job) -> Needs:
         target=GPUTarget("cuda", job.target, 32),
         options=options,
     )
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
         binary.flush()
-
-        def run(tool: str, *options: str) -> str:
-            command = [tools / tool, *options, binary.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = run("cuobjdump", "-res-usage")
-        listing = run("nvdisasm")
+        usage = sass.run_tool("cuobjdump", "-res-usage", binary.name)
+        code = sass.disassemble(Path(binary.name))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return Needs(
         int(registers),
         int(stack),
         compiled.metadata.shared,
-        len(re.findall(INSTRUCTION, listing, re.MULTILINE)),
         compiled.metadata.num_warps,
-        matrix_loops(listing),
+        code,
     )
-
-
-def matrix_loops(listing: str) -> tuple[int, ...]:
-    """Instructions between a label and the branch back to it, where tensor cores are used."""
-    labels, seen, loops = {}, [], []
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(seen)
-        elif re.match(INSTRUCTION, line):
-            seen.append(line)
-            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if branch and branch[1] in labels:
-                body = seen[labels[branch[1]] :]
-                if any("HMMA" in instruction for instruction in body):
-                    loops.append(len(body))
-    return tuple(loops)
 
 
 def jobs(quick: bool, targets: list[int]) -> list[Job]:
@@ -228,7 +206,7 @@ def table(every: list[Job], needs: list[Needs]) -> str:
     for job, need in zip(every, needs, strict=True):
         lines.append(
             f"{job.name:28} {f'sm_{job.target}':>7} {need.warps:5} {need.registers:9} "
-            f"{need.stack:5} {need.shared:7} {need.instructions:12}"
+            f"{need.stack:5} {need.shared:7} {len(need.kernel.code):12}"
         )
     return "\n".join(lines)
 
@@ -244,12 +222,13 @@ def decode_table(every: list[Job], needs: list[Needs]) -> str:
     ]
     for job, need in zip(every, needs, strict=True):
         layout, low = job.layout, job.low_format
-        if job.kernel != "attend" or layout.high_bits != 8 or len(need.loops) != 2:
+        loops = need.kernel.matrix_loops
+        if job.kernel != "attend" or layout.high_bits != 8 or len(loops) != 2:
             continue
         chunk = layout.geometry.low(low).num_bytes
         blocks = (chunk, 2 * layout.geometry.high.num_bytes)
-        for tier, loop, size in zip(("low", "high"), need.loops, blocks, strict=True):
-            count = loop * need.warps
+        for tier, loop, size in zip(("low", "high"), loops, blocks, strict=True):
+            count = len(loop) * need.warps
             lines.append(
                 f"{job.name:28} {f'sm_{job.target}':>7} {tier:>5} {count:12} {size:6} "
                 f"{count / size:9.3f}"
@@ -261,9 +240,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one low format of each codec")
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    every = jobs(args.quick, args.targets)
+    every = [job for job in jobs(args.quick, args.targets) if job.kernel in args.kernels]
     with ProcessPoolExecutor(args.jobs) as pool:
         needs = list(pool.map(compile_job, every))
     print(table(every, needs))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import cases, xformers_int4
+from benchmarks.gpu.__main__ import verdicts
 from mikv_vllm.tiers.formats import TierGeometry
 from mikv_vllm.tiers.plan import TierPlanner
 
@@ -67,4 +68,22 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
         tokens = native * row["batch"] / 1e6 / row["MB"]
         assert tokens == pytest.approx(row["ratio"], rel=0.2)
     operations = [row["operation"] for row in cases.prompt_rows(heads, 704, 4.0)]
-    assert operations == ["score", "compress", "demote, batch 8"]
+    assert operations == ["score", "compress", "score + compress", "demote, batch 8"]
+    cases.compile_kernels(heads, 704, 4, [2])
+
+
+def test_verdicts_compare_with_what_is_asked_for():
+    decode = [
+        {"model": "toy", "batch": 8, "contender": contender, "context": context, "ratio": ratio}
+        | {"speed-up": speed, "of copy": "71%"}
+        for contender, context, ratio, speed in (
+            ("torch flash", 32768, 1.0, 1.0),
+            ("ours K6433V3", 4096, 4.0, 2.0),
+            ("ours K6433V3", 32768, 4.0, 2.6),
+            ("ours K6433V3", 131072, 4.0, 3.0),
+        )
+    ]
+    prompt = {"model": "toy", "operation": cases.TOGETHER, "context": 32768}
+    rows = verdicts(decode, [prompt | {"of prefill attention": "4.2%"}])
+    measured = [(row["measured"], row["wanted"]) for row in rows]
+    assert measured == [(2.6, 2.5), (71.0, 60), (1.5, 1), (4.2, 5)]

@@ -9,6 +9,60 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from benchmarks.gpu import roofline, sass
+from benchmarks.gpu.compile import Needs
+from mikv_vllm.tiers.plan import TierState
+
+LISTING = """
+        /*0000*/                   LDG.E R1, desc[UR4][R2.64] ;       /* 0x0000000000000001 */
+                                                                      /* 0x000ea80000000000 */
+.L_x_0:
+        /*0010*/                   LDGSTS.E.64 [R3], desc[UR4][R4.64] ; /* 0x0000000000000002 */
+                                                                      /* 0x000fe80000000000 */
+        /*0020*/              @!P0 LOP3.LUT R5, R5, 0xf, RZ, 0xc0, !PT ; /* 0x0000000000000003 */
+                                                                      /* 0x004fe400078ec0ff */
+        /*0030*/                   HMMA.16816.F32 R8, R8, R12, R8 ;   /* 0x0000000000000004 */
+                                                                      /* 0x000fec0000001808 */
+        /*0040*/              @!P0 BRA `(.L_x_0) ;                    /* 0x0000000000000005 */
+                                                                      /* 0x000fea000383ffff */
+        /*0050*/                   EXIT ;                             /* 0x0000000000000006 */
+                                                                      /* 0x000fea0003800000 */
+.L_x_1:
+        /*0060*/                   BRA `(.L_x_1) ;                    /* 0x0000000000000007 */
+                                                                      /* 0x000fc0000383ffff */
+"""
+"""As ``nvdisasm -hex`` prints it: a load that a loop waits for."""
+
+
+def test_a_loop_is_read_with_its_mix_and_its_stalls():
+    kernel = sass.parse(LISTING)
+    (loop,) = kernel.loops
+    assert (len(kernel.code), len(loop)) == (7, 4)
+    assert loop.mix == {"global": 1, "integer": 1, "tensor": 1, "other": 1}
+    assert loop.loads == {8: 1}
+    assert [one.stall for one in loop.instructions] == [4, 2, 6, 5]
+    assert loop.pipes["integer"] == 2
+    assert loop.alone() == 17
+    # Two warps fill each other's stalls, not each other's pipes.
+    assert loop.alone() / 2 <= loop.interleaved(2) < loop.alone()
+    assert kernel.code.alone(1000) > 1000
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(228, 17080, 1, 8), (200, 17080, 1, 10), (32, 0, 4, 16), (32, 100_000, 1, 2), (16, 0, 1, 32)],
+)
+def test_programs_at_once(registers, shared, warps, programs):
+    needs = Needs(registers, 0, shared, warps, sass.parse(LISTING))
+    assert roofline.programs_at_once(needs) == programs
+
+
+def test_splits_share_out_all_blocks():
+    for chunks, high in ((98, 29632), (995, 928), (0, 700), (1, 64), (125, 96)):
+        sizes = roofline.split_sizes(TierState(1, high, chunks, 0), 8)
+        for tier, count in (("low", chunks), ("high", -(-high // 32))):
+            assert sum(size for name, size in sizes if name == tier) == count
+
 
 def test_kernels_compile_and_attention_spills_nothing():
     command = [sys.executable, "-m", "benchmarks.gpu.compile", "--quick"]

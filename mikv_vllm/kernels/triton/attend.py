@@ -37,6 +37,9 @@ from mikv_vllm.kernels.triton.stream import (
     within,
 )
 
+STAGES = tl.constexpr(5)
+"""Stages of the loops over blocks. The block table's entries take some: below 5, Triton has one
+buffer, which it fills at the end of a block and waits for at the start of the next."""
 HIGH_ZERO = tl.constexpr(128)
 HIGH_EXPONENT = tl.constexpr(127 - 22)
 """A float32's exponent bits less this count from where the 8-bit scales' exponents do."""
@@ -50,7 +53,8 @@ def splits_of(chunks, blocks, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr):
     """
     cost = chunks + 2 * blocks
     splits = tl.minimum(SPLITS, tl.cdiv(cost, LEAST_BLOCKS) + 1)
-    low_splits = tl.minimum(tl.maximum(chunks * splits // cost, 1), splits - 1)
+    # Rounded up: few chunks in one split would take longer than all others.
+    low_splits = tl.minimum(tl.cdiv(chunks * splits, cost), splits - 1)
     return splits, tl.where(chunks > 0, low_splits, 0)
 
 
@@ -140,7 +144,7 @@ def attend_low(
     parts = query_parts(per_unit, L)
     token = tl.arange(0, 32 * GROUPS)
     order = token_order()
-    for chunk in range(first, last):
+    for chunk in tl.range(first, last, num_stages=STAGES):
         record = record_at(stream, low_line + chunk * C.count, C.count, L)
         logits = low_logits(record, per_unit, parts, L, C)
         logits = capped(logits * unfold[None, :] + base[None, :], SOFTCAP)
@@ -211,9 +215,9 @@ def attend_high(
     folded = (q * fold[None, :]).to(tl.float16)
     zero = HIGH_ZERO * tl.sum(folded.to(tl.float32), 0)
     order = token_order()
-    half = tl.arange(0, 2)[:, None, None, None, None]
+    half = tl.arange(0, 2)[:, None, None, None]
     last_group = tl.cdiv(high_tokens, 16) - 1
-    for block in range(first, last):
+    for block in tl.range(first, last, num_stages=STAGES):
         tokens = 32 * block + order
         valid = tokens < high_tokens
         line = L.header_lines + 2 * block * L.group_lines
@@ -227,7 +231,7 @@ def attend_high(
         value_scales = load_fp16(scales, L.high_value_scales + 2 * (order % 16))
         value_scales = tl.where(valid, value_scales, 0.0)
 
-        logits = tl.dot(high_keys(groups, L), folded) * SUBNORMAL - zero[None, :]
+        logits = tl.dot(high_keys(groups, 0, L.padded // 16, L), folded) * SUBNORMAL - zero[None, :]
         logits *= key_scales[:, None] * unfold[None, :]
         logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
         store_high_logits(logits_out, logits_stride, logits, tokens, valid, L)
@@ -238,7 +242,8 @@ def attend_high(
         older *= power_of_two(exponent - largest)
         exponent = largest
         scaled = weights * (value_scales * power_of_two(22 - exponent))[:, None]
-        out = tl.dot(high_values(groups, L), scaled.to(tl.float16), out * older[None, :])
+        values = high_values(groups, 0, L.padded // 16, L)
+        out = tl.dot(values, scaled.to(tl.float16), out * older[None, :])
         offset = offset * older[None, :] + scaled.to(tl.float16).to(tl.float32)
     out = out * SUBNORMAL - HIGH_ZERO * tl.sum(offset, 0)[None, :]
     return top, total, out * power_of_two(exponent - 22)

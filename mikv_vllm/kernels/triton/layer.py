@@ -43,7 +43,7 @@ OPTIONS = {
     "append": {"num_warps": 1},
     "change": {"num_warps": 8},
     "write_high": {"num_warps": 8},
-    "write_low": {"num_warps": 8},
+    "write_low": {"num_warps": 4, "maxnreg": 168},
     "restore_high": {"num_warps": 8},
     "restore_low": {"num_warps": 8},
     "extend_high": {"num_warps": 8},

@@ -10,6 +10,8 @@ from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER
 
 PARTS_AT_ONCE = tl.constexpr(16)
+TOKENS_AT_ONCE = tl.constexpr(128)
+"""High tokens whose scores a program loads at a time."""
 
 
 @triton.jit
@@ -44,14 +46,15 @@ def merge_output(
 def add_importance(
     stream, logits, logits_stride, first, last, high_tokens, top, total, decay, L: tl.constexpr
 ):
-    """Let scores of blocks ``first`` to ``last`` of 32 high tokens decay, and add their weights.
+    """Let scores of high tokens decay, and add their weights.
 
     Args:
+        first, last: blocks of ``TOKENS_AT_ONCE`` tokens.
         logits: ``[group, logits_stride]``; top, total: of each head's softmax, ``[heads]``.
     """
     member = tl.arange(0, L.heads)
     for block in range(first, last):
-        token = 32 * block + tl.arange(0, 32)
+        token = TOKENS_AT_ONCE * block + tl.arange(0, TOKENS_AT_ONCE)
         valid = token < high_tokens
         at = score_pointers(stream, tl.minimum(token, high_tokens - 1), L)
         score = tl.load(at, mask=valid, other=0.0) * decay
@@ -136,6 +139,7 @@ def merge_kernel(
         tl.store(to + channel, result.to(out.dtype.element_ty), mask=channel < L.head_dim)
 
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
+    blocks = tl.cdiv(row.high_tokens, TOKENS_AT_ONCE)
     add_importance(
         stream,
         high_logits + (index * kv_heads + head).to(tl.int64) * L.group * logits_stride,

@@ -130,10 +130,14 @@ def small_fp16(numbers):
 
 @triton.jit
 def load_fp16(record, byte):
-    """fp16 numbers ``byte`` bytes behind a record's start, as float32."""
-    half = byte // 2
-    start = record_words(record, half // (2 * LINE_WORDS), 0).to(tl.pointer_type(tl.float16))
-    return tl.load(start + half % (2 * LINE_WORDS)).to(tl.float32)
+    """fp16 numbers ``byte`` bytes behind a record's start, as float32.
+
+    They are read as words: loads of less than 4 bytes are not prefetched.
+    """
+    word = byte // 4
+    words = tl.load(record_words(record, word // LINE_WORDS, word % LINE_WORDS))
+    halves = (words >> (byte % 4 * 8)).to(tl.int16)
+    return halves.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -228,7 +232,8 @@ def low_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
     ``16a + 4c + 2d + b``: so a thread of the tensor core holds the words that it loads, if none of
     the operands' inputs is an 8-bit load. Bands that do not exist repeat others.
     """
-    if C.band_bits[FIRST] == C.band_bits[FIRST + COUNT - 1]:
+    # Prefetched words lie in shared memory by thread: up to 16 bytes each, banks do not collide.
+    if COUNT <= 2 and C.band_bits[FIRST] == C.band_bits[FIRST + COUNT - 1]:
         keys = run_keys(record, FIRST, COUNT, C)
     else:
         HALF: tl.constexpr = COUNT // 2
@@ -236,8 +241,7 @@ def low_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
         upper = lower
         if C.band_bits[FIRST + HALF] > 0:
             upper = low_keys(record, FIRST + HALF, HALF, C)
-        keys = tl.permute(tl.join(lower, upper), (0, 2, 1))
-        keys = tl.reshape(keys, (32, BAND * COUNT))
+        keys = beside(lower, upper)
     return keys
 
 
@@ -272,36 +276,64 @@ def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: t
 
 
 @triton.jit
-def high_keys(records, L: tl.constexpr):
-    """8-bit keys of two groups, fp16 ``[32, L.padded]``.
+def beside(lower, upper):
+    """``[rows, columns]`` twice, one right of the other."""
+    ROWS: tl.constexpr = lower.shape[0]
+    COLUMNS: tl.constexpr = lower.shape[1]
+    return tl.reshape(tl.permute(tl.join(lower, upper), (0, 2, 1)), (ROWS, 2 * COLUMNS))
+
+
+@triton.jit
+def above(upper, lower):
+    """``[rows, columns]`` twice, one above the other."""
+    ROWS: tl.constexpr = lower.shape[0]
+    COLUMNS: tl.constexpr = lower.shape[1]
+    return tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (2 * ROWS, COLUMNS))
+
+
+@triton.jit
+def high_keys(records, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
+    """8-bit keys of two groups, channels ``16 * FIRST`` and ``16 * COUNT`` from there: fp16
+    ``[32, 16 * COUNT]``.
 
     Rows are in the order of :func:`low_keys`'s, columns in :func:`channel_order`.
 
     Args:
-        records: the groups', ``[2, 1, 1, 1, 1]``.
+        records: the groups', ``[2, 1, 1, 1]``.
     """
-    step = tl.arange(0, L.padded // 16)[None, :, None, None, None]
-    row = tl.arange(0, 8)[None, None, :, None, None]
-    quad = tl.arange(0, 4)[None, None, None, :, None]
-    pair = tl.arange(0, 2)[None, None, None, None, :]
-    tile = within(step * 4 + quad, L.padded // 4, L.head_dim // 4)
-    words = tl.load(record_words(records, tile, row * 2 + pair))
-    numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
-    return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, L.padded))
+    # 16 channels at a time, as in low_keys.
+    if COUNT > 1:
+        HALF: tl.constexpr = COUNT // 2
+        keys = beside(high_keys(records, FIRST, HALF, L), high_keys(records, FIRST + HALF, HALF, L))
+    else:
+        row = tl.arange(0, 8)[None, :, None, None]
+        quad = tl.arange(0, 4)[None, None, :, None]
+        pair = tl.arange(0, 2)[None, None, None, :]
+        tile = within(FIRST * 4 + quad, L.padded // 4, L.head_dim // 4)
+        words = tl.load(record_words(records, tile, row * 2 + pair))
+        numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
+        keys = tl.reshape(tl.permute(numbers, (0, 3, 1, 4, 2, 5)), (32, 16))
+    return keys
 
 
 @triton.jit
-def high_values(records, L: tl.constexpr):
-    """8-bit values of two groups, channels and tokens in the order of :func:`low_values`."""
-    TILES: tl.constexpr = L.head_dim // 16
-    block = tl.arange(0, L.padded // 16)[None, :, None, None, None]
-    row = tl.arange(0, 8)[None, None, :, None, None]
-    quad = tl.arange(0, 4)[None, None, None, :, None]
-    pair = tl.arange(0, 2)[None, None, None, None, :]
-    tile = L.head_dim // 4 + quad * TILES + within(block, L.padded // 16, TILES)
-    words = tl.load(record_words(records, tile, row * 2 + pair))
-    numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
-    return tl.reshape(tl.permute(numbers, (1, 4, 2, 0, 5, 3, 6)), (L.padded, 32))
+def high_values(records, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
+    """As :func:`high_keys`, values ``[16 * COUNT, 32]``, channels and tokens in the order of
+    :func:`low_values`."""
+    if COUNT > 1:
+        HALF: tl.constexpr = COUNT // 2
+        upper = high_values(records, FIRST, HALF, L)
+        values = above(upper, high_values(records, FIRST + HALF, HALF, L))
+    else:
+        TILES: tl.constexpr = L.head_dim // 16
+        row = tl.arange(0, 8)[None, :, None, None]
+        quad = tl.arange(0, 4)[None, None, :, None]
+        pair = tl.arange(0, 2)[None, None, None, :]
+        tile = L.head_dim // 4 + quad * TILES + within(FIRST, L.padded // 16, TILES)
+        words = tl.load(record_words(records, tile, row * 2 + pair))
+        numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
+        values = tl.reshape(tl.permute(numbers, (3, 1, 0, 4, 2, 5)), (16, 32))
+    return values
 
 
 @triton.jit

@@ -1,0 +1,324 @@
+"""What to expect of the Triton kernels on an H100, worked out from their compiled code.
+
+    python -m benchmarks.gpu.roofline
+
+No GPU is needed, and nothing here is a measurement. Instructions, registers, shared memory and
+bytes are counted; what cannot be is a flag: the bandwidth of a copy, how busy a scheduler gets,
+latencies, and the rate of attention on a prompt.
+"""
+
+import argparse
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.gpu.cases import RECENT, WINDOW
+from benchmarks.gpu.compile import H100_CLOCK, H100_PROCESSORS, Job, Needs, compile_job
+from mikv_vllm.evaluation.tables import markdown_table
+from mikv_vllm.kernels.triton.layer import (
+    LEAST_BLOCKS,
+    LEAST_SPLITS,
+    MOST_SPLITS,
+    PARTS,
+    PROGRAMS,
+    SCORE_ROWS,
+)
+from mikv_vllm.kernels.triton.layout import Layout, power_of_two
+from mikv_vllm.kernels.triton.merge import TOKENS_AT_ONCE
+from mikv_vllm.kernels.triton.score import KEYS
+from mikv_vllm.kernels.triton.select import BLOCK
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LowFormat
+from mikv_vllm.tiers.plan import TierPlanner, TierState
+
+TARGET = 90
+REGISTERS, SHARED_BYTES, WARPS, SCHEDULERS = 65536, 228 << 10, 64, 4
+"""Of a multiprocessor of compute capability 9.0."""
+REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 256, 128, 1024
+"""Registers that a warp, and shared memory that a program is given at a time; and what each program
+takes in addition."""
+BF16_SHARE = 0.9
+"""Of a copy's bandwidth, what attention on bf16 is taken to reach."""
+LAYOUT, KV_HEADS = Layout(128, 4, 64, 8), 8
+TORCH_LAUNCHES = 9
+"""Of the torch operations between the kernels of ``compress``."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the compiled code does not say."""
+
+    bandwidth: float
+    """Bytes a second of a copy."""
+    utilisation: float
+    """Share of its cycles in which a scheduler's busiest pipe is."""
+    latency: float
+    """Seconds that a load takes while memory is busy."""
+    load: float
+    """The same while it is not."""
+    launch: float
+    """Seconds until a kernel is under way."""
+    replay: float
+    """The same in a CUDA graph."""
+    prefill: float
+    """Floating-point operations a second of attention on a prompt."""
+
+    @property
+    def load_cycles(self) -> int:
+        return int(self.load * H100_CLOCK)
+
+
+def programs_at_once(needs: Needs) -> int:
+    """Programs that fit on a multiprocessor."""
+    a_warp = -(-32 * needs.registers // REGISTER_UNIT) * REGISTER_UNIT
+    shared = -(-(needs.shared + SHARED_RESERVED) // SHARED_UNIT) * SHARED_UNIT
+    by_registers = REGISTERS // a_warp // needs.warps
+    return min(by_registers, SHARED_BYTES // shared, WARPS // needs.warps, 32)
+
+
+def block_bytes(tier: str, low_format: LowFormat) -> int:
+    """Bytes of a block of 32 tokens; the high tier's logits are written, too."""
+    if tier == "low":
+        return LAYOUT.geometry.low(low_format).num_bytes
+    return 2 * LAYOUT.geometry.high.num_bytes + 4 * CHUNK_TOKENS * LAYOUT.group
+
+
+def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
+    """Seconds of a program for a block of each tier, if its multiprocessor is full."""
+    together = programs_at_once(needs)
+    seconds = {}
+    for tier, loop in zip(("low", "high"), needs.kernel.matrix_loops, strict=True):
+        busy = together * needs.warps * max(loop.pipes.values()) / SCHEDULERS / assumed.utilisation
+        seconds[tier] = max(busy, loop.alone(assumed.load_cycles)) / H100_CLOCK
+    return seconds
+
+
+def split_sizes(state: TierState, batch: int) -> list[tuple[str, int]]:
+    """Tier and blocks of each split of one request and head, as ``splits_of`` shares them out."""
+    most = power_of_two(-(-PROGRAMS // (batch * KV_HEADS)))
+    most = min(max(most, LEAST_SPLITS), MOST_SPLITS)
+    chunks, blocks = state.low_chunks, -(-state.high_tokens // CHUNK_TOKENS)
+    cost = chunks + 2 * blocks
+    splits = min(most, -(-cost // LEAST_BLOCKS) + 1)
+    low = min(-(-chunks * splits // cost), splits - 1)
+    sizes = []
+    for tier, count, parts in (("low", chunks, low), ("high", blocks, splits - low)):
+        sizes += [(tier, count * (i + 1) // parts - count * i // parts) for i in range(parts)]
+    return sizes
+
+
+def schedule(durations: list[float], slots: int) -> float:
+    """When the last of some programs ends, started in their order as slots become free."""
+    ends = [0.0] * slots
+    for duration in durations:
+        heapq.heappush(ends, heapq.heappop(ends) + duration)
+    return max(ends)
+
+
+def attend_rows(job: Job, needs: Needs) -> Iterator[dict]:
+    """The decode kernel's loops: what they consist of, and what they need."""
+    for tier, loop in zip(("low", "high"), needs.kernel.matrix_loops, strict=True):
+        size = block_bytes(tier, job.low_format)
+        pipes = dict(sorted(loop.pipes.items(), key=lambda pipe: -pipe[1])[:3])
+        yield {
+            "loop": job.low_format.name if tier == "low" else f"high, {job.low_format.name}",
+            "bytes": size,
+            "instructions": len(loop),
+            "a byte": round(len(loop) / size, 2),
+            **{kind: loop.mix[kind] for kind in ("tensor", "integer", "IMAD", "float", "convert")},
+            **{kind: loop.mix[kind] for kind in ("shared", "shuffle", "other")},
+            "loads": ", ".join(f"{n} of {32 * width} B" for width, n in sorted(loop.loads.items())),
+            "cycles of pipes": ", ".join(f"{name} {cycles}" for name, cycles in pipes.items()),
+            "warp alone": loop.alone(),
+        }
+
+
+def occupancy_rows(job: Job, needs: Needs, assumed: Assumptions) -> Iterator[dict]:
+    """How many programs share a multiprocessor, and what that is enough for."""
+    together = programs_at_once(needs)
+    warps = together * needs.warps // SCHEDULERS
+    wanted = assumed.bandwidth / H100_PROCESSORS * assumed.latency
+    for tier, loop in zip(("low", "high"), needs.kernel.matrix_loops, strict=True):
+        size, busiest = block_bytes(tier, job.low_format), max(loop.pipes.values())
+        copied = size * H100_PROCESSORS * SCHEDULERS / assumed.bandwidth * H100_CLOCK
+        yield {
+            "loop": job.low_format.name if tier == "low" else f"high, {job.low_format.name}",
+            "registers": needs.registers,
+            "shared": needs.shared,
+            "programs": together,
+            "KB in flight": round(together * size / 1e3, 1),
+            "KB wanted": round(wanted / 1e3, 1),
+            "busy, simulated": f"{busiest / loop.interleaved(warps):.0%}",
+            "busy for 60 % of a copy": f"{0.6 * needs.warps * busiest / copied:.0%}",
+        }
+
+
+def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> dict:
+    """Expected time of decode attention over ``batch`` requests."""
+    geometry = LAYOUT.geometry
+    planner = TierPlanner.choose(geometry, ratio, RECENT, context)
+    state = planner.compress(context)
+    assert state is not None, f"nothing to save at ratio {ratio}"
+    low_format = planner.low_format
+    needs = compile_job(Job("attend", LAYOUT, low_format, "bf16", TARGET))
+    merge = compile_job(Job("merge", LAYOUT, low_format, "bf16", TARGET))
+    rows = batch * KV_HEADS
+    num_bytes = geometry.high_bytes(state.high_tokens) + state.low_chunks * planner.chunk_bytes
+    sizes = split_sizes(state, batch)
+    a_block = block_seconds(needs, assumed)
+    # Row, block table, header and first block are loaded one after the other.
+    start = 4 * assumed.latency
+    durations = [start + count * a_block[tier] for tier, count in sizes] * rows
+    moved = rows * sum(count * block_bytes(tier, low_format) for tier, count in sizes)
+    attend = max(
+        schedule(durations, H100_PROCESSORS * programs_at_once(needs)),
+        start + moved / assumed.bandwidth,
+    )
+    partial = 4 * len(sizes) * LAYOUT.padded * (LAYOUT.heads + LAYOUT.group)
+    high = 4 * state.high_tokens * (LAYOUT.group + 2)
+    trips = math.ceil(math.ceil(state.high_tokens / TOKENS_AT_ONCE.value) / len(sizes))
+    chain = merge.kernel.code.alone(assumed.load_cycles)
+    chain += (trips - 1) * merge.kernel.loops[-1].alone(assumed.load_cycles)
+    last = max(rows * (partial + high) / assumed.bandwidth, chain / H100_CLOCK)
+    seconds = attend + last + 2 * assumed.replay
+    native = rows * context * geometry.token_bytes
+    bf16 = native / (BF16_SHARE * assumed.bandwidth) + 2 * assumed.replay
+    copied = rows * num_bytes / assumed.bandwidth
+    return {
+        "context": context,
+        "ratio": ratio,
+        "format": low_format.name,
+        "high": f"{state.high_tokens / context:.0%}",
+        "MB": round(rows * num_bytes / 1e6, 1),
+        "programs": len(durations),
+        "copy us": round(1e6 * copied, 1),
+        "attend us": round(1e6 * attend, 1),
+        "merge us": round(1e6 * last, 1),
+        "sum us": round(1e6 * seconds, 1),
+        "bf16 us": round(1e6 * bf16, 1),
+        "of copy": f"{copied / seconds:.0%}",
+        "speed-up": round(bf16 / seconds, 2),
+    }
+
+
+def prompt_work(context: int, ratio: float) -> Iterator[tuple[str, LowFormat, int, list[int], int]]:
+    """Kernels that score and compress a prompt: programs, trips of the loops, bytes moved."""
+    geometry = LAYOUT.geometry
+    planner = TierPlanner.choose(geometry, ratio, RECENT, context)
+    state = planner.compress(context)
+    assert state is not None, f"nothing to save at ratio {ratio}"
+    low_format, high, chunks = planner.low_format, state.high_tokens, state.low_chunks
+    rows = -(-WINDOW * LAYOUT.group // SCORE_ROWS)
+    keys = KV_HEADS * context * geometry.token_bytes // 2
+    part = -(-context // PARTS)
+    blocks = -(-context // KEYS.value)
+    a_pass = -(-context // BLOCK.value)
+    groups = -(-high // GROUP_TOKENS)
+    written = KV_HEADS * chunks * (planner.chunk_bytes + 2 * 2 * CHUNK_TOKENS * LAYOUT.head_dim)
+    low_keys = KV_HEADS * chunks * CHUNK_TOKENS * geometry.token_bytes
+    high_bytes = KV_HEADS * (high * geometry.token_bytes + groups * geometry.high.num_bytes)
+    yield "prompt_sums", low_format, rows * PARTS * KV_HEADS, [-(-part // KEYS.value)], rows * keys
+    yield "prompt_scores", low_format, blocks * KV_HEADS, [rows], keys
+    yield "select", low_format, KV_HEADS, [a_pass] * 5, 5 * 4 * KV_HEADS * context
+    yield "measure", low_format, PARTS * KV_HEADS, [-(-part // KEYS.value)], keys
+    yield "frame", low_format, KV_HEADS, [], 0
+    yield "write_high", low_format, groups * KV_HEADS, [], high_bytes
+    yield "write_low", low_format, chunks * KV_HEADS, [], low_keys + written
+
+
+def prompt_rows(context: int, ratio: float, assumed: Assumptions) -> Iterator[dict]:
+    """Expected time of scoring and compressing a prompt, kernel by kernel."""
+    heads = KV_HEADS * LAYOUT.group
+    prefill = 2 * context**2 * heads * LAYOUT.head_dim / assumed.prefill
+    seconds, launches = 0.0, TORCH_LAUNCHES
+    for name, low_format, programs, trips, num_bytes in prompt_work(context, ratio):
+        needs = compile_job(Job(name, LAYOUT, low_format, "bf16", TARGET))
+        loops = needs.kernel.loops
+        assert len(loops) == len(trips), f"{name} has {len(loops)} loops"
+        extra = [(loop, count - 1) for loop, count in zip(loops, trips, strict=True)]
+        issued = len(needs.kernel.code) + sum(len(loop) * count for loop, count in extra)
+        chain = needs.kernel.code.alone(assumed.load_cycles)
+        chain += sum(loop.alone(assumed.load_cycles) * count for loop, count in extra)
+        waves = -(-programs // (H100_PROCESSORS * programs_at_once(needs)))
+        slots = H100_PROCESSORS * SCHEDULERS * H100_CLOCK * assumed.utilisation
+        limits = {
+            "memory": num_bytes / assumed.bandwidth,
+            "issue": programs * needs.warps * issued / slots,
+            "latency": waves * chain / H100_CLOCK,
+        }
+        limit = max(limits, key=limits.__getitem__)
+        seconds += limits[limit]
+        launches += 1
+        yield {
+            "context": context,
+            "kernel": name,
+            "programs": programs,
+            "at once": H100_PROCESSORS * programs_at_once(needs),
+            "instructions a warp": issued,
+            "MB": round(num_bytes / 1e6, 1),
+            **{f"{key} us": round(1e6 * value, 1) for key, value in limits.items()},
+            "us": round(1e6 * limits[limit], 1),
+            "of prefill": f"{limits[limit] / prefill:.2%}",
+        }
+    started = launches * assumed.launch
+    yield {
+        "context": context,
+        "kernel": f"sum, with {launches} launches",
+        **dict.fromkeys(("programs", "at once", "instructions a warp", "MB"), None),
+        **dict.fromkeys(("memory us", "issue us", "latency us"), None),
+        "us": round(1e6 * (seconds + started), 1),
+        "of prefill": f"{(seconds + started) / prefill:.2%}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 32768, 131072])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--ratios", nargs="+", type=float, default=[2, 4])
+    parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s of a copy")
+    parser.add_argument("--utilisation", type=float, default=0.7, help="of the busiest pipe")
+    parser.add_argument("--latency", type=float, default=800, help="ns, of busy memory")
+    parser.add_argument("--load", type=float, default=300, help="ns, of idle memory")
+    parser.add_argument("--launch", type=float, default=3, help="us, of a kernel")
+    parser.add_argument("--replay", type=float, default=1, help="us, of a kernel in a graph")
+    parser.add_argument("--prefill", type=float, default=600, help="TFLOP/s of its attention")
+    args = parser.parse_args()
+    assumed = Assumptions(
+        1e12 * args.bandwidth,
+        args.utilisation,
+        1e-9 * args.latency,
+        1e-9 * args.load,
+        1e-6 * args.launch,
+        1e-6 * args.replay,
+        1e12 * args.prefill,
+    )
+    formats = dict.fromkeys(
+        TierPlanner.choose(LAYOUT.geometry, ratio, RECENT, context).low_format
+        for ratio in args.ratios
+        for context in args.contexts
+    )
+    jobs = [Job("attend", LAYOUT, low_format, "bf16", TARGET) for low_format in formats]
+    compiled = [(job, compile_job(job)) for job in jobs]
+    tables = (
+        ("Loops of the decode kernel", [row for one in compiled for row in attend_rows(*one)]),
+        ("Occupancy", [row for one in compiled for row in occupancy_rows(*one, assumed)]),
+        (
+            f"Decode, batch {args.batch}: expected",
+            [decode_row(n, args.batch, r, assumed) for r in args.ratios for n in args.contexts],
+        ),
+        (
+            f"Score and compress, ratio {args.ratios[-1]:g}: expected",
+            [row for n in args.contexts for row in prompt_rows(n, args.ratios[-1], assumed)],
+        ),
+    )
+    for title, rows in tables:
+        print(f"\n{title}\n\n{markdown_table(rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
