@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.gpu import sass
 from mikv_vllm.kernels.triton import attend, change, compress, extend, merge, restore, score
+from mikv_vllm.kernels.triton.jit import COUNTS, TABLES
 from mikv_vllm.kernels.triton.layer import LEAST_BLOCKS, OPTIONS, PARTS, SCORE_ROWS
 from mikv_vllm.kernels.triton.layout import Layout, LowLines
 from mikv_vllm.tiers.formats import LADDER, LADDERS, LowFormat
@@ -58,12 +59,6 @@ TYPES = {
 }
 NATIVE = {"q", "k", "v", "out", "keys", "values"}
 """Pointers to the cache's dtype."""
-ODD = {
-    *("num_tokens", "num_high", "first_low", "recent"),
-    *("num_queries", "num_chunks", "low_end", "order_stride"),
-    *("num_restored", "num_leaving", "source", "to", "num_lines", "low_line"),
-}
-"""Numbers that no one promises to be multiples of 16."""
 KERNELS = {
     "attend": attend.attend_kernel,
     "merge": merge.merge_kernel,
@@ -150,7 +145,7 @@ def compile_job(job: Job) -> Needs:
             signature[name], constexprs[name] = "constexpr", constants[name]
             continue
         signature[name] = TYPES.get(name, f"*{job.dtype}" if name in NATIVE else "i32")
-        if signature[name] != "fp32" and name not in ODD:
+        if signature[name] != "fp32" and name not in COUNTS | TABLES:
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = dict(OPTIONS.get(job.kernel, {}))
     if job.kernel == "attend":

@@ -37,6 +37,8 @@ from mikv_vllm.engine.spec import TieredAttentionSpec, tiered_spec
 from mikv_vllm.engine.tiered_metadata import ExtendedRow, ScoredRow, restored_part, split_batch
 from mikv_vllm.engine.worker_context import context
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
+from mikv_vllm.kernels.triton.warm_up import warm_up
+from mikv_vllm.tiers.formats import TierGeometry
 
 
 class TieredBackend(AttentionBackend):
@@ -111,11 +113,12 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
     ) -> tuple[DecodeBatch, torch.Tensor]:
         """The compressed rows on the device, and which rows of the batch they are, in one copy."""
         assert context.compression is not None
-        parts = [array.astype(np.int32, copy=False).ravel() for array in (rows, tables, batch_rows)]
+        arrays = (tables, rows, batch_rows)  # tables first: their size keeps the rest aligned
+        parts = [array.astype(np.int32, copy=False).ravel() for array in arrays]
         staged = async_tensor_h2d(np.concatenate(parts), device=self.device)
         first, second, third = staged.split([len(part) for part in parts])
         batch = DecodeBatch.of(
-            first.view(rows.shape), second.view(tables.shape), rows, context.compression.ladder
+            second.view(rows.shape), first.view(tables.shape), rows, context.compression.ladder
         )
         return batch, third.long()
 
@@ -159,6 +162,20 @@ class TieredImpl(AttentionImpl[Any]):
             t = chunk.tokens
             self._extend(layer, query[t], key[t], value[t], kv_cache, chunk, metadata, output[t])
         return output
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What kernels are compiled for."""
+        heads = (self.head_size, self.num_heads, self.num_kv_heads)
+        return (*heads, self.logits_soft_cap, self.sinks is not None)
+
+    @torch.inference_mode()
+    def warm_up(self, kv_cache: torch.Tensor) -> None:
+        """Compile the tier kernels for every low format that a request may get."""
+        assert context.compression is not None
+        settings = context.compression
+        geometry = TierGeometry(self.head_size, kv_cache.shape[2], settings.high_bits)
+        warm_up(self._ops(kv_cache), geometry, self.num_heads, kv_cache, settings.ladder)
 
     def _score(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, row: ScoredRow

@@ -3,10 +3,15 @@
 from functools import wraps
 from typing import Any, ClassVar
 
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 
+from mikv_vllm.engine.gpu_backend import TieredImpl
 from mikv_vllm.engine.tiered_worker import TieredWorker
 from mikv_vllm.engine.worker_context import context
+
+logger = init_logger(__name__)
 
 
 class TieredGPUWorker(TieredWorker):
@@ -25,7 +30,17 @@ class TieredGPUWorker(TieredWorker):
             self._leave_full_graphs_v2(self.model_runner.cudagraph_manager)
         else:
             self._leave_full_graphs(self.model_runner.cudagraph_dispatcher)
+        if self.vllm_config.kernel_config.enable_jit_warmup:
+            self._warm_up()
         return result
+
+    def _warm_up(self) -> None:
+        """Compile our kernels, for each shape of layer."""
+        logger.info("MiKV: compiling the tiers' kernels; later starts find them in Triton's cache.")
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        tiered = [layer for layer in layers if isinstance(layer.impl, TieredImpl)]
+        for layer in {layer.impl.shape: layer for layer in tiered}.values():
+            layer.impl.warm_up(layer.kv_cache)
 
     @staticmethod
     def _leave_full_graphs(dispatcher: Any) -> None:

@@ -23,6 +23,13 @@ from mikv_vllm.kernels.batch import (
 from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierState
 
+WIDTH = 16
+"""Pages by which tables grow: a GPU kernel is not compiled again for each of their widths."""
+
+
+def _whole(num_pages: int) -> int:
+    return -(-num_pages // WIDTH) * WIDTH
+
 
 class TierTables:
     """Block table and sizes of each compressed request.
@@ -86,13 +93,15 @@ class TierTables:
     def rows(self, slots: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the kernels read of a step: rows and tables, as ``describe_rows`` returns them.
 
+        Tables are ``WIDTH`` pages wide, or a multiple.
+
         Args:
             tokens: row of q, k, v and out of each slot, ``[slots]``.
         """
         rows = self._rows.take(slots, 0)
         rows[:, TOKEN] = tokens
         max_pages = rows[:, PAGES].max(initial=0)
-        return rows, self._tables[slots, :max_pages]
+        return rows, self._tables[slots, : _whole(max_pages)]
 
     def end_step(self, slots: np.ndarray, count: int = 1) -> None:
         """Requests have run their step, which added ``count`` tokens to each."""
@@ -111,7 +120,7 @@ class TierTables:
         if slot >= num_slots:
             num_slots = max(16, 2 * slot)
         if num_pages > most_pages:
-            most_pages = 2 * num_pages
+            most_pages = _whole(2 * num_pages)
         tables = np.zeros((num_slots, most_pages), np.int32)
         tables[: len(self._tables), : self._tables.shape[1]] = self._tables
         rows = np.zeros((num_slots, ROW_FIELDS), np.int32)

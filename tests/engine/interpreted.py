@@ -60,7 +60,16 @@ def prepare(backend: str, runner: str) -> None:
         TieredCPUWorker.backends = {"CPU_ATTN": path}
 
 
-def predict(folder: str, batch: Batch) -> dict:
+def warm_up(worker) -> None:
+    """What the GPU worker does at its start, here with one low format."""
+    from mikv_vllm.engine.gpu_worker import TieredGPUWorker
+    from mikv_vllm.engine.worker_context import context
+
+    context.compression = context.compression.model_copy(update={"low_formats": ("K6433V3",)})
+    TieredGPUWorker._warm_up(worker)
+
+
+def predict(folder: str, backend: str, batch: Batch) -> dict:
     """What was done; of each request its report, tokens and log-probabilities ``[tokens][512]``."""
     from vllm import LLM, SamplingParams
 
@@ -112,6 +121,8 @@ def predict(folder: str, batch: Batch) -> dict:
                 ],
             }
         )
+    if backend == "triton":
+        engine.collective_rpc(warm_up)
     operations = engine.collective_rpc("mikv_stats")[0]["operations"]
     return {"operations": operations, "requests": found}
 
@@ -119,4 +130,4 @@ def predict(folder: str, batch: Batch) -> dict:
 if __name__ == "__main__":
     folder, backend, runner, batch, out = sys.argv[1:]
     prepare(backend, runner)
-    Path(out).write_text(json.dumps(predict(folder, BATCHES[batch])))
+    Path(out).write_text(json.dumps(predict(folder, backend, BATCHES[batch])))

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
+from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.native import NativePages, load_native
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped
 
@@ -42,7 +43,7 @@ def prompt_logits(
     return tl.where(seen & (row < num_rows)[:, None], logits, NEVER)
 
 
-@triton.jit
+@kernel
 def prompt_sums_kernel(
     keys,
     native_page_stride,
@@ -102,7 +103,7 @@ def prompt_sums_kernel(
     tl.store(at + num_rows, total, mask=row < num_rows)
 
 
-@triton.jit
+@kernel
 def prompt_scores_kernel(
     keys,
     native_page_stride,
