@@ -104,7 +104,9 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
             batch.slot_mapping[chunk.tokens] = -1
             on_device = replace(chunk, table=async_tensor_h2d(chunk.table, device=self.device))
             part = restored_part(batch, chunk, self.kv_cache_spec.block_size)
-            extended.append((on_device, super().build(0, part, fast_build)))
+            built = super().build(0, part, fast_build)
+            built.scheduler_metadata = None  # a buffer of the builder's, which comes to hold more
+            extended.append((on_device, built))
         metadata = super().build(common_prefix_len, native, fast_build)
         return TieredMetadata(metadata, decode, split.scored, extended)
 

@@ -40,6 +40,9 @@ def check_flags(engine_args: Mapping[str, Any]) -> None:
             raise _unsupported(_flag(name), "KV connectors move native pages only")
     if engine_args.get("kv_sharing_fast_prefill"):
         raise _unsupported("--kv-sharing-fast-prefill", "it skips queries that score the prompt")
+    for name in ("enable_dbo", "ubatch_size"):
+        if engine_args.get(name):
+            raise _unsupported(_flag(name), "a step's batch has to stay in one piece")
     if engine_args.get("diffusion_config"):
         raise _unsupported("--diffusion-config", "diffusion models rewrite cached tokens")
     dtype = engine_args.get("kv_cache_dtype") or "auto"

@@ -26,6 +26,7 @@ from mikv_vllm.server.refusals import Refusal
         ("--attention-backend TORCH_SDPA", "--attention-backend TORCH_SDPA contradicts MiKV"),
         ('--attention-config {"backend":"CPU_ATTN"}', "--attention-backend CPU_ATTN contradicts"),
         ("--kv-sharing-fast-prefill", "--kv-sharing-fast-prefill"),
+        ("--enable-dbo", "--enable-dbo"),
     ],
 )
 def test_flag_is_refused_by_name(flags, said):
