@@ -190,8 +190,10 @@ def jobs(quick: bool, targets: list[int]) -> list[Job]:
     for target in targets:
         for i, (layout, dtype, formats) in enumerate(shapes):
             for j, low_format in enumerate(formats):
-                names = KERNELS if not i and not j else by_format
-                every += [Job(name, layout, low_format, dtype, target) for name in names]
+                first = not i and not j
+                if first or not quick or target == 90:
+                    names = KERNELS if first else by_format
+                    every += [Job(name, layout, low_format, dtype, target) for name in names]
     return every
 
 

@@ -9,6 +9,19 @@ if TYPE_CHECKING:
 
 NATIVE_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
+UNSUPPORTED = {
+    **dict.fromkeys(
+        ("speculative_config", "spec_method", "spec_model", "spec_tokens"), "speculative decoding"
+    ),
+    **dict.fromkeys(
+        ("kv_transfer_config", "kv_offloading_size"), "KV connectors move native pages only"
+    ),
+    **dict.fromkeys(("enable_dbo", "ubatch_size"), "a step's batch has to stay in one piece"),
+    "kv_sharing_fast_prefill": "it skips queries that score the prompt",
+    "diffusion_config": "diffusion models rewrite cached tokens",
+}
+"""Engine arguments that have to be left out, and why."""
+
 
 class Refusal(ValueError):
     """A flag, model or device that MiKV does not serve; the message is one sentence."""
@@ -32,19 +45,9 @@ def check_flags(engine_args: Mapping[str, Any]) -> None:
     Raises:
         Refusal: naming the flag.
     """
-    for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
+    for name, why in UNSUPPORTED.items():
         if engine_args.get(name):
-            raise _unsupported(_flag(name), "speculative decoding")
-    for name in ("kv_transfer_config", "kv_offloading_size"):
-        if engine_args.get(name):
-            raise _unsupported(_flag(name), "KV connectors move native pages only")
-    if engine_args.get("kv_sharing_fast_prefill"):
-        raise _unsupported("--kv-sharing-fast-prefill", "it skips queries that score the prompt")
-    for name in ("enable_dbo", "ubatch_size"):
-        if engine_args.get(name):
-            raise _unsupported(_flag(name), "a step's batch has to stay in one piece")
-    if engine_args.get("diffusion_config"):
-        raise _unsupported("--diffusion-config", "diffusion models rewrite cached tokens")
+            raise _unsupported(_flag(name), why)
     dtype = engine_args.get("kv_cache_dtype") or "auto"
     if dtype not in NATIVE_CACHE_DTYPES:
         raise _unsupported(
