@@ -89,9 +89,13 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
         "AttentionBackendEnum.CPU_ATTN": None,
         "register_backend": "backend class_path",
     },
+    "v1/core/kv_cache_coordinator.py": {
+        "KVCacheCoordinator.find_longest_cache_hit": "self block_hashes max_cache_hit_length",
+        "replay_boundaries": None,
+    },
     "v1/core/kv_cache_manager.py": {
         "KVCacheManager.allocate_slots": "self request num_new_tokens",
-        "KVCacheManager.truncate_computed_blocks": "self blocks num_computed_tokens",
+        "KVCacheManager.create_kv_cache_blocks": "self blocks",
     },
     "v1/core/sched/async_scheduler.py": {"AsyncScheduler": None},
     "v1/core/sched/output.py": {"SchedulerOutput": None},
@@ -136,6 +140,7 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
         "AttentionSpec": None,
         "FullAttentionSpec.max_memory_usage_bytes": "self vllm_config",
         "FullAttentionSpec.merge": "cls specs",
+        "KVCacheSpec.is_uniform_with_collection": "self kv_cache_specs",
         "replace_as": "spec target_cls",
     },
     "v1/kv_cache_spec_registry.py": {"register_kv_cache_spec": ""},

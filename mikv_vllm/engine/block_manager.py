@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
@@ -168,7 +171,7 @@ class TieredBlockManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)
 
     def _clean(self, blocks: list[KVCacheBlock]) -> None:
-        """Have the last of a native request's new pages zeroed if it held tiers before.
+        """Have the last of the new pages zeroed if it held tiers before.
 
         vLLM's kernel multiplies the unwritten slots of a page by 0: bytes of a tier may read as
         NaN there. This step's tokens fill all new pages but the last.
@@ -179,6 +182,29 @@ class TieredBlockManager(FullAttentionManager):
             self._to_zero.append(blocks[-1].block_id)
 
     # What our scheduler calls.
+
+    def look_after(self, manager: SingleTypeKVCacheManager) -> None:
+        """Follow what the manager of another cache group, say of sliding windows, does.
+
+        Some of the pages that it takes held tiers. And of a prompt's pages it leaves those in the
+        prefix cache that the same prompt will need; if it is compressed, it begins at its window.
+        """
+        allocate, cache = manager.allocate_new_blocks, manager.cache_blocks
+        window = self.kv_cache_spec.compression.window
+
+        @wraps(allocate)
+        def allocate_new_blocks(*args, **kwargs) -> list[KVCacheBlock]:
+            blocks = allocate(*args, **kwargs)
+            self._clean(blocks)
+            return blocks
+
+        @wraps(cache)
+        def cache_blocks(request: Request, *args, replay_boundaries, **kwargs) -> None:
+            boundary = max(0, request.num_prompt_tokens - window)
+            cache(request, *args, replay_boundaries=(*replay_boundaries, boundary), **kwargs)
+
+        manager.allocate_new_blocks = allocate_new_blocks
+        manager.cache_blocks = cache_blocks
 
     def take_token(self, request_id: str, num_tokens: int) -> bool:
         """Let a compressed request's last high group take in one token, its ``num_tokens``-th.

@@ -1,5 +1,6 @@
 """The scheduler: vLLM's own, plus one plan a step."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -9,6 +10,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -60,7 +62,10 @@ class TieredScheduler(Scheduler):
         )
         self.compression = config
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        self.tiers = next(m for m in managers if isinstance(m, TieredBlockManager))
+        self.tiers = self._only_tiered(managers)
+        for manager in managers:
+            if manager is not self.tiers:
+                self.tiers.look_after(manager)
         spec = self.tiers.kv_cache_spec
         self.largest_ratio = largest_ratio(
             self.tiers.geometry.head_dim, config.high_bits, config.ladder
@@ -77,6 +82,29 @@ class TieredScheduler(Scheduler):
         self._with_stop_strings: set[str] = set()
         self._stats: TierStats | None = None
         """Of this step, until a request leaves."""
+
+    def _only_tiered(self, managers: Sequence[SingleTypeKVCacheManager]) -> TieredBlockManager:
+        """The manager of the one cache group that has tiers.
+
+        Raises:
+            ValueError: there is none, or several, or its pages are not as the kernels need them.
+        """
+        tiered = [m for m in managers if isinstance(m, TieredBlockManager)]
+        if not tiered:
+            why = "it has no 16-bit full-attention layer of a head size that MiKV supports"
+        elif len(tiered) > 1:
+            why = f"vLLM puts its full-attention layers into {len(tiered)} cache groups"
+        elif (
+            tiered[0].block_size != self.cache_config.block_size
+            or tiered[0].kv_cache_spec.page_size_padded is not None
+        ):
+            why = "its other layers have larger pages than its full-attention layers"
+        else:
+            return tiered[0]
+        raise ValueError(
+            f"--model {self.vllm_config.model_config.model} is not supported by MiKV ({why}); "
+            "serve it with `vllm serve`."
+        )
 
     # Requests come and go.
 
@@ -152,7 +180,7 @@ class TieredScheduler(Scheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         hit = super()._get_local_prefix_cache_hit(request)
-        blocks, num_tokens, boundary, diverged = hit
+        _, num_tokens, boundary, diverged = hit
         if request.request_id not in self.tiers.ratios:
             return hit
         limit = 0
@@ -161,8 +189,12 @@ class TieredScheduler(Scheduler):
             limit -= limit % self.block_size
         if num_tokens <= limit:
             return hit
-        blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
-        return blocks, limit, boundary, diverged
+        # Looked up anew, not cut: a sliding window needs the pages before the new end.
+        manager = self.kv_cache_manager
+        found, num_tokens, _ = manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, limit
+        )
+        return manager.create_kv_cache_blocks(found), num_tokens, boundary, diverged
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

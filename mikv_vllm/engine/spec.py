@@ -3,7 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from mikv_vllm.config import CompressionConfig
@@ -34,12 +39,13 @@ class TieredAttentionSpec(FullAttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
         """Bytes of the longest request at the server's default ratio.
 
-        vLLM wants them to fit, and counts by them how many such requests do. Layers with a
-        sliding window take pages of the same pool; beside them a request counts as native.
+        vLLM wants them to fit, and counts by them how many such requests do. Layers that attend
+        to a part of the context take pages of the same pool; beside them a request counts as
+        native.
         """
         model = vllm_config.model_config
         layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
-        if model.get_sliding_window() or "sliding_attention" in layer_types:
+        if model.get_sliding_window() or set(layer_types) - {"full_attention"}:
             return super().max_memory_usage_bytes(vllm_config)
         settings = self.compression
         pages = pages_needed(
@@ -54,6 +60,13 @@ class TieredAttentionSpec(FullAttentionSpec):
             # vLLM takes this error as "these layers form no single group".
             raise AssertionError("all layers of a tiered group need the same spec")
         return replace(specs[0], num_layers=sum(spec.num_layers for spec in specs))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether vLLM may put all these layers into one group without merging their specs.
+
+        A group has one manager and its requests one pair of tier sizes: so only equal ones.
+        """
+        return all(spec == self for spec in kv_cache_specs.values())
 
 
 def tiered_spec(spec: AttentionSpec, compression: CompressionConfig) -> AttentionSpec:

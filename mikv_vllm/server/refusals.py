@@ -1,6 +1,7 @@
 """What MiKV does not serve, said in one sentence before an engine starts."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ UNSUPPORTED = {
     "diffusion_config": "diffusion models rewrite cached tokens",
 }
 """Engine arguments that have to be left out, and why."""
+PARTIAL_ATTENTION = ("sliding_attention", "chunked_attention", "linear_attention")
+"""Types of layers, as transformers calls them, that do not attend to the whole context."""
 
 
 class Refusal(ValueError):
@@ -108,6 +111,13 @@ def check(vllm_config: "VllmConfig") -> None:
     if why := _why_not(vllm_config):
         model = f"--model {vllm_config.model_config.model}"
         raise _unsupported(model, why, "serve it with `vllm serve`")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and _windowed(
+        vllm_config.model_config
+    ):
+        raise _unsupported(
+            "--disable-hybrid-kv-cache-manager",
+            "this model's layers with a window would share the pages of those that are compressed",
+        )
     if vllm_config.speculative_config is not None:
         raise _unsupported("--speculative-config", "speculative decoding, here asked by the model")
     if vllm_config.kv_transfer_config is not None:
@@ -149,7 +159,13 @@ def _why_not(vllm_config: "VllmConfig") -> str | None:
         (model.runner_type != "generate", f"it is a {model.runner_type} model"),
         (model.use_mla, "it uses multi-head latent attention, MLA"),
         (model.is_attention_free or model.is_hybrid, "it has state-space layers"),
-        (not _has_full_attention(model), "all its layers use a sliding window"),
+        (model.uses_alibi, "its attention depends on positions, ALiBi, and tiers keep none"),
+        (_shares_caches(model), "some of its layers read the KV cache of another"),
+        (not _full_attention_groups(model), "none of its layers attends to the whole context"),
+        (
+            _full_attention_groups(model) > 1,
+            "it has more full-attention layers than fit into one of vLLM's cache groups",
+        ),
         (
             head_dim not in HEAD_DIMS,
             f"its head size is {head_dim}; allowed are {', '.join(map(str, HEAD_DIMS))}",
@@ -158,9 +174,31 @@ def _why_not(vllm_config: "VllmConfig") -> str | None:
     return next((why for applies, why in reasons if applies), None)
 
 
-def _has_full_attention(model: "ModelConfig") -> bool:
-    """Whether any layer attends to the whole context."""
-    layer_types = getattr(model.hf_text_config, "layer_types", None)
-    if layer_types:
-        return any(layer_type != "sliding_attention" for layer_type in layer_types)
-    return model.get_sliding_window() is None
+def _shares_caches(model: "ModelConfig") -> bool:
+    """Whether layers without a KV cache of their own attend to that of another, as in Gemma 3n."""
+    return bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0))
+
+
+def _layer_types(model: "ModelConfig") -> list[str]:
+    """The type of each layer; empty where all are alike."""
+    return list(getattr(model.hf_text_config, "layer_types", None) or ())
+
+
+def _windowed(model: "ModelConfig") -> bool:
+    """Whether some of the layers attend to a part of the context only."""
+    return any(layer_type in PARTIAL_ATTENTION for layer_type in _layer_types(model))
+
+
+def _full_attention_groups(model: "ModelConfig") -> int:
+    """Into how many cache groups vLLM puts the layers that attend to the whole context.
+
+    All groups have as many layers as the rarest type has, or, if no type has half as many again,
+    as the commonest has (vLLM's ``_get_kv_cache_groups_uniform_page_size``).
+    """
+    types = _layer_types(model)
+    if not types:
+        return int(model.get_sliding_window() is None)
+    counts = Counter(name if name in PARTIAL_ATTENTION else "full" for name in types)
+    fewest, most = min(counts.values()), max(counts.values())
+    size = most if most < 1.5 * fewest else fewest
+    return -(-counts["full"] // size)

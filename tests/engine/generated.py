@@ -20,12 +20,16 @@ SHAPE = {
 }
 
 
-def save_model(folder: Path, architecture: str, **shape) -> Path:
-    """Make a model of transformers' class ``<architecture>ForCausalLM``, in bf16."""
+def save_model(folder: Path, architecture: str, config: str | None = None, **shape) -> Path:
+    """Make a model of transformers' class ``<architecture>ForCausalLM``, in bf16.
+
+    Args:
+        config: its configuration's class, where that is not ``<architecture>Config``.
+    """
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(**SHAPE | shape)
+    config = getattr(transformers, config or f"{architecture}Config")(**SHAPE | shape)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder

@@ -75,16 +75,22 @@ def config(
         "use_mla": False,
         "is_attention_free": False,
         "is_hybrid": False,
+        "uses_alibi": False,
         "dtype": "torch.bfloat16",
-        "hf_text_config": SimpleNamespace(layer_types=model.pop("layer_types", None)),
+        "hf_text_config": SimpleNamespace(
+            layer_types=model.pop("layer_types", None),
+            num_kv_shared_layers=model.pop("shared", 0),
+        ),
     }
     window, head_dim = model.pop("window", None), model.pop("head_dim", 64)
+    not_hybrid = model.pop("not_hybrid", False)
     return SimpleNamespace(
         model_config=SimpleNamespace(
             **(fields | model),
             get_sliding_window=lambda: window,
             get_head_size=lambda: head_dim,
         ),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=not_hybrid),
         speculative_config=speculative,
         kv_transfer_config=transfer,
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
@@ -99,8 +105,16 @@ def config(
         ({"runner_type": "pooling"}, "pooling"),
         ({"use_mla": True}, "MLA"),
         ({"is_hybrid": True}, "state-space"),
-        ({"layer_types": ["sliding_attention"]}, "sliding window"),
-        ({"window": 4096}, "sliding window"),
+        ({"uses_alibi": True}, "ALiBi"),
+        ({"shared": 10}, "read the KV cache of another"),
+        ({"layer_types": ["sliding_attention"]}, "none of its layers"),
+        ({"layer_types": ["chunked_attention", "linear_attention"]}, "none of its layers"),
+        ({"window": 4096}, "none of its layers"),
+        ({"layer_types": 3 * ["full_attention"] + ["sliding_attention"]}, "cache groups"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"], "not_hybrid": True},
+            "--disable-hybrid-kv-cache-manager",
+        ),
         ({"head_dim": 32}, "head size is 32"),
         ({"head_dim": 320}, "head size is 320"),
         ({"head_dim": 100}, "head size is 100"),
@@ -122,6 +136,8 @@ def test_model_is_refused_in_one_sentence(differs, said):
         {},
         {"head_dim": 128, "dtype": "torch.float16"},
         {"layer_types": ["sliding_attention", "full_attention"], "window": 4096},
+        {"layer_types": 13 * ["full_attention"] + 12 * ["sliding_attention"]},
+        {"layer_types": ["full_attention"], "not_hybrid": True},
     ],
 )
 def test_model_with_full_attention_passes(differs):
