@@ -42,6 +42,8 @@ OPTIONS = {
     "attend": {"num_stages": 2, "maxnreg": 255},
     "append": {"num_warps": 1},
     "change": {"num_warps": 8},
+    "select": {"num_warps": 8},
+    "measure": {"num_warps": 8},
     "write_high": {"num_warps": 8},
     "write_low": {"num_warps": 4, "maxnreg": 168},
     "restore_high": {"num_warps": 8},
@@ -319,7 +321,16 @@ class LayerOps:
         take = self._scratch.take
         order = take("order", (heads, tokens), torch.int32)
         high = state.high_tokens
-        select_kernel[(heads,)](scores, scores.stride(0), tokens, high, self._recent, order, tokens)
+        select_kernel[(heads,)](
+            scores,
+            scores.stride(0),
+            tokens,
+            high,
+            self._recent,
+            order,
+            tokens,
+            **OPTIONS["select"],
+        )
         low = LowLines(layout.head_dim, low_format)
         self._write_frame((key_cache, *native[2:]), tiered, order, state, low, q)
         write_high_kernel[(triton.cdiv(high, GROUP_TOKENS), heads)](
@@ -375,7 +386,16 @@ class LayerOps:
         ranked = state.low_chunks > 0 and not low.balanced
         first_low = state.high_tokens if ranked else 0
         measure_kernel[(PARTS, heads)](
-            *keys, order, tokens, tokens, first_low, partial, ranges, PARTS=PARTS, L=layout
+            *keys,
+            order,
+            tokens,
+            tokens,
+            first_low,
+            partial,
+            ranges,
+            PARTS=PARTS,
+            L=layout,
+            **OPTIONS["measure"],
         )
         shared = q.unflatten(1, (heads, -1))
         if ranked:
