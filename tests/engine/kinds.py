@@ -1,0 +1,334 @@
+"""The kinds of model in ``docs/models.md``: a small one of each with random weights.
+
+:func:`measure` runs in a process of its own, for vLLM leaves traces in one that held an engine.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mikv_vllm.config import REPORT_FIELD, CompressionConfig
+
+from .generated import SHAPE, random_tokens, save_model
+
+RATIO = 4.0
+NEW_TOKENS = 40
+REQUESTS = ((1.0, 500), (2.0, 900), (RATIO, 700), (RATIO, 1400))
+"""Ratio and prompt length of each request of the mixed batch."""
+WINDOWS = (900, 600)
+"""Prompt lengths of the windows that measure the divergence."""
+
+SMALL = {"initializer_range": 0.05}
+"""Rounding differs between two kernels that are equally right; larger weights would amplify it."""
+TIED = {"tie_word_embeddings": True}
+WINDOW = {"sliding_window": 128}
+
+
+@dataclass(frozen=True)
+class Served:
+    """How to make and start a model of one kind."""
+
+    save: Callable[[Path], Path]
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Further engine arguments."""
+    without: dict[str, Any] | None = None
+    """Arguments of our kernels as a model without this feature has them."""
+    adapters: bool = False
+    """Whether every other request has a LoRA adapter."""
+
+
+def model(architecture: str, **shape: Any) -> Callable[[Path], Path]:
+    return partial(save_model, architecture=architecture, **SMALL | shape)
+
+
+def gpt_oss(folder: Path) -> Path:
+    """With sinks that take a good part of the attention; transformers makes them about zero."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    save_model(folder, "GptOss", **SMALL | WINDOW | experts)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name in weights:
+        if name.endswith("sinks"):
+            weights[name] = torch.full_like(weights[name], 7.0)
+    save_file(weights, path, {"format": "pt"})
+    return folder
+
+
+def idefics3(folder: Path) -> Path:
+    import transformers
+
+    text = transformers.LlamaConfig(**SHAPE | SMALL)
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 128, "image_size": 56, "patch_size": 14}
+    config = transformers.Idefics3Config(
+        text_config=text, vision_config=vision, image_token_id=SHAPE["vocab_size"] - 1
+    )
+    torch.manual_seed(0)
+    network = transformers.Idefics3ForConditionalGeneration(config)
+    network.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path) -> Path:
+    """A LoRA adapter for the attention of a Llama of :data:`SHAPE`, in peft's format."""
+    folder.mkdir()
+    hidden, heads, kv_heads = SHAPE["hidden_size"], 4, 2
+    outputs = {"q_proj": heads * 64, "k_proj": kv_heads * 64, "v_proj": kv_heads * 64}
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for name, size in outputs.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            shapes = {"lora_A": (8, hidden), "lora_B": (size, 8)}
+            for part, shape in shapes.items():
+                weight = 0.05 * torch.randn(shape, generator=generator)
+                weights[f"{prefix}.{part}.weight"] = weight
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(outputs)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+MOE = {"num_hidden_layers": 2, "num_experts_per_tok": 2}
+SERVED = {
+    "grouped-query attention": Served(model("Llama")),
+    "multi-head attention": Served(model("Llama", num_key_value_heads=4, head_dim=80)),
+    "multi-query attention": Served(
+        model("Llama", num_attention_heads=2, num_key_value_heads=1, head_dim=128)
+    ),
+    "norms on queries and keys": Served(model("Qwen3")),
+    "soft cap on attention": Served(
+        model(
+            "Gemma2",
+            **TIED,
+            head_dim=256,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            query_pre_attn_scalar=64,
+            attn_logit_softcapping=2.0,
+            layer_types=4 * ["full_attention"],
+        ),
+        without={"softcap": 0.0},
+    ),
+    "attention sinks": Served(gpt_oss, without={"sinks": None}),
+    "every second layer with a sliding window": Served(
+        model("Gemma2", **TIED, **WINDOW, query_pre_attn_scalar=64)
+    ),
+    "five of six layers with a sliding window": Served(
+        model(
+            "Gemma3",
+            config="Gemma3TextConfig",
+            **TIED,
+            **WINDOW,
+            num_hidden_layers=6,
+            query_pre_attn_scalar=64,
+        )
+    ),
+    "no positions in the full-attention layers": Served(
+        model("Cohere2", **WINDOW, logit_scale=1.0)
+    ),
+    "layers that attend within chunks": Served(
+        model(
+            "Llama4",
+            config="Llama4TextConfig",
+            attention_chunk_size=128,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            intermediate_size_mlp=512,
+        )
+    ),
+    "mixture of experts": Served(model("Mixtral", num_local_experts=4, **MOE)),
+    "mixture of many small experts": Served(
+        model("Qwen3Moe", num_experts=8, moe_intermediate_size=128, **MOE)
+    ),
+    "LoRA adapters": Served(
+        model("Llama"),
+        # With all slots in use vLLM's CPU kernels give requests without an adapter the last one.
+        engine={"enable_lora": True, "max_loras": 2, "max_lora_rank": 8},
+        adapters=True,
+    ),
+    "multi-modal models, text": Served(idefics3, engine={"limit_mm_per_prompt": {"image": 0}}),
+}
+
+UNSERVABLE = {
+    "a sliding window in every layer": model("Mistral", **WINDOW),
+    "far more full-attention layers than others": model(
+        "Cohere2", **WINDOW, layer_types=[*3 * ["full_attention"], "sliding_attention"]
+    ),
+}
+"""Models that the server refuses, and the scheduler too where nobody asked the server."""
+
+
+def prepare() -> None:
+    """Set up this process for :func:`measure`, before it imports vLLM."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@contextmanager
+def engine(folder: Path, compression: CompressionConfig | None, **kwargs: Any) -> Iterator[Any]:
+    """A real engine in this process; stock vLLM without ``compression``."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from .conftest import start, stop
+
+    settings = {"kv_cache_memory_bytes": 48 << 20, "max_model_len": 2048}
+    try:
+        llm = start(folder, compression, skip_tokenizer_init=True, **settings | kwargs)
+        yield llm
+        stop(llm)
+    finally:
+        cleanup_dist_env_and_memory()
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
+
+
+def generate(llm: Any, requests: tuple, adapter: Any, **sampling: Any) -> list:
+    """Outputs of requests that run together: each a ratio and a prompt's length."""
+    from vllm import SamplingParams
+
+    from mikv_vllm.evaluation.quality import generate_together
+
+    from .conftest import ratio
+
+    llm.reset_prefix_cache()
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if one is None else ratio(one),
+            **sampling,
+        )
+        for one, _ in requests
+    ]
+    prompts = [{"prompt_token_ids": random_tokens(n, seed=n)} for _, n in requests]
+    with adapted(llm, adapter):
+        return generate_together(llm, prompts, params)
+
+
+@contextmanager
+def adapted(llm: Any, adapter: Any) -> Iterator[None]:
+    """Every other request has the adapter, if there is one."""
+    if adapter is None:
+        yield
+        return
+    enqueue = llm.enqueue
+
+    def enqueue_adapted(prompts: list, *args: Any, **kwargs: Any) -> list[str]:
+        adapters = [adapter if i % 2 else None for i in range(len(prompts))]
+        return enqueue(prompts, *args, lora_request=adapters, **kwargs)
+
+    llm.enqueue = enqueue_adapted
+    try:
+        yield
+    finally:
+        llm.enqueue = enqueue
+
+
+def answers(llm: Any, adapter: Any, one: float | None) -> list:
+    """Tokens and log-probabilities of native requests, two of each prompt."""
+    requests = tuple((one, length) for length in (300, 300, 1100, 1100))
+    outputs = [o.outputs[0] for o in generate(llm, requests, adapter, max_tokens=24, logprobs=5)]
+    return [
+        (list(o.token_ids), [{t: p.logprob for t, p in step.items()} for step in o.logprobs])
+        for o in outputs
+    ]
+
+
+@contextmanager
+def kernels_without(llm: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """Our kernels ignore a feature of the model here."""
+    from mikv_vllm.engine import cpu_backend
+
+    def forget() -> None:
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        for layer in layers.values():
+            vars(getattr(layer, "impl", layer)).pop("_layer_ops", None)
+
+    ops = cpu_backend.LayerOps
+    cpu_backend.LayerOps = lambda **given: ops(**given | arguments)
+    forget()
+    try:
+        yield
+    finally:
+        cpu_backend.LayerOps = ops
+        forget()
+
+
+def measure(kind: str, folder: Path) -> dict[str, Any]:
+    """What an engine does with a model of this kind."""
+    from vllm.lora.request import LoRARequest
+
+    from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
+    from mikv_vllm.evaluation.quality import QualityRun
+    from mikv_vllm.evaluation.windows import Window
+
+    from .mutants import mutated
+
+    served = SERVED[kind]
+    served.save(folder)
+    adapter = None
+    if served.adapters:
+        adapter = LoRARequest("adapter", 1, str(save_adapter(folder / "adapter")))
+    with engine(folder, None, **served.engine) as stock:
+        expected = answers(stock, adapter, None)
+    found: dict[str, Any] = {"kind": kind, "stock": expected}
+    kwargs = served.engine | {"logits_processors": [ForcedDecoding]}
+    with engine(folder, CompressionConfig(), **kwargs) as llm:
+        found["native"] = answers(llm, adapter, 1.0)
+        outputs = generate(llm, REQUESTS, adapter, max_tokens=NEW_TOKENS)
+        found["reports"] = [output.kv_transfer_params[REPORT_FIELD] for output in outputs]
+        continuation = random_tokens(NEW_TOKENS, seed=1)
+        windows = [Window(random_tokens(n, seed=n), continuation) for n in WINDOWS]
+        with adapted(llm, adapter):
+            llm.reset_prefix_cache()
+            run = QualityRun(llm, windows)
+            llm.reset_prefix_cache()
+            found["divergence"] = run.measure(RATIO).divergence
+            found["with_prefix"] = run.measure(RATIO).divergence
+            with mutated(llm, "zeroed output"):
+                found["broken"] = run.measure(RATIO).divergence
+            if served.without is not None:
+                with kernels_without(llm, served.without):
+                    found["without"] = run.measure(RATIO).divergence
+            run.close()
+        found["cached_tokens"] = cached_tokens(llm, windows[0].prompt)
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        pool = scheduler.tiers.block_pool
+        found["held_pages"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        found["held_requests"] = len(scheduler.tiers.tiered)
+    return found
+
+
+def cached_tokens(llm: Any, prompt: list[int]) -> int:
+    """Tokens of a compressed request's prompt that its second run finds in the prefix cache."""
+    from vllm import SamplingParams
+
+    from .conftest import ratio
+
+    params = SamplingParams(max_tokens=2, detokenize=False, extra_args=ratio(RATIO))
+    llm.reset_prefix_cache()
+    for _ in range(2):
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return output.num_cached_tokens
+
+
+def refusal_at_start(kind: str, folder: Path) -> str:
+    """What the scheduler says to a model that it has no tiers for."""
+    UNSERVABLE[kind](folder)
+    try:
+        with engine(folder, CompressionConfig()):
+            return ""
+    except ValueError as error:
+        return str(error)
