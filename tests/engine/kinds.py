@@ -41,8 +41,10 @@ class Served:
     """Further engine arguments."""
     without: dict[str, Any] | None = None
     """Arguments of our kernels as a model without this feature has them."""
-    adapters: bool = False
-    """Whether every other request has a LoRA adapter."""
+    extra: Callable[[Path, int, dict], dict] = lambda folder, index, prompt: {"prompts": prompt}
+    """What the engine is given for a request of a batch: vLLM's name of each argument."""
+    extra_matters: bool = False
+    """Whether two requests with the same prompt, one after the other, differ by it."""
 
 
 def model(architecture: str, **shape: Any) -> Callable[[Path], Path]:
@@ -62,38 +64,86 @@ def gpt_oss(folder: Path) -> Path:
     return folder
 
 
-def idefics3(folder: Path) -> Path:
-    import transformers
+IMAGE = SHAPE["vocab_size"] - 1
+"""Token of an image, the last of those that are no words."""
+WORDS = 448
 
-    text = transformers.LlamaConfig(**SHAPE | SMALL)
+
+def idefics3(folder: Path) -> Path:
+    """With a tokenizer of made-up words and an image processor for pictures of 112 by 112."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil,
+    )
+
     vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"intermediate_size": 128, "image_size": 56, "patch_size": 14}
     config = transformers.Idefics3Config(
-        text_config=text, vision_config=vision, image_token_id=SHAPE["vocab_size"] - 1
+        text_config=transformers.LlamaConfig(**SHAPE | SMALL),
+        vision_config=vision,
+        image_token_id=IMAGE,
     )
     torch.manual_seed(0)
     network = transformers.Idefics3ForConditionalGeneration(config)
     network.to(torch.bfloat16).save_pretrained(folder)
+    special = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    special += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
+    names = [f"w{i}" for i in range(IMAGE - len(special))] + special + ["<image>"]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
+        ),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="w0",
+            eos_token="w2",
+            pad_token="w0",
+            additional_special_tokens=[*special, "<image>"],
+        ),
+        image_seq_len=4,
+    ).save_pretrained(folder)
     return folder
 
 
-def save_adapter(folder: Path) -> Path:
-    """A LoRA adapter for the attention of a Llama of :data:`SHAPE`, in peft's format."""
-    folder.mkdir()
-    hidden, heads, kv_heads = SHAPE["hidden_size"], 4, 2
-    outputs = {"q_proj": heads * 64, "k_proj": kv_heads * 64, "v_proj": kv_heads * 64}
+def with_image(folder: Path, index: int, prompt: dict) -> dict:
+    """An image before the text: one of two, in turns."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(index % 2).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    tokens = [IMAGE, *(token % WORDS for token in prompt["prompt_token_ids"])]
+    data = {"image": Image.fromarray(pixels)}
+    return {"prompts": {"prompt_token_ids": tokens, "multi_modal_data": data}}
+
+
+def with_adapter(folder: Path, index: int, prompt: dict) -> dict:
+    """Every other request has a LoRA adapter."""
+    from vllm.lora.request import LoRARequest
+
+    adapter = LoRARequest("adapter", 1, str(folder / "adapter"))
+    return {"prompts": prompt, "lora_request": adapter if index % 2 else None}
+
+
+def llama_and_adapter(folder: Path) -> Path:
+    """An adapter for the model's attention, in peft's format, beside it."""
+    save_model(folder, "Llama", **SMALL)
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    outputs = {"q_proj": 256, "k_proj": 128, "v_proj": 128}
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for layer in range(SHAPE["num_hidden_layers"]):
         for name, size in outputs.items():
             prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            shapes = {"lora_A": (8, hidden), "lora_B": (size, 8)}
-            for part, shape in shapes.items():
+            for part, shape in {"lora_A": (8, 256), "lora_B": (size, 8)}.items():
                 weight = 0.05 * torch.randn(shape, generator=generator)
                 weights[f"{prefix}.{part}.weight"] = weight
-    save_file(weights, folder / "adapter_model.safetensors")
+    save_file(weights, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(outputs)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -150,12 +200,15 @@ SERVED = {
         model("Qwen3Moe", num_experts=8, moe_intermediate_size=128, **MOE)
     ),
     "LoRA adapters": Served(
-        model("Llama"),
+        llama_and_adapter,
         # With all slots in use vLLM's CPU kernels give requests without an adapter the last one.
         engine={"enable_lora": True, "max_loras": 2, "max_lora_rank": 8},
-        adapters=True,
+        extra=with_adapter,
+        extra_matters=True,
     ),
-    "multi-modal models, text": Served(idefics3, engine={"limit_mm_per_prompt": {"image": 0}}),
+    "images": Served(
+        idefics3, engine={"skip_tokenizer_init": False}, extra=with_image, extra_matters=True
+    ),
 }
 
 UNSERVABLE = {
@@ -183,8 +236,9 @@ def engine(folder: Path, compression: CompressionConfig | None, **kwargs: Any) -
     from .conftest import start, stop
 
     settings = {"kv_cache_memory_bytes": 48 << 20, "max_model_len": 2048}
+    settings["skip_tokenizer_init"] = True
     try:
-        llm = start(folder, compression, skip_tokenizer_init=True, **settings | kwargs)
+        llm = start(folder, compression, **settings | kwargs)
         yield llm
         stop(llm)
     finally:
@@ -193,15 +247,20 @@ def engine(folder: Path, compression: CompressionConfig | None, **kwargs: Any) -
         selector._cached_get_attn_backend.cache_clear()
 
 
-def generate(llm: Any, requests: tuple, adapter: Any, **sampling: Any) -> list:
-    """Outputs of requests that run together: each a ratio and a prompt's length."""
+def generate(llm: Any, requests: tuple, keep: bool = False, **sampling: Any) -> list:
+    """Outputs of requests that run together: each a ratio and a prompt's length.
+
+    Args:
+        keep: what is in the prefix cache.
+    """
     from vllm import SamplingParams
 
     from mikv_vllm.evaluation.quality import generate_together
 
     from .conftest import ratio
 
-    llm.reset_prefix_cache()
+    if not keep:
+        llm.reset_prefix_cache()
     params = [
         SamplingParams(
             temperature=0.0,
@@ -213,33 +272,25 @@ def generate(llm: Any, requests: tuple, adapter: Any, **sampling: Any) -> list:
         for one, _ in requests
     ]
     prompts = [{"prompt_token_ids": random_tokens(n, seed=n)} for _, n in requests]
-    with adapted(llm, adapter):
-        return generate_together(llm, prompts, params)
+    return generate_together(llm, prompts, params)
 
 
-@contextmanager
-def adapted(llm: Any, adapter: Any) -> Iterator[None]:
-    """Every other request has the adapter, if there is one."""
-    if adapter is None:
-        yield
-        return
+def add_extras(llm: Any, served: Served, folder: Path) -> None:
+    """Have the engine take prompts with what the kind adds to them."""
     enqueue = llm.enqueue
 
-    def enqueue_adapted(prompts: list, *args: Any, **kwargs: Any) -> list[str]:
-        adapters = [adapter if i % 2 else None for i in range(len(prompts))]
-        return enqueue(prompts, *args, lora_request=adapters, **kwargs)
+    def enqueue_with_extras(prompts: list, *args: Any, **kwargs: Any) -> list[str]:
+        extras = [served.extra(folder, i, prompt) for i, prompt in enumerate(prompts)]
+        given = {name: [extra[name] for extra in extras] for name in extras[0]}
+        return enqueue(given.pop("prompts"), *args, **given, **kwargs)
 
-    llm.enqueue = enqueue_adapted
-    try:
-        yield
-    finally:
-        llm.enqueue = enqueue
+    llm.enqueue = enqueue_with_extras
 
 
-def answers(llm: Any, adapter: Any, one: float | None) -> list:
+def answers(llm: Any, one: float | None) -> list:
     """Tokens and log-probabilities of native requests, two of each prompt."""
     requests = tuple((one, length) for length in (300, 300, 1100, 1100))
-    outputs = [o.outputs[0] for o in generate(llm, requests, adapter, max_tokens=24, logprobs=5)]
+    outputs = [o.outputs[0] for o in generate(llm, requests, max_tokens=24, logprobs=5)]
     return [
         (list(o.token_ids), [{t: p.logprob for t, p in step.items()} for step in o.logprobs])
         for o in outputs
@@ -268,8 +319,6 @@ def kernels_without(llm: Any, arguments: dict[str, Any]) -> Iterator[None]:
 
 def measure(kind: str, folder: Path) -> dict[str, Any]:
     """What an engine does with a model of this kind."""
-    from vllm.lora.request import LoRARequest
-
     from mikv_vllm.evaluation.forced_decoding import ForcedDecoding
     from mikv_vllm.evaluation.quality import QualityRun
     from mikv_vllm.evaluation.windows import Window
@@ -278,50 +327,37 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
 
     served = SERVED[kind]
     served.save(folder)
-    adapter = None
-    if served.adapters:
-        adapter = LoRARequest("adapter", 1, str(save_adapter(folder / "adapter")))
+    found: dict[str, Any] = {"kind": kind}
     with engine(folder, None, **served.engine) as stock:
-        expected = answers(stock, adapter, None)
-    found: dict[str, Any] = {"kind": kind, "stock": expected}
+        add_extras(stock, served, folder)
+        found["stock"] = answers(stock, None)
     kwargs = served.engine | {"logits_processors": [ForcedDecoding]}
     with engine(folder, CompressionConfig(), **kwargs) as llm:
-        found["native"] = answers(llm, adapter, 1.0)
-        outputs = generate(llm, REQUESTS, adapter, max_tokens=NEW_TOKENS)
+        add_extras(llm, served, folder)
+        found["native"] = answers(llm, 1.0)
+        outputs = generate(llm, REQUESTS, max_tokens=NEW_TOKENS)
+        found["prompts"] = [len(output.prompt_token_ids) for output in outputs]
         found["reports"] = [output.kv_transfer_params[REPORT_FIELD] for output in outputs]
+        again = generate(llm, REQUESTS, keep=True, max_tokens=1)
+        found["cached"] = [output.num_cached_tokens for output in again]
         continuation = random_tokens(NEW_TOKENS, seed=1)
         windows = [Window(random_tokens(n, seed=n), continuation) for n in WINDOWS]
-        with adapted(llm, adapter):
-            llm.reset_prefix_cache()
-            run = QualityRun(llm, windows)
-            llm.reset_prefix_cache()
-            found["divergence"] = run.measure(RATIO).divergence
-            found["with_prefix"] = run.measure(RATIO).divergence
-            with mutated(llm, "zeroed output"):
-                found["broken"] = run.measure(RATIO).divergence
-            if served.without is not None:
-                with kernels_without(llm, served.without):
-                    found["without"] = run.measure(RATIO).divergence
-            run.close()
-        found["cached_tokens"] = cached_tokens(llm, windows[0].prompt)
+        llm.reset_prefix_cache()
+        run = QualityRun(llm, windows)
+        llm.reset_prefix_cache()
+        found["divergence"] = run.measure(RATIO).divergence
+        found["with_prefix"] = run.measure(RATIO).divergence
+        with mutated(llm, "zeroed output"):
+            found["broken"] = run.measure(RATIO).divergence
+        if served.without is not None:
+            with kernels_without(llm, served.without):
+                found["without"] = run.measure(RATIO).divergence
+        run.close()
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         pool = scheduler.tiers.block_pool
         found["held_pages"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         found["held_requests"] = len(scheduler.tiers.tiered)
     return found
-
-
-def cached_tokens(llm: Any, prompt: list[int]) -> int:
-    """Tokens of a compressed request's prompt that its second run finds in the prefix cache."""
-    from vllm import SamplingParams
-
-    from .conftest import ratio
-
-    params = SamplingParams(max_tokens=2, detokenize=False, extra_args=ratio(RATIO))
-    llm.reset_prefix_cache()
-    for _ in range(2):
-        (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-    return output.num_cached_tokens
 
 
 def refusal_at_start(kind: str, folder: Path) -> str:

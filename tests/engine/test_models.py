@@ -13,7 +13,7 @@ from mikv_vllm.server.refusals import Refusal
 
 from . import kinds
 from .generated import SHAPE
-from .kinds import NEW_TOKENS, REQUESTS, SERVED, UNSERVABLE, WINDOWS
+from .kinds import NEW_TOKENS, REQUESTS, SERVED, UNSERVABLE
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs/models.md"
 ROWS = [
@@ -111,14 +111,15 @@ def measured(request, process, tmp_path_factory):
 @pytest.mark.engine
 def test_ratio_one_is_stock_vllm(measured):
     assert measured["native"] == measured["stock"]
-    if SERVED[measured["kind"]].adapters:
-        base, adapted = measured["native"][::2], measured["native"][1::2]
-        assert all(one != other for one, other in zip(base, adapted, strict=True))
+    if SERVED[measured["kind"]].extra_matters:
+        first, second = measured["native"][::2], measured["native"][1::2]
+        assert all(one != other for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.engine
 def test_the_requested_ratio_is_achieved(measured):
-    for (requested, length), report in zip(REQUESTS, measured["reports"], strict=True):
+    prompts, reports = measured["prompts"], measured["reports"]
+    for (requested, _), length, report in zip(REQUESTS, prompts, reports, strict=True):
         print(report)
         assert report["requested_ratio"] == requested
         assert report["kv_tokens"] == length + NEW_TOKENS - 1
@@ -138,7 +139,8 @@ def test_divergence_is_far_below_that_of_a_broken_cache(measured):
 
 @pytest.mark.engine
 def test_a_cached_prefix_changes_nothing(measured):
-    assert measured["cached_tokens"] >= 0.9 * WINDOWS[0]
+    for length, cached in zip(measured["prompts"], measured["cached"], strict=True):
+        assert length - 96 <= cached < length
     # Another split of the prompt may round differently.
     assert measured["with_prefix"] == pytest.approx(measured["divergence"], rel=0.05)
 
