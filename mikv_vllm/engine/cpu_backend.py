@@ -24,6 +24,7 @@ from mikv_vllm.engine.tiered_metadata import (
     token_selection,
 )
 from mikv_vllm.engine.worker_context import context
+from mikv_vllm.kernels.batch import TOKEN
 from mikv_vllm.kernels.cpu import DecodeBatch, LayerOps
 
 
@@ -94,9 +95,9 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             )
         decode = None
         if len(split.rows):
-            # vLLM's slots of these tokens lie in pages that the request gave back.
-            batch.slot_mapping[torch.from_numpy(split.tokens)] = -1
             decode = DecodeBatch.of(*split.decode)
+            # vLLM's slots of these tokens lie in pages that the request gave back.
+            batch.slot_mapping[torch.from_numpy(decode.rows[:, TOKEN])] = -1
         extended = []
         for chunk in split.extended:
             batch.slot_mapping[chunk.tokens] = -1

@@ -36,6 +36,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from mikv_vllm.engine.spec import TieredAttentionSpec, tiered_spec
 from mikv_vllm.engine.tiered_metadata import ExtendedRow, ScoredRow, restored_part, split_batch
 from mikv_vllm.engine.worker_context import context
+from mikv_vllm.kernels.batch import TOKEN
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
 from mikv_vllm.kernels.triton.warm_up import warm_up
 from mikv_vllm.tiers.formats import TierGeometry
@@ -97,7 +98,7 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
             decode, rows = self._upload(*split.decode, split.rows)
             native.seq_lens.index_fill_(0, rows, 1)
             # vLLM's slots of these tokens lie in pages that the request gave back.
-            batch.slot_mapping.index_fill_(0, decode.rows[:, 0].long(), -1)
+            batch.slot_mapping.index_fill_(0, decode.rows[:, TOKEN].long(), -1)
         extended = []
         for chunk in split.extended:
             native.seq_lens[chunk.row] = chunk.tokens.stop - chunk.tokens.start

@@ -45,8 +45,6 @@ class BatchSplit:
 
     rows: np.ndarray
     """Which rows are compressed requests with one token, int64 ``[rows]``."""
-    tokens: np.ndarray
-    """That token of each, int32 ``[rows]``."""
     decode: tuple[np.ndarray, np.ndarray]
     """Their rows and tables as the kernels read them."""
     extended: list[ExtendedRow]
@@ -98,7 +96,7 @@ def split_batch(
     tokens = starts[tiered]
     assert (starts[tiered + 1] == tokens + 1).all(), "a compressed request decodes by one"
     decode = tiers.rows(slots[tiered], tokens)
-    return BatchSplit(tiered, tokens, decode, extended, scored, np.flatnonzero(native))
+    return BatchSplit(tiered, decode, extended, scored, np.flatnonzero(native))
 
 
 def token_selection(rows: np.ndarray, query_start_loc: np.ndarray) -> slice | torch.Tensor:
