@@ -29,14 +29,17 @@ def bodies() -> list[dict]:
     ]
 
 
-def answers(server: RunningServer) -> list[dict]:
-    def post(body: dict) -> dict:
-        response = server.client.post("/v1/completions", json=body)
+def answers(server: RunningServer, engines: list[int | None] | None = None) -> list[dict]:
+    """An answer to each of :func:`bodies`, from these engines or as the server spreads them."""
+
+    def post(body: dict, engine: int | None) -> dict:
+        headers = {} if engine is None else {"X-data-parallel-rank": str(engine)}
+        response = server.client.post("/v1/completions", json=body, headers=headers)
         assert response.status_code == 200, response.text
         return response.json()
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(post, bodies()))
+        return list(pool.map(post, bodies(), engines or [None] * 8))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def chosen(answer: dict) -> list[tuple[str, float]]:
 
 
 def test_both_engines_compress(server):
-    answers(server)
+    answers(server, engines=[0, 0, 1, 1, 0, 0, 1, 1])  # each gets both ratios
     metrics = server.client.get("/metrics").text
     line = r'^mikv_operations_total\{engine="(\d)",kind="compress",.*\} ([\d.]+)$'
     done = {engine: float(total) for engine, total in re.findall(line, metrics, re.MULTILINE)}
