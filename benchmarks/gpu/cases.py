@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from benchmarks.gpu import xformers_int4
 from benchmarks.gpu.timing import device_time
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
-from mikv_vllm.kernels.triton.layer import PROGRAMS
 from mikv_vllm.tiers.formats import TierGeometry
 from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
 
@@ -26,8 +24,6 @@ DEVICE = "cuda"
 @dataclass(frozen=True)
 class Heads:
     """Attention heads of a model's layer."""
-
-    programs: ClassVar[int] = PROGRAMS
 
     model: str
     head_dim: int
@@ -51,7 +47,6 @@ class Heads:
             DECAY,
             RECENT,
             scratch,
-            self.programs,
         )
 
     def native_bytes(self, tokens: int) -> int:

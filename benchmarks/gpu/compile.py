@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from benchmarks.gpu import sass
 from mikv_vllm.kernels.triton import attend, change, compress, extend, merge, restore, score
 from mikv_vllm.kernels.triton.jit import COUNTS, TABLES
-from mikv_vllm.kernels.triton.layer import LEAST_BLOCKS, OPTIONS, PARTS, SCORE_ROWS
+from mikv_vllm.kernels.triton.layer import OPTIONS, PARTS, SCORE_ROWS
 from mikv_vllm.kernels.triton.layout import Layout, LowLines
 from mikv_vllm.tiers.formats import LADDER, LADDERS, LowFormat
 
@@ -132,8 +132,6 @@ def compile_job(job: Job) -> Needs:
         "L": job.layout,
         "C": LowLines(job.layout.head_dim, low),
         "SOFTCAP": 0.0,
-        "SPLITS": 32,
-        "LEAST_BLOCKS": LEAST_BLOCKS,
         "HAS_SINKS": False,
         "PARTS": PARTS,
         "ROWS": SCORE_ROWS,

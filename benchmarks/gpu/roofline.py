@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from benchmarks.gpu.cases import RECENT, WINDOW
 from benchmarks.gpu.compile import H100_CLOCK, H100_PROCESSORS, Job, Needs, compile_job
 from mikv_vllm.evaluation.tables import markdown_table
+from mikv_vllm.kernels.triton.attend import HIGH_COST, LEAST_COST, LOW_COST
 from mikv_vllm.kernels.triton.layer import (
-    LEAST_BLOCKS,
     LEAST_SPLITS,
-    MOST_SPLITS,
     PARTS,
     PROGRAMS,
     SCORE_ROWS,
 )
-from mikv_vllm.kernels.triton.layout import Layout, power_of_two
-from mikv_vllm.kernels.triton.merge import TOKENS_AT_ONCE
+from mikv_vllm.kernels.triton.layout import Layout
+from mikv_vllm.kernels.triton.merge import MOST_SPLITS, TOKENS_AT_ONCE
 from mikv_vllm.kernels.triton.score import KEYS
 from mikv_vllm.kernels.triton.select import BLOCK
 from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LowFormat
@@ -95,12 +94,13 @@ def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
 
 def split_sizes(state: TierState, batch: int) -> list[tuple[str, int]]:
     """Tier and blocks of each split of one request and head, as ``splits_of`` shares them out."""
-    most = power_of_two(-(-PROGRAMS // (batch * KV_HEADS)))
-    most = min(max(most, LEAST_SPLITS), MOST_SPLITS)
+    most = PROGRAMS * H100_PROCESSORS // (batch * KV_HEADS)
+    most = min(max(most, LEAST_SPLITS), MOST_SPLITS.value)
     chunks, blocks = state.low_chunks, -(-state.high_tokens // CHUNK_TOKENS)
-    cost = chunks + 2 * blocks
-    splits = min(most, -(-cost // LEAST_BLOCKS) + 1)
-    low = min(-(-chunks * splits // cost), splits - 1)
+    low_cost = LOW_COST.value * chunks
+    cost = low_cost + HIGH_COST.value * blocks
+    splits = min(most, -(-cost // LEAST_COST.value) + 1)
+    low = min(-(-low_cost * splits // cost), splits - 1)
     sizes = []
     for tier, count, parts in (("low", chunks, low), ("high", blocks, splits - low)):
         sizes += [(tier, count * (i + 1) // parts - count * i // parts) for i in range(parts)]

@@ -266,7 +266,6 @@ class TieredImpl(AttentionImpl[Any]):
                 decay=context.compression.decay,
                 recent=context.compression.recent,
                 scratch=scratch(kv_cache.device),
-                programs=programs(kv_cache.device),
             )
         return self._layer_ops
 
@@ -275,14 +274,6 @@ class TieredImpl(AttentionImpl[Any]):
 def scratch(device: torch.device) -> Scratch:
     """Memory that all layers on a device share."""
     return Scratch(device)
-
-
-@cache
-def programs(device: torch.device) -> int:
-    """Splits of a decode step that fill a device: 16 warps for each multiprocessor."""
-    if device.type != "cuda":
-        return 4  # the interpreter runs them one by one
-    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class TieredFlashAttentionMetadataBuilder(TieredMetadataBuilder, FlashAttentionMetadataBuilder):

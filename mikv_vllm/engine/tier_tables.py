@@ -24,7 +24,7 @@ from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierState
 
 WIDTH = 16
-"""Pages by which tables grow: a GPU kernel is not compiled again for each of their widths."""
+"""Pages by which tables grow, so that what is staged behind them for a GPU stays aligned."""
 
 
 def _whole(num_pages: int) -> int:

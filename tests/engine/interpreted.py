@@ -38,10 +38,10 @@ BATCHES = {
 """The first compresses in place, for want of free pages; the second while it computes a prompt."""
 
 
-def prepare(backend: str, runner: str) -> None:
+def prepare(backend: str, runner: str, interpret: bool = True) -> None:
     """Make vLLM believe in Triton; before it is imported."""
     os.environ |= {
-        "TRITON_INTERPRET": "1",
+        "TRITON_INTERPRET": str(int(interpret)),
         "TORCHDYNAMO_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -49,7 +49,10 @@ def prepare(backend: str, runner: str) -> None:
     }
     from triton.backends import backends
 
-    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    backends["cpu"] = SimpleNamespace(
+        driver=SimpleNamespace(is_active=lambda: True),
+        compiler=SimpleNamespace(supports_target=lambda target: False),
+    )
     import torch
 
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's cache write asks for it
@@ -69,18 +72,16 @@ def warm_up(worker) -> None:
     TieredGPUWorker._warm_up(worker)
 
 
-def predict(folder: str, backend: str, batch: Batch) -> dict:
-    """What was done; of each request its report, tokens and log-probabilities ``[tokens][512]``."""
-    from vllm import LLM, SamplingParams
+def start_engine(folder: str, batch: Batch, **settings):
+    """An engine in this process, with a pool for the batch and settings beside the usual."""
+    from vllm import LLM
 
     from mikv_vllm.config import CompressionConfig
-    from mikv_vllm.evaluation.quality import generate_together
 
-    from .conftest import ratio
-    from .generated import VOCABULARY, random_tokens
+    from .generated import VOCABULARY
 
-    settings = CompressionConfig(**SETTINGS, native_share=batch.native_share)
-    engine = LLM(
+    config = CompressionConfig(**SETTINGS, native_share=batch.native_share, **settings)
+    return LLM(
         model=folder,
         dtype="float16",  # the interpreter multiplies bf16 matrices wrongly
         skip_tokenizer_init=True,
@@ -93,8 +94,19 @@ def predict(folder: str, backend: str, batch: Batch) -> dict:
         enable_prefix_caching=False,
         scheduler_cls="mikv_vllm.engine.scheduler.TieredScheduler",
         worker_cls="mikv_vllm.engine.cpu_worker.TieredCPUWorker",
-        additional_config=settings.to_additional_config(),
+        additional_config=config.to_additional_config(),
     )
+
+
+def generate(engine, batch: Batch) -> list:
+    """The outputs of a batch's requests, with the log-probabilities of all tokens."""
+    from vllm import SamplingParams
+
+    from mikv_vllm.evaluation.quality import generate_together
+
+    from .conftest import ratio
+    from .generated import VOCABULARY, random_tokens
+
     params = [
         SamplingParams(
             max_tokens=batch.new_tokens,
@@ -109,8 +121,16 @@ def predict(folder: str, backend: str, batch: Batch) -> dict:
     prompts = [
         {"prompt_token_ids": random_tokens(length, seed=length)} for _, length in batch.requests
     ]
+    return generate_together(engine, prompts, params)
+
+
+def predict(folder: str, backend: str, batch: Batch) -> dict:
+    """What was done; of each request its report, tokens and log-probabilities ``[tokens][512]``."""
+    from .generated import VOCABULARY
+
+    engine = start_engine(folder, batch)
     found = []
-    for output in generate_together(engine, prompts, params):
+    for output in generate(engine, batch):
         one = output.outputs[0]
         found.append(
             {

@@ -33,19 +33,23 @@ def predict(model, tmp_path_factory):
 
     def run(backend, runner, batch):
         if (key := (backend, runner, batch)) not in known:
-            out = folder / "-".join(key)
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.engine.interpreted", model, *key, out],
-                check=False,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            known[key] = json.loads(out.read_text())
+            known[key] = run_module("interpreted", model, *key, folder / "-".join(key))
         return known[key]
 
     return run
+
+
+def run_module(name, *arguments):
+    """What a module of this folder writes to its last argument."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.engine.{name}", *arguments],
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(arguments[-1].read_text())
 
 
 def divergences(run, reference):
@@ -74,3 +78,11 @@ def test_v2_model_runner_predicts_as_the_v1_runner_does(predict):
     assert run["operations"] == reference["operations"]
     assert run["operations"]["demote"]
     assert max(divergences(run, reference)) < SAME
+
+
+def test_the_warm_up_compiles_all_that_is_launched_later(model, tmp_path):
+    counts = run_module("launched", model, tmp_path / "counts.json")
+    assert len(counts["warm_up"]) == 17
+    assert set(counts["warm_up"].values()) == {1}
+    assert counts["later"].keys().isdisjoint(counts["warm_up"])
+    assert all(counts["operations"].values())

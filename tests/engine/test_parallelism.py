@@ -1,6 +1,7 @@
 """Several processes serve a model as one does: each rank chooses for its own heads."""
 
 import os
+import sys
 
 import pytest
 from vllm import SamplingParams
@@ -23,6 +24,7 @@ WINDOWS = [
 PARALLEL = {
     "tensor": {"tensor_parallel_size": 2},
     "pipeline": {"pipeline_parallel_size": 2},
+    "ray": {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
 }
 
 
@@ -82,8 +84,43 @@ def single(model):
         run.close()
 
 
-@pytest.fixture(scope="module", params=PARALLEL)
+def let_ray_have_cpus() -> None:
+    """vLLM's CPU platform names no resource of Ray's, and so refuses Ray: name one."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.ray_device_key = "GPU"
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """A cluster of two GPUs, as Ray believes: they are the CPUs of this machine."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.platforms.cpu.CpuPlatform.ray_device_key", "GPU")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token in the home directory
+        ray.init(
+            num_cpus=2,
+            num_gpus=2,
+            include_dashboard=False,
+            runtime_env={
+                "worker_process_setup_hook": let_ray_have_cpus,
+                "env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            },
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "ray" else ()) for name in PARALLEL
+    ],
+)
 def parallel(request, model, single, one_cpu_each):
+    if request.param == "ray":
+        request.getfixturevalue("ray")
     engine = engine_of(model, **PARALLEL[request.param])
     yield engine
     stop(engine)

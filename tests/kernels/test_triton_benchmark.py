@@ -54,7 +54,6 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
     monkeypatch.setattr(xformers_int4, "decode", attention)
     monkeypatch.setattr(cases, "DEVICE", device)
     monkeypatch.setattr(cases, "CACHE_BYTES", 1)
-    monkeypatch.setattr(cases.Heads, "programs", 8)
     heads = cases.Heads("toy", 64, 1, 2)
     rows = list(cases.decode_rows(heads, 704, [2, 999], [1, 4], 1e9, 10**6, True))
     geometry = TierGeometry(64, cases.BLOCK_SIZE)

@@ -41,21 +41,23 @@ from mikv_vllm.kernels.triton.stream import (
 STAGES = tl.constexpr(5)
 """Stages of the loops over blocks. The block table's entries take some: below 5, Triton has one
 buffer, which it fills at the end of a block and waits for at the start of the next."""
+LOW_COST, HIGH_COST = tl.constexpr(4), tl.constexpr(3)
+"""Of a block of 32 tokens, by the instructions that it takes."""
+LEAST_COST = tl.constexpr(16)
+"""Of a split: shorter ones save less than it costs to merge them."""
 HIGH_ZERO = tl.constexpr(128)
 HIGH_EXPONENT = tl.constexpr(127 - 22)
 """A float32's exponent bits less this count from where the 8-bit scales' exponents do."""
 
 
 @triton.jit
-def splits_of(chunks, blocks, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr):
-    """How many splits a request is worth, and how many of them, the first ones, are for its chunks.
-
-    A high block counts for two low ones, a split is no shorter than ``LEAST_BLOCKS``.
-    """
-    cost = chunks + 2 * blocks
-    splits = tl.minimum(SPLITS, tl.cdiv(cost, LEAST_BLOCKS) + 1)
+def splits_of(chunks, blocks, most):
+    """How many splits a request gets, and how many of them, the first ones, are for its chunks."""
+    low_cost = LOW_COST * chunks
+    cost = low_cost + HIGH_COST * blocks
+    splits = tl.minimum(most, tl.cdiv(cost, LEAST_COST) + 1)
     # Rounded up: few chunks in one split would take longer than all others.
-    low_splits = tl.minimum(tl.cdiv(chunks * splits, cost), splits - 1)
+    low_splits = tl.minimum(tl.cdiv(low_cost * splits, cost), splits - 1)
     return splits, tl.where(chunks > 0, low_splits, 0)
 
 
@@ -127,10 +129,10 @@ def attend_low(
     GROUPS: tl.constexpr = C.value_groups
     CHANNELS: tl.constexpr = L.padded // GROUPS
     top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.zeros([L.heads], tl.float32)
+    total = tl.full([L.heads], 0, tl.float32)
     exponent = 0
-    sums = (tl.zeros([CHANNELS, L.heads], tl.float32),) * GROUPS
-    offsets = (tl.zeros([32, L.heads], tl.float32),) * GROUPS
+    sums = (tl.full([CHANNELS, L.heads], 0, tl.float32),) * GROUPS
+    offsets = (tl.full([32, L.heads], 0, tl.float32),) * GROUPS
 
     rank = within(channel_order(L.padded), L.padded, L.head_dim)
     header = record_at(stream, low_line * 0, L.header_lines, L)
@@ -206,10 +208,10 @@ def attend_high(
         As :func:`attend_low`, the output as one tensor.
     """
     top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.zeros([L.heads], tl.float32)
+    total = tl.full([L.heads], 0, tl.float32)
     exponent = 0
-    out = tl.zeros([L.padded, L.heads], tl.float32)
-    offset = tl.zeros([32, L.heads], tl.float32)
+    out = tl.full([L.padded, L.heads], 0, tl.float32)
+    offset = tl.full([32, L.heads], 0, tl.float32)
     # The cache's dtype fits fp16, but for its range.
     fold, unfold = query_fold(q)
     unfold *= scale
@@ -269,8 +271,8 @@ def attend_high_16(
         q: ``[padded, heads]`` in the cache's dtype, not scaled.
     """
     top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.zeros([L.heads], tl.float32)
-    out = tl.zeros([L.padded, L.heads], tl.float32)
+    total = tl.full([L.heads], 0, tl.float32)
+    out = tl.full([L.padded, L.heads], 0, tl.float32)
     channel = tl.arange(0, L.padded)
     slot = tl.arange(0, 32)
     inside = channel < L.head_dim
@@ -282,7 +284,7 @@ def attend_high_16(
         at = byte_pointer(stream, start[:, None], byte[:, None] + 2 * channel[None, :], L)
         mask = valid[:, None] & inside[None, :]
         keys = tl.load(at.to(tl.pointer_type(q.dtype)), mask=mask, other=0.0)
-        logits = dot(keys, q, tl.zeros([32, L.heads], tl.float32)) * scale
+        logits = dot(keys, q, tl.full([32, L.heads], 0, tl.float32)) * scale
         logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
         store_high_logits(logits_out, logits_stride, logits, tokens, valid, L)
         weights, top, total, older = weigh(logits, top, total)
@@ -313,21 +315,19 @@ def attend_kernel(
     logits_stride,
     scale,
     SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LEAST_BLOCKS: tl.constexpr,
     L: tl.constexpr,
     C: tl.constexpr,
 ):
     """Write one split's unnormalized output, softmax maximum and sum, and high tokens' logits.
 
-    Grid ``(SPLITS, kv_heads, rows)``; rows of another low format are another launch's.
+    Grid ``(splits, kv_heads, rows)``; rows of another low format are another launch's.
 
     Args:
         pages: int32 words; strides count words.
         rows: int32 ``[rows, ROW_FIELDS]``; tables: int32 ``[rows, table_stride]``.
         q: ``[tokens, heads, head_dim]``, rows ``q_stride`` apart.
-        partial_out: float32 ``[rows, kv_heads, SPLITS, heads, padded]``; low splits' are rotated.
-        partial_sums: float32 ``[rows, kv_heads, SPLITS, 2, heads]``.
+        partial_out: float32 ``[rows, kv_heads, splits, heads, padded]``; low splits' are rotated.
+        partial_sums: float32 ``[rows, kv_heads, splits, 2, heads]``.
         high_logits: float32 ``[rows, kv_heads, group, logits_stride]``, to base 2.
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -335,14 +335,14 @@ def attend_kernel(
     if (row.token < 0) | (row.key_bits != C.key_code) | (row.value_bits != C.value_bits):
         return
     blocks = tl.cdiv(row.high_tokens, 32)
-    splits, low_splits = splits_of(row.low_chunks, blocks, SPLITS, LEAST_BLOCKS)
+    splits, low_splits = splits_of(row.low_chunks, blocks, tl.num_programs(0))
     if split >= splits:
         return
     kv_heads = tl.num_programs(1)
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     column = tl.arange(0, L.heads)
     q += row.token.to(tl.int64) * q_stride + head * L.group * L.head_dim
-    part = (index * kv_heads + head).to(tl.int64) * SPLITS + split
+    part = (index * kv_heads + head).to(tl.int64) * tl.num_programs(0) + split
     partial_sums += part * 2 * L.heads + column
     partial_out += part * L.heads * L.padded + column[None, :] * L.padded
     scale *= LOG2E

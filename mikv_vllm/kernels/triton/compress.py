@@ -58,10 +58,10 @@ def measure_kernel(
     native = NativePages(native_page_stride, native_token_stride, native_table)
     keys += head * native_head_stride
     channel = tl.arange(0, L.padded)
-    total = tl.zeros([L.padded], tl.float32)
+    total = tl.full([L.padded], 0, tl.float32)
     least = tl.full([L.padded], INFINITY, tl.float32)
     largest = tl.full([L.padded], -INFINITY, tl.float32)
-    squares = tl.zeros([L.padded], tl.float64)
+    squares = tl.full([L.padded], 0, tl.float64)
     # Chunks start at multiples of their size from here.
     first = first_low - tl.cdiv(first_low, CHUNK) * CHUNK
     share = tl.cdiv(tl.cdiv(num_tokens - first, PARTS), KEYS_AT_ONCE) * KEYS_AT_ONCE
@@ -117,7 +117,7 @@ def frame_kernel(
     part = tl.arange(0, PARTS)[:, None]
     at = partial + (head * PARTS + part) * 3 * L.padded + channel[None, :]
     if C.balanced:
-        center = tl.zeros([L.padded], tl.float16)
+        center = tl.full([L.padded], 0, tl.float16)
     else:
         mean = tl.sum(tl.load(at), 0) / num_tokens
         center = clamp(mean, -65504.0, 65504.0).to(tl.float16)
@@ -218,5 +218,5 @@ def write_low_kernel(
     v = load_native(values + head * native_head_stride, native, token, channel, every, L)
     # Products with signs are exact in the cache's dtype.
     signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :]).to(v.dtype)
-    rotated = dot(v, signs, tl.zeros([32, L.padded], tl.float32)) * hadamard_scale
+    rotated = dot(v, signs, tl.full([32, L.padded], 0, tl.float32)) * hadamard_scale
     write_chunk(stream, line, k, center, unit, rotated, integers, L, C)

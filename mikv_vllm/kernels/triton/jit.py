@@ -10,6 +10,7 @@ COUNTS = frozenset(
         *("num_tokens", "num_high", "first_low", "recent"),
         *("num_queries", "num_chunks", "low_end", "order_stride", "score_stride"),
         *("num_restored", "num_leaving", "source", "to", "num_lines", "low_line"),
+        "table_stride",
     }
 )
 """Parameters that differ from request to request. Triton would compile a kernel again for those

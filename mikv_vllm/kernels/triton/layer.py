@@ -23,7 +23,7 @@ from mikv_vllm.kernels.triton.extend import (
     move_kernel,
 )
 from mikv_vllm.kernels.triton.layout import Layout, LowLines, power_of_two
-from mikv_vllm.kernels.triton.merge import merge_kernel
+from mikv_vllm.kernels.triton.merge import MOST_SPLITS, merge_kernel
 from mikv_vllm.kernels.triton.restore import (
     CHUNKS_AT_ONCE,
     restore_high_kernel,
@@ -36,8 +36,6 @@ from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LINE_BYTES, LowF
 from mikv_vllm.tiers.plan import AppendStep, TierState
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-LEAST_BLOCKS = 8
-"""Blocks of 32 tokens below which another split costs more to merge than it saves."""
 OPTIONS = {
     "attend": {"num_stages": 2, "maxnreg": 255},
     "append": {"num_warps": 1},
@@ -54,10 +52,10 @@ OPTIONS = {
 """How kernels are launched, where it is not Triton's own way."""
 HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 112, 128, 256)
 """Head sizes whose groups of value channels are powers of two once they are padded."""
-PROGRAMS = 2048
-"""Splits that fill a large GPU: 16 warps for each of 128 multiprocessors."""
-LEAST_SPLITS, MOST_SPLITS = 2, 256
-"""Two at least: a split is for one tier."""
+PROGRAMS = 16
+"""Splits that a multiprocessor computes in two turns of 8."""
+LEAST_SPLITS = 2
+"""A split is for one tier."""
 SCORE_ROWS = 64
 """Query rows of a tile of logits."""
 PARTS = 32
@@ -73,6 +71,13 @@ def hadamard_signs(head_dim: int) -> torch.Tensor:
     for start in range(0, head_dim, size):
         signs[start : start + size, start : start + size] = block
     return signs
+
+
+def programs_on(device: torch.device) -> int:
+    """Splits of a decode step that a device computes in two turns."""
+    if device.type != "cuda":
+        return 4  # the interpreter runs them one by one
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _words(cache: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -97,7 +102,7 @@ class LayerOps:
         decay: factor on every importance score at each decode step.
         recent: newest tokens that are never demoted.
         scratch: memory shared with the other layers.
-        programs: splits of a decode step that fill the device.
+        programs: splits of a decode step that the device computes in two turns.
 
     Tiers lie in a cache whose first axes are ``[pages, kv_heads]`` and whose rest is contiguous;
     native tokens in ``[pages, block_size, kv_heads, head_dim]``, keys and values each with the same
@@ -120,7 +125,7 @@ class LayerOps:
         decay: float,
         recent: int,
         scratch: Scratch,
-        programs: int = PROGRAMS,
+        programs: int | None = None,
     ) -> None:
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim is {head_dim}, but must be one of {HEAD_DIMS}")
@@ -136,7 +141,7 @@ class LayerOps:
         self._decay = decay
         self._recent = recent
         self._scratch = scratch
-        self._programs = programs
+        self._programs = programs or programs_on(scratch.device)
         self._hadamard = hadamard_signs(head_dim).to(scratch.device)
         self._hadamard_scale = codec.hadamard_size(head_dim) ** -0.5
 
@@ -200,8 +205,8 @@ class LayerOps:
     ) -> None:
         """Attend over both tiers and add to the scores; arguments as in :meth:`decode`."""
         layout, heads, rows = self._layout, self._kv_heads, len(batch.rows)
-        splits = power_of_two(-(-self._programs // (rows * heads)))
-        splits = min(max(splits, LEAST_SPLITS), MOST_SPLITS)
+        splits = self._programs // (rows * heads)
+        splits = min(max(splits, LEAST_SPLITS), MOST_SPLITS.value)
         take = self._scratch.take
         shape = (rows, heads, splits, layout.heads, layout.padded)
         partial_out = take("partial_out", shape, torch.float32)
@@ -217,8 +222,6 @@ class LayerOps:
                 *partials,
                 self._scale,
                 SOFTCAP=self._softcap,
-                SPLITS=splits,
-                LEAST_BLOCKS=LEAST_BLOCKS,
                 L=layout,
                 C=LowLines(layout.head_dim, low_format),
                 num_warps=layout.warps,
@@ -234,8 +237,6 @@ class LayerOps:
             self._sinks,
             self._decay,
             HAS_SINKS=self._sinks is not None,
-            SPLITS=splits,
-            LEAST_BLOCKS=LEAST_BLOCKS,
             L=layout,
         )
 

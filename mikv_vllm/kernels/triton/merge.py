@@ -10,6 +10,7 @@ from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER
 
+MOST_SPLITS = tl.constexpr(256)
 PARTS_AT_ONCE = tl.constexpr(16)
 TOKENS_AT_ONCE = tl.constexpr(128)
 """High tokens whose scores a program loads at a time."""
@@ -26,8 +27,8 @@ def merge_output(
         top: the head's maximum.
     """
     channel = tl.arange(0, L.padded)
-    low = tl.zeros([L.padded], tl.float32)
-    high = tl.zeros([L.padded], tl.float32)
+    low = tl.full([L.padded], 0, tl.float32)
+    high = tl.full([L.padded], 0, tl.float32)
     for start in range(0, splits, PARTS_AT_ONCE):
         part = start + tl.arange(0, PARTS_AT_ONCE)
         mask = part < splits
@@ -84,13 +85,12 @@ def merge_kernel(
     sinks,
     decay,
     HAS_SINKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LEAST_BLOCKS: tl.constexpr,
     L: tl.constexpr,
 ):
     """Write the output of some query heads and update the scores of some high tokens.
 
-    Grid ``(SPLITS, kv_heads, rows)``; arguments as in ``attend_kernel``, and:
+    Grid ``(splits, kv_heads, rows)``, at most ``MOST_SPLITS`` of the first; arguments as in
+    ``attend_kernel``, and:
 
     Args:
         hadamard: bf16 ``[padded, padded]``, signs, 0 beyond the channels.
@@ -102,13 +102,13 @@ def merge_kernel(
     if row.token < 0:
         return
     blocks = tl.cdiv(row.high_tokens, 32)
-    splits, low_splits = splits_of(row.low_chunks, blocks, SPLITS, LEAST_BLOCKS)
+    splits, low_splits = splits_of(row.low_chunks, blocks, tl.num_programs(0))
     if split >= splits:
         return
     kv_heads = tl.num_programs(1)
     member = tl.arange(0, L.heads)
-    part = tl.arange(0, SPLITS)
-    first_part = (index * kv_heads + head).to(tl.int64) * SPLITS
+    part = tl.arange(0, MOST_SPLITS)
+    first_part = (index * kv_heads + head).to(tl.int64) * tl.num_programs(0)
     sums = partial_sums + first_part * 2 * L.heads
     tops_at = sums + (part * 2 * L.heads)[:, None] + member[None, :]
     written = (part < splits)[:, None]

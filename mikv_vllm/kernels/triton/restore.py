@@ -89,7 +89,7 @@ def chunk_values(record, hadamard, hadamard_scale, L: tl.constexpr, C: tl.conste
     CHANNELS: tl.constexpr = L.padded // GROUPS
     channel = tl.arange(0, L.padded)
     token = token_order()
-    out = tl.zeros([32, L.padded], tl.float32)
+    out = tl.full([32, L.padded], 0, tl.float32)
     for g in tl.static_range(GROUPS):
         numbers = low_values(record, 4 * g, CHANNELS, L, C).to(tl.float32)
         numbers *= value_row_factor(CHANNELS, C)[:, None]

@@ -36,7 +36,7 @@ def warm_up(
     end = pages * geometry.page_bytes
     before = TierState(pages, high, 1, end)
     demoting = AppendStep(0, 0, 1, TierState(pages, high - CHUNK_TOKENS + 1, 2, end))
-    extending = AppendStep(0, 0, 1, TierState(pages, high - CHUNK_TOKENS + chunk, 2, end))
+    extending = AppendStep(0, 1, 1, TierState(pages, high - CHUNK_TOKENS + chunk, 2, end))
     ops.score(keys, native, before.num_tokens, queries, scores)
     for low_format in low_formats:
         ops.compress(keys, values, native, cache, tiered, before, low_format, scores, queries)
