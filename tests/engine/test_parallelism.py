@@ -103,6 +103,7 @@ def ray():
             num_cpus=2,
             num_gpus=2,
             include_dashboard=False,
+            _system_config={"worker_niceness": 0},  # else they starve beside this process
             runtime_env={
                 "worker_process_setup_hook": let_ray_have_cpus,
                 "env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
