@@ -1,8 +1,10 @@
 # Every target sets up what it needs in $(VENV), once. `make serve ARGS="--port 9000"` passes flags.
+# `make test WORKERS=0` runs the tests in one process, in which `-s` prints.
 
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 EXTRAS ?= cpu,bench,dev
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -16,7 +18,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard mikv_vllm/kernels/cpu/*)
 
 help:
 	@echo "make serve    the embedded model on http://localhost:8000 (ARGS=\"…flags of mikv-serve…\")"
-	@echo "make test     all tests (ARGS=\"…flags of pytest…\")"
+	@echo "make test     all tests, WORKERS=2 at a time (ARGS=\"…flags of pytest…\")"
 	@echo "make bench    benchmarks against stock vLLM, into benchmarks/results"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff, in place"
@@ -26,7 +28,7 @@ serve: $(INSTALLED)
 	@exec $(BIN)/mikv-serve $(ARGS)
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)

@@ -9,6 +9,16 @@ import torch
 # Models come from the cache: a test must not wait for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if (worker := int(os.environ.get("PYTEST_XDIST_WORKER", "gw-1")[2:])) >= 0:
+    # Processes of tests side by side, and the engines that they start: each has its own CPUs.
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cpus = sorted(os.sched_getaffinity(0))
+    share = cpus[worker * len(cpus) // count : (worker + 1) * len(cpus) // count]
+    if share:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, share))
+        os.environ["OMP_NUM_THREADS"] = str(len(share))
+        torch.set_num_threads(len(share))
+
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         # Kernels run in Triton's interpreter. It is chosen when a function is decorated, Triton's

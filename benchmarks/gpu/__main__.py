@@ -24,8 +24,8 @@ from benchmarks.gpu.timing import copy_bandwidth
 from mikv_vllm.evaluation.tables import markdown_table
 
 TESTS = ("test_triton_decode.py", "test_triton_compress.py", "test_triton_extend.py")
-LEAST_TRITON = (3, 8)
-"""3.6 does not compile them; 3.7 has not been tried."""
+LEAST_TRITON = (3, 6)
+"""Older ones have not been tried."""
 CONTEXTS = [4096, 32768, 131072]
 WORKERS = min(12, os.cpu_count() or 1)
 """Processes that compile; each takes half a gigabyte of the GPU's memory."""

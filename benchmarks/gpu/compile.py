@@ -35,6 +35,7 @@ TYPES = {
     "rows": INT32,
     "tables": INT32,
     "order": INT32,
+    "starts": INT32,
     "channels": "*i64",
     "native_table": INT32,
     "tiered_table": INT32,

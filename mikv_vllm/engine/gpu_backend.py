@@ -38,6 +38,7 @@ from mikv_vllm.engine.tiered_metadata import ExtendedRow, ScoredRow, restored_pa
 from mikv_vllm.engine.worker_context import context
 from mikv_vllm.kernels.batch import TOKEN
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
+from mikv_vllm.kernels.triton.batch import high_starts
 from mikv_vllm.kernels.triton.warm_up import warm_up
 from mikv_vllm.tiers.formats import TierGeometry
 
@@ -116,14 +117,19 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
     ) -> tuple[DecodeBatch, torch.Tensor]:
         """The compressed rows on the device, and which rows of the batch they are, in one copy."""
         assert context.compression is not None
-        arrays = (tables, rows, batch_rows)  # tables first: their size keeps the rest aligned
+        # Tables first: their size keeps the rows aligned.
+        arrays = (tables, rows, high_starts(rows), batch_rows)
         parts = [array.astype(np.int32, copy=False).ravel() for array in arrays]
         staged = async_tensor_h2d(np.concatenate(parts), device=self.device)
-        first, second, third = staged.split([len(part) for part in parts])
+        tables_, rows_, starts, chosen = staged.split([len(part) for part in parts])
         batch = DecodeBatch.of(
-            second.view(rows.shape), first.view(tables.shape), rows, context.compression.ladder
+            rows_.view(rows.shape),
+            tables_.view(tables.shape),
+            starts,
+            rows,
+            context.compression.ladder,
         )
-        return batch, third.long()
+        return batch, chosen.long()
 
 
 class TieredImpl(AttentionImpl[Any]):

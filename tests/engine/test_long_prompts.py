@@ -10,7 +10,7 @@ from mikv_vllm.evaluation.quality import QualityRun
 from mikv_vllm.evaluation.windows import cut_windows
 from mikv_vllm.server import wiring
 
-from .conftest import BLOCK_SIZE, ENGINE, idle_stats, ratio, start, stop
+from .conftest import BLOCK_SIZE, ENGINE, idle_stats, ratio, stop
 from .mutants import mutated
 
 pytestmark = pytest.mark.engine
@@ -21,16 +21,9 @@ MOST_DIVERGENCE = 0.008  # as for a prompt that fits, at ratio 4
 
 
 @pytest.fixture(scope="module")
-def reference(model_path):
-    """Stock vLLM's predictions behind the prompt, in a pool that holds it."""
-    llm = start(
-        model_path,
-        None,
-        logits_processors=[ForcedDecoding],
-        kv_cache_memory_bytes=4 * POOL_TOKENS * TOKEN_BYTES,
-    )
-    run = QualityRun(llm, cut_windows(llm.get_tokenizer(), 2, PROMPT, 64))
-    stop(llm)
+def reference(engine):
+    """Predictions behind the prompt at ratio 1, in a pool that holds it."""
+    run = QualityRun(engine, cut_windows(engine.get_tokenizer(), 2, PROMPT, 64))
     yield run
     run.close()
 

@@ -228,7 +228,7 @@ def test_a_batch_takes_no_more_than_it_has_room_for():
     for room, message in (
         ((1, 9, [low_format], 99), "the step has 2 rows, the batch has room for 1"),
         ((2, 0, [low_format], 99), f"the step has {state.pages} pages"),
-        ((2, 9, [low_format], 39), "the step has 40 high tokens"),
+        ((2, 9, [low_format], 32), "the step has 40 high tokens"),
         ((2, 9, [LowFormat((4, 2, 2, 2), 2)], 99), f"the batch is not made for {low_format.name}"),
     ):
         with pytest.raises(ValueError, match=message):

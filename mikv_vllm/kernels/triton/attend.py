@@ -312,6 +312,7 @@ def attend_kernel(
     partial_out,
     partial_sums,
     high_logits,
+    starts,
     logits_stride,
     scale,
     SOFTCAP: tl.constexpr,
@@ -328,7 +329,9 @@ def attend_kernel(
         q: ``[tokens, heads, head_dim]``, rows ``q_stride`` apart.
         partial_out: float32 ``[rows, kv_heads, splits, heads, padded]``; low splits' are rotated.
         partial_sums: float32 ``[rows, kv_heads, splits, 2, heads]``.
-        high_logits: float32 ``[rows, kv_heads, group, logits_stride]``, to base 2.
+        high_logits: float32 ``[kv_heads, group, logits_stride]``, to base 2, of the high tokens of
+            all rows.
+        starts: int32 ``[rows]``, the first of each.
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = load_row(rows, index)
@@ -361,7 +364,7 @@ def attend_kernel(
     else:
         first = blocks * (split - low_splits) // (splits - low_splits)
         last = blocks * (split - low_splits + 1) // (splits - low_splits)
-        high_logits += (index * kv_heads + head).to(tl.int64) * L.group * logits_stride
+        high_logits += head.to(tl.int64) * L.group * logits_stride + tl.load(starts + index)
         high = row.high_tokens
         if L.high_bits == 8:
             to = value_channel_order(L.padded)

@@ -17,6 +17,17 @@ from mikv_vllm.kernels.batch import (
 from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
 
 
+def _high_room(numbers: np.ndarray) -> np.ndarray:
+    """Whole chunks of high tokens, in tokens, before each row's step demotes any."""
+    return -(-(numbers[:, HIGH] + 1) // CHUNK_TOKENS) * CHUNK_TOKENS
+
+
+def high_starts(numbers: np.ndarray) -> np.ndarray:
+    """Where each row's high tokens begin if they lie one row after the other, int32 ``[rows]``."""
+    room = _high_room(numbers)
+    return (room.cumsum() - room).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class DecodeBatch:
     """Read by every layer of a step. Its capacity is fixed, so that a CUDA graph can keep it.
@@ -24,19 +35,17 @@ class DecodeBatch:
     Args:
         rows: int32 ``[capacity, ROW_FIELDS]``; a row without a request has token -1.
         tables: int32 ``[capacity, max_pages]``, page ids.
+        starts: int32 ``[capacity]``, where the high tokens of each row begin in scratch that holds
+            those of all rows.
+        num_high: their number, each row's in whole chunks.
         low_formats: what rows may have; each costs a launch, its other rows return at once.
-        max_high: most high tokens of a row.
     """
 
     rows: torch.Tensor
     tables: torch.Tensor
+    starts: torch.Tensor
+    num_high: int
     low_formats: tuple[LowFormat, ...]
-    max_high: int
-
-    @property
-    def capacity(self) -> int:
-        """``max_high`` in whole chunks."""
-        return -(-self.max_high // CHUNK_TOKENS) * CHUNK_TOKENS
 
     @classmethod
     def empty(
@@ -47,39 +56,41 @@ class DecodeBatch:
         max_high: int,
         device: torch.device | str,
     ) -> "DecodeBatch":
-        """A batch without requests."""
+        """A batch without requests, with room for as many high tokens in every row."""
         rows = torch.full((capacity, ROW_FIELDS), -1, dtype=torch.int32, device=device)
         tables = torch.zeros(capacity, max_pages, dtype=torch.int32, device=device)
-        return cls(rows, tables, tuple(low_formats), max_high)
+        each = -(-max_high // CHUNK_TOKENS) * CHUNK_TOKENS
+        starts = torch.arange(0, capacity * each, each, dtype=torch.int32, device=device)
+        return cls(rows, tables, starts, capacity * each, tuple(low_formats))
 
     @classmethod
     def of(
         cls,
         rows: torch.Tensor,
         tables: torch.Tensor,
+        starts: torch.Tensor,
         numbers: np.ndarray,
         ladder: Sequence[LowFormat],
     ) -> "DecodeBatch":
         """A batch of what :func:`~mikv_vllm.kernels.batch.describe_rows` returns, on the device.
 
         Args:
+            starts: of :func:`high_starts`.
             numbers: ``rows`` on the host.
             ladder: formats that rows may have.
         """
         found = {tuple(bits) for bits in numbers[:, [KEY_CODE, VALUE_BITS]].tolist()}
         low_formats = tuple(f for f in ladder if (f.key_code, f.value_bits) in found)
         assert len(low_formats) == len(found), "a row has a low format that is not of the ladder"
-        return cls(rows, tables, low_formats, int(numbers[:, HIGH].max(initial=0)) + 1)
+        return cls(rows, tables, starts, int(_high_room(numbers).sum()), low_formats)
 
     @classmethod
     def build(cls, rows: Sequence[DecodeRow], device: torch.device | str) -> "DecodeBatch":
         """Describe the compressed rows of one step, with no room for more."""
-        max_pages = max(row[3].state.pages for row in rows)
-        max_high = max(max(row[2].high_tokens, row[3].state.high_tokens) for row in rows)
-        low_formats = sorted({row[4] for row in rows})
-        batch = cls.empty(len(rows), max_pages, low_formats, max_high, device)
-        batch.update(rows)
-        return batch
+        numbers, tables = describe_rows(rows)
+        arrays = (numbers, tables, high_starts(numbers))
+        on_device = (torch.from_numpy(array).to(device) for array in arrays)
+        return cls.of(*on_device, numbers, sorted({row[4] for row in rows}))
 
     def update(self, rows: Sequence[DecodeRow]) -> None:
         """Replace the requests by those of another step.
@@ -92,7 +103,7 @@ class DecodeBatch:
         for what, value, most in (
             ("rows", len(rows), len(self.rows)),
             ("pages", tables.shape[1], self.tables.shape[1]),
-            ("high tokens", high, self.max_high),
+            ("high tokens", high, self.num_high // len(self.rows)),
         ):
             if value > most:
                 raise ValueError(f"the step has {value} {what}, the batch has room for {most}")

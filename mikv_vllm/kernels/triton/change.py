@@ -86,7 +86,8 @@ def change_kernel(
     recent,
     scores,
     order,
-    capacity,
+    starts,
+    scratch_stride,
     integers,
     DTYPE: tl.constexpr,
     L: tl.constexpr,
@@ -98,8 +99,9 @@ def change_kernel(
 
     Args:
         recent: newest tokens that are never demoted.
-        scores: scratch, float32 ``[rows, kv_heads, capacity]``; order: int32, as much and 32 more
-            for each head; integers: uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
+        scores: scratch, float32 ``[kv_heads, scratch_stride]``; order: int32, as much; both have
+            room for each row's high tokens and 32 more.
+        integers: uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
         DTYPE: of 16-bit high tokens.
     """
     head, index = tl.program_id(0), tl.program_id(1)
@@ -113,16 +115,17 @@ def change_kernel(
         copy_lines(stream, source, row.low_end - (row.moved_chunks - i) * C.count, C.count, L)
     if row.demoted_chunks > 0:
         tl.debug_barrier()
-        kept = order + slot * (capacity + CHUNK)
+        place = head.to(tl.int64) * scratch_stride + tl.load(starts + index) + index * CHUNK
+        victims = order + place
         demote(
             stream,
             row,
             hadamard,
             hadamard_scale,
             recent,
-            scores + slot * capacity,
-            kept,
-            kept + capacity,
+            scores + place,
+            victims + CHUNK,
+            victims,
             integers + slot * 64 * L.head_dim,
             DTYPE,
             L,

@@ -15,8 +15,8 @@ COUNTS = frozenset(
 )
 """Parameters that differ from request to request. Triton would compile a kernel again for those
 that happen to be 1, or a multiple of 16."""
-TABLES = frozenset({"native_table", "tiered_table"})
-"""Pointers to a row of a larger table, 16-byte aligned or not."""
+TABLES = frozenset({"native_table", "tiered_table", "starts"})
+"""Pointers into a larger array, 16-byte aligned or not."""
 
 
 def kernel(function: Callable) -> triton.JITFunction:

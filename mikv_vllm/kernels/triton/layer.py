@@ -178,10 +178,10 @@ class LayerOps:
 
     def change(self, cache: torch.Tensor, batch: DecodeBatch, dtype: torch.dtype) -> None:
         """Move chunks and demote, in rows whose step says so; ``dtype`` of 16-bit high tokens."""
-        heads, rows, most = self._kv_heads, len(batch.rows), batch.capacity
-        take = self._scratch.take
-        scores = take("scores", (rows, heads, most), torch.float32)
-        order = take("order", (rows, heads, most + CHUNK_TOKENS), torch.int32)
+        heads, rows = self._kv_heads, len(batch.rows)
+        take, room = self._scratch.take, batch.num_high + rows * CHUNK_TOKENS
+        scores = take("scores", (heads, room), torch.float32)
+        order = take("order", (heads, room), torch.int32)
         shape = (rows, heads, 2, CHUNK_TOKENS, self._layout.head_dim)
         integers = take("integers", shape, torch.uint8)
         for low_format in batch.low_formats:
@@ -192,7 +192,8 @@ class LayerOps:
                 self._recent,
                 scores,
                 order,
-                most,
+                batch.starts,
+                room,
                 integers,
                 DTYPE=DTYPES[dtype],
                 L=self._layout,
@@ -212,8 +213,8 @@ class LayerOps:
         partial_out = take("partial_out", shape, torch.float32)
         shape = (rows, heads, splits, 2, layout.heads)
         partial_sums = take("partial_sums", shape, torch.float32)
-        logits = take("logits", (rows, heads, layout.group, batch.capacity), torch.float32)
-        partials = (partial_out, partial_sums, logits, batch.capacity)
+        logits = take("logits", (heads, layout.group, batch.num_high), torch.float32)
+        partials = (partial_out, partial_sums, logits, batch.starts, batch.num_high)
         for low_format in batch.low_formats:
             attend_kernel[(splits, heads, rows)](
                 *self._pages(cache, batch),

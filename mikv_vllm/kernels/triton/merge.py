@@ -77,6 +77,7 @@ def merge_kernel(
     partial_out,
     partial_sums,
     high_logits,
+    starts,
     logits_stride,
     out,
     out_stride,
@@ -143,7 +144,7 @@ def merge_kernel(
     blocks = tl.cdiv(row.high_tokens, TOKENS_AT_ONCE)
     add_importance(
         stream,
-        high_logits + (index * kv_heads + head).to(tl.int64) * L.group * logits_stride,
+        high_logits + head.to(tl.int64) * L.group * logits_stride + tl.load(starts + index),
         logits_stride,
         blocks * split // splits,
         blocks * (split + 1) // splits,
