@@ -89,8 +89,9 @@ class DecodeBatch:
         """Describe the compressed rows of one step, with no room for more."""
         numbers, tables = describe_rows(rows)
         arrays = (numbers, tables, high_starts(numbers))
-        on_device = (torch.from_numpy(array).to(device) for array in arrays)
-        return cls.of(*on_device, numbers, sorted({row[4] for row in rows}))
+        on_device = [torch.from_numpy(array).to(device) for array in arrays]
+        low_formats = sorted({row[4] for row in rows})
+        return cls.of(on_device[0], on_device[1], on_device[2], numbers, low_formats)
 
     def update(self, rows: Sequence[DecodeRow]) -> None:
         """Replace the requests by those of another step.
