@@ -167,6 +167,7 @@ RELIED_ON: dict[str, dict[str, str | None]] = {
     },
     "v1/worker/gpu_worker.py": {
         "Worker.compile_or_warm_up_model": "self",
+        "Worker.determine_available_memory": "self",
         "Worker.init_device": "self",
         "Worker.execute_model": "self scheduler_output",
         "Worker.initialize_from_config": "self kv_cache_config",

@@ -206,7 +206,9 @@ class TieredImpl(AttentionImpl[Any]):
         if row.compress.in_place:
             # The kernels write while others of them still read.
             pages = pages[: len(row.compress.native_pages)]
-            keys, values = self._native(kv_cache[pages.long()])
+            copied = context.workspace(kv_cache, len(pages))
+            torch.index_select(kv_cache, 0, pages, out=copied)
+            keys, values = self._native(copied)
             pages = torch.arange(len(pages), dtype=torch.int32, device=kv_cache.device)
         ops.compress(
             keys,

@@ -1,17 +1,36 @@
 """The GPU worker."""
 
+from collections.abc import Iterable
 from functools import wraps
 from typing import Any, ClassVar
 
 from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from mikv_vllm.engine.gpu_backend import TieredImpl
+from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.tiered_worker import TieredWorker
 from mikv_vllm.engine.worker_context import context
 
 logger = init_logger(__name__)
+
+COPIES = 3
+"""What the tiers need beside the pool, in native pages of one layer of the longest request: as many
+for the workspace, the rest for scratch (``tests/kernels/test_triton_scratch.py``)."""
+
+
+def bytes_beside_pool(specs: Iterable[KVCacheSpec], max_tokens: int) -> int:
+    """Device memory that the tiers' operations need at the most, beside the cache.
+
+    Args:
+        specs: of all layers.
+        max_tokens: of a request.
+    """
+    tiered = [spec for spec in specs if isinstance(spec, TieredAttentionSpec)]
+    pages = (-(-max_tokens // spec.block_size) * spec.page_size_bytes for spec in tiered)
+    return COPIES * max(pages, default=0)
 
 
 class TieredGPUWorker(TieredWorker):
@@ -23,6 +42,19 @@ class TieredGPUWorker(TieredWorker):
         "FLASHINFER": "gpu_backend.TieredFlashAttentionBackend",
         "TRITON_ATTN": "gpu_backend.TieredTritonAttentionBackend",
     }
+
+    def determine_available_memory(self) -> int:
+        """What vLLM found, less what the tiers need beside the pool, unless the user chose."""
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available
+        beside = bytes_beside_pool(
+            self.get_kv_cache_spec().values(), self.model_config.max_model_len
+        )
+        logger.info(
+            "MiKV: %.2f GiB stay free for compressing and for long prompts.", beside / 2**30
+        )
+        return available - beside
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()

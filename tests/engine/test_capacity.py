@@ -1,8 +1,12 @@
 """How many requests fit into the same pages: the real scheduler decides, without preempting."""
 
+from types import SimpleNamespace
+
 import pytest
+from vllm.v1.worker.gpu_worker import Worker
 
 from mikv_vllm.config import CompressionConfig
+from mikv_vllm.engine.gpu_worker import TieredGPUWorker
 
 from .simulation import Simulation, engine_config, make_scheduler, write_model_config
 
@@ -35,3 +39,17 @@ def test_ratio_four_multiplies_concurrency(vllm_config, tokens, stock, times):
     assert run_at_once(vllm_config, num_pages, tokens, 1.0, stock)
     assert not run_at_once(vllm_config, num_pages, tokens, 1.0, stock + 1)
     assert run_at_once(vllm_config, num_pages, tokens, 4.0, -(-int(10 * times * stock) // 10))
+
+
+@pytest.mark.parametrize("chosen", [None, 1 << 30])
+def test_a_gpu_worker_leaves_memory_for_the_tiers(vllm_config, monkeypatch, chosen):
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 1 << 30)
+    worker = object.__new__(TieredGPUWorker)
+    worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=chosen)
+    worker.model_config = SimpleNamespace(max_model_len=100_000)
+    spec = make_scheduler(vllm_config, SETTINGS, 8).kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    worker.get_kv_cache_spec = lambda: {"layer.0": spec, "layer.1": spec, "other": object()}
+    left = worker.determine_available_memory()
+    # A workspace and the kernels' scratch, for one layer at a time.
+    layer = 100_000 * spec.page_size_bytes / spec.block_size
+    assert left == 1 << 30 if chosen else 2.2 * layer <= (1 << 30) - left <= 3.01 * layer

@@ -349,7 +349,7 @@ class LayerOps:
         if not state.low_chunks:
             return
         shape = (heads, state.low_chunks, 2, CHUNK_TOKENS, layout.head_dim)
-        integers = take("integers", shape, torch.uint8)
+        integers = take("tokens", shape, torch.uint8)
         write_low_kernel[(state.low_chunks, heads)](
             *native,
             *tiered,
@@ -527,7 +527,7 @@ class LayerOps:
         geometry = self._layout.geometry
         count = -(-geometry.high_bytes(high_tokens) // geometry.page_bytes)
         shape = (count, *words.shape[1:])
-        copied = self._scratch.take("high", shape, torch.int32)
+        copied = self._scratch.take("tokens", shape, torch.int32)
         torch.index_select(words, 0, tiered_table[:count], out=copied)
         table = torch.arange(count, dtype=torch.int32, device=words.device)
         return copied, copied.stride(0), copied.stride(1), table

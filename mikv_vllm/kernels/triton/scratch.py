@@ -15,10 +15,15 @@ class Scratch:
         self.device = torch.device(device)
         self._memory: dict[str, torch.Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """All that it has grown to."""
+        return sum(map(len, self._memory.values()))
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialized memory; the next layer's call gets the same."""
-        size = math.prod(shape)
+        """Uninitialized memory; the next call with this name gets the same."""
+        size = math.prod(shape) * dtype.itemsize
         memory = self._memory.get(name)
         if memory is None or len(memory) < size:
-            memory = self._memory[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return memory[:size].view(shape)
+            memory = self._memory[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return memory[:size].view(dtype).view(shape)
