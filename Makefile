@@ -28,7 +28,7 @@ serve: $(INSTALLED)
 	@exec $(BIN)/mikv-serve $(ARGS)
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)

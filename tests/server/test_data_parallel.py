@@ -59,12 +59,18 @@ def server(tmp_path_factory, expected):
 
 
 def test_two_engines_answer_as_one_does(server, expected):
+    apart = []
     for ours, theirs in zip(answers(server), expected[0], strict=True):
         assert ours["kv_compression"] == theirs["kv_compression"]
         for one, other in zip(chosen(ours), chosen(theirs), strict=True):
-            assert one[1] == pytest.approx(other[1], abs=0.15)
+            apart.append(abs(one[1] - other[1]))
             if one[0] != other[0]:
                 break  # two tokens were as likely, and from here on the texts are others
+    # Which requests share a step differs from run to run, and with it how sums are rounded.
+    print(f"{len(apart)} tokens, {sum(apart) / len(apart):.3f} apart, {max(apart):.3f} at the most")
+    assert len(apart) >= 48
+    assert sum(apart) / len(apart) < 0.05
+    assert max(apart) < 0.5
 
 
 def chosen(answer: dict) -> list[tuple[str, float]]:
