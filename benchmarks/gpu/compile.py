@@ -127,7 +127,7 @@ class Needs:
 @cache
 def compile_job(job: Job) -> Needs:
     """Compile and read the resources out of the binary."""
-    kernel = KERNELS[job.kernel]
+    kernel = KERNELS[job.kernel].jit
     low = job.low_format
     constants = {
         "L": job.layout,

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from mikv_vllm.kernels.batch import (
+    DEMOTED,
     HIGH,
     KEY_CODE,
+    MOVED,
     ROW_FIELDS,
     VALUE_BITS,
     DecodeRow,
@@ -39,6 +41,7 @@ class DecodeBatch:
             those of all rows.
         num_high: their number, each row's in whole chunks.
         low_formats: what rows may have; each costs a launch, its other rows return at once.
+        changes: a row may move chunks or demote, which costs another launch for each format.
     """
 
     rows: torch.Tensor
@@ -46,6 +49,7 @@ class DecodeBatch:
     starts: torch.Tensor
     num_high: int
     low_formats: tuple[LowFormat, ...]
+    changes: bool = True
 
     @classmethod
     def empty(
@@ -82,7 +86,8 @@ class DecodeBatch:
         found = {tuple(bits) for bits in numbers[:, [KEY_CODE, VALUE_BITS]].tolist()}
         low_formats = tuple(f for f in ladder if (f.key_code, f.value_bits) in found)
         assert len(low_formats) == len(found), "a row has a low format that is not of the ladder"
-        return cls(rows, tables, starts, int(_high_room(numbers).sum()), low_formats)
+        changes = bool(numbers[:, [MOVED, DEMOTED]].any())
+        return cls(rows, tables, starts, int(_high_room(numbers).sum()), low_formats, changes)
 
     @classmethod
     def build(cls, rows: Sequence[DecodeRow], device: torch.device | str) -> "DecodeBatch":

@@ -161,7 +161,8 @@ class LayerOps:
             k, v: ``[tokens, kv_heads, head_dim]``, the new tokens.
             out: like ``q``, in any float dtype; only the batch's rows are written.
         """
-        self.change(cache, batch, k.dtype)
+        if batch.changes:
+            self.change(cache, batch, k.dtype)
         append_kernel[(self._kv_heads, len(batch.rows))](
             *self._pages(cache, batch),
             k,

@@ -1,0 +1,132 @@
+"""What the host does to launch the kernels of a decode step for one layer. No GPU is needed.
+
+    python -m benchmarks.gpu.launches
+
+Triton's compiler and launcher are the real ones, for an H100, up to the driver: that does nothing,
+so what CUDA takes for a launch, some microseconds, comes on top.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from mikv_vllm.evaluation.tables import markdown_table
+from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
+from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.tiers.formats import CHUNK_TOKENS, TierGeometry
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+
+HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 128, 32, 8, 16, 16
+CONTEXT, RATIO = 2048, 4.0
+
+
+class Driver:
+    """A GPU of which Triton can only ask what it is."""
+
+    def __init__(self) -> None:
+        self.loaded: Counter[str] = Counter()
+        self.utils = SimpleNamespace(
+            load_binary=self._load, get_device_properties=lambda _: {"max_shared_mem": 227 << 10}
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def launcher_cls(self, _source: Any, _metadata: Any) -> Callable[..., None]:
+        return lambda *_: None
+
+    def _load(self, name: str, _binary: bytes, _shared: int, _device: int) -> tuple:
+        self.loaded[name] += 1
+        return 1, 1, 0, 0, 1024
+
+
+def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
+    """One layer's decode step of requests that are alike; in one of them perhaps a demotion."""
+    ops = LayerOps(
+        HEAD_DIM,
+        HEADS,
+        KV_HEADS,
+        BLOCK_SIZE,
+        high_bits=8,
+        scale=HEAD_DIM**-0.5,
+        softcap=0.0,
+        sinks=None,
+        decay=0.98,
+        recent=RECENT,
+        scratch=Scratch("cpu"),
+        programs=2112,
+    )
+    geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
+    planner = TierPlanner.choose(geometry, RATIO, RECENT, CONTEXT)
+    state = planner.compress(CONTEXT)
+    assert state is not None, f"nothing to save at ratio {RATIO}"
+    after = TierState(state.pages, state.high_tokens + 1, state.low_chunks, state.low_end)
+    steps = [AppendStep(0, 0, 0, after)] * requests
+    if demoting:
+        high, low = after.high_tokens - CHUNK_TOKENS, after.low_chunks + 1
+        steps[0] = AppendStep(0, 0, 1, TierState(state.pages, high, low, state.low_end))
+    rows = [
+        (row, range(state.pages), state, step, planner.low_format) for row, step in enumerate(steps)
+    ]
+    batch = DecodeBatch.build(rows, "cpu")
+    shape = (state.pages, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    cache = torch.zeros(shape, dtype=torch.bfloat16)
+    q = torch.zeros(requests, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    k = torch.zeros(requests, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    return lambda: ops.decode(cache, batch, q, k, k, q)
+
+
+def microseconds(run: Callable[[], None], times: int = 50) -> float:
+    """Mean of some runs, the first one, which compiles, apart."""
+    run()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return 1e6 * (time.perf_counter() - start) / times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.launches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=21)
+    args = parser.parse_args()
+    triton.runtime.driver.set_active(Driver())
+    rows = []
+    for name, demoting in (("no token demoted", False), ("a chunk demoted", True)):
+        run = decode_step(args.requests, demoting)
+        ours, theirs = [], []
+        for _ in range(args.rounds):
+            ours.append(microseconds(run))
+            with patch.object(Kernel, "__getitem__", lambda kernel, grid: kernel.jit[grid]):
+                theirs.append(microseconds(run))
+        rows.append(
+            {
+                "step": name,
+                "Triton's launch, us": round(median(theirs)),
+                "ours, us": round(median(ours)),
+            }
+        )
+    print(markdown_table(rows))
+
+
+if __name__ == "__main__":
+    main()
