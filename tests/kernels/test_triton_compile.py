@@ -1,5 +1,6 @@
 """The Triton kernels compile for GPUs that are not here."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from benchmarks.gpu import roofline, sass
 from benchmarks.gpu.compile import Needs
 from mikv_vllm.tiers.plan import TierState
 
+ROOT = Path(__file__).parents[2]
 LISTING = """
         /*0000*/                   LDG.E R1, desc[UR4][R2.64] ;       /* 0x0000000000000001 */
                                                                       /* 0x000ea80000000000 */
@@ -66,8 +68,7 @@ def test_splits_share_out_all_blocks():
 
 def test_kernels_compile_and_attention_spills_nothing():
     command = [sys.executable, "-m", "benchmarks.gpu.compile", "--quick"]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     resources, _, _ = result.stdout.partition("\n\n")
     lines = [re.split(r"\s{2,}", line) for line in resources.splitlines()[1:]]
@@ -75,3 +76,10 @@ def test_kernels_compile_and_attention_spills_nothing():
     kernels = {kernel for kernel, _ in compiled}
     assert len(kernels) == 17
     assert compiled == {(k, t) for k in kernels for t in ("sm_80", "sm_90", "sm_100")}
+
+
+def test_a_launch_takes_the_compilation_that_triton_would():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.launches"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -43,21 +43,21 @@ class Kernel:
         self._alike = [name in COUNTS | TABLES for name in self.names]
         self._compiled: dict[Hashable, Any] = {}
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         """``kernel[grid](*arguments, **constants_and_options)`` launches, as in Triton."""
 
-        def launch(*args: Any, **constants: Any) -> None:
+        def launch(*args: Any, **constants: Any) -> Any:
             if not isinstance(self.jit, triton.JITFunction):
-                self.jit[grid](*args, **constants)  # interpreted
-                return
+                return self.jit[grid](*args, **constants)  # interpreted
             key = (*map(_trait, args, self._alike), *constants.values())
             key = (driver.active.get_current_device(), *key)
             compiled = self._compiled.get(key)
             if compiled is None:
-                self._compiled[key] = self.jit[grid](*args, **constants)
+                compiled = self._compiled[key] = self.jit[grid](*args, **constants)
             else:
                 values = [constants[name] for name in self.constants]
                 compiled[(*grid, 1, 1)[:3]](*args, *values)
+            return compiled
 
         return launch
 
