@@ -49,7 +49,7 @@ class Kernel:
         def launch(*args: Any, **constants: Any) -> Any:
             if not isinstance(self.jit, triton.JITFunction):
                 return self.jit[grid](*args, **constants)  # interpreted
-            key = (*map(_trait, args, self._alike), *constants.values())
+            key = (*map(_trait, args, self._alike), *constants.items())
             key = (driver.active.get_current_device(), *key)
             compiled = self._compiled.get(key)
             if compiled is None:
