@@ -64,7 +64,7 @@ def idle_stats(engine) -> dict:
 
     An engine tells its workers of the last request's end in a step that follows its answer.
     """
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     if hasattr(engine.llm_engine.engine_core, "engine_core"):  # here, where nobody else steps it
         engine.llm_engine.step()
     while True:

@@ -102,6 +102,7 @@ def ray():
         ray.init(
             num_cpus=2,
             num_gpus=2,
+            object_store_memory=80 << 20,
             include_dashboard=False,
             _system_config={"worker_niceness": 0},  # else they starve beside this process
             runtime_env={
