@@ -14,7 +14,7 @@ from pathlib import Path
 from .interpreted import BATCHES, generate, prepare, start_engine, warm_up
 
 LOW_FORMAT = "K6433V3"
-"""The only one here: each costs half a minute."""
+"""The only one here, because each takes the compiler long."""
 
 
 def main(folder: str, out: Path) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
-from mikv_vllm.kernels.triton.jit import kernel
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.quantize import decode_scale
 from mikv_vllm.kernels.triton.queries import load_queries, query_fold, query_parts
@@ -299,7 +299,7 @@ def attend_high_16(
     return top, total, out
 
 
-@kernel
+@Kernel
 def attend_kernel(
     pages,
     page_stride,

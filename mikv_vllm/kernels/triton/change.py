@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import compact, read_high, score_pointers, store_high
-from mikv_vllm.kernels.triton.jit import kernel
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_chunk
 from mikv_vllm.kernels.triton.row import CHUNK, load_row
@@ -73,7 +73,7 @@ def demote(
     write_chunk(stream, line, keys, center, unit, rotated, integers, L, C)
 
 
-@kernel
+@Kernel
 def change_kernel(
     pages,
     page_stride,
@@ -133,7 +133,7 @@ def change_kernel(
         )
 
 
-@kernel
+@Kernel
 def append_kernel(
     pages,
     page_stride,

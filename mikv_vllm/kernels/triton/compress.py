@@ -4,7 +4,7 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
 from mikv_vllm.kernels.triton.high_tier import store_high
-from mikv_vllm.kernels.triton.jit import kernel
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_chunk
 from mikv_vllm.kernels.triton.native import NativePages, load_native
@@ -16,7 +16,7 @@ from mikv_vllm.kernels.triton.stream import frame_pointers, load_frame
 KEYS_AT_ONCE = tl.constexpr(64)
 
 
-@kernel
+@Kernel
 def select_kernel(scores, score_stride, num_tokens, num_high, recent, order, order_stride):
     """Write each head's high positions, then its low ones, both ascending. Grid ``(kv_heads,)``.
 
@@ -30,7 +30,7 @@ def select_kernel(scores, score_stride, num_tokens, num_high, recent, order, ord
     split_tokens(scores, num_tokens, older, num_high - recent, order, order + num_high, True)
 
 
-@kernel
+@Kernel
 def measure_kernel(
     keys,
     native_page_stride,
@@ -88,7 +88,7 @@ def measure_kernel(
     tl.store(partial + 2 * L.padded, largest)
 
 
-@kernel
+@Kernel
 def frame_kernel(
     pages,
     page_stride,
@@ -137,7 +137,7 @@ def frame_kernel(
     tl.store(channel_at, channel.to(tl.uint8), mask=inside)
 
 
-@kernel
+@Kernel
 def write_high_kernel(
     keys,
     values,
@@ -173,7 +173,7 @@ def write_high_kernel(
     store_high(stream, k, v, score, place, mask, L)
 
 
-@kernel
+@Kernel
 def write_low_kernel(
     keys,
     values,

@@ -15,7 +15,7 @@ from mikv_vllm.kernels.triton.high_tier import (
     store_high,
     store_stored,
 )
-from mikv_vllm.kernels.triton.jit import kernel
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_chunk
 from mikv_vllm.kernels.triton.row import CHUNK
@@ -23,7 +23,7 @@ from mikv_vllm.kernels.triton.select import BLOCK, split_tokens
 from mikv_vllm.kernels.triton.stream import load_frame
 
 
-@kernel
+@Kernel
 def choose_kernel(
     pages,
     page_stride,
@@ -72,7 +72,7 @@ def choose_kernel(
     split_tokens(merged, num_tokens, older, num_leaving, order, order + num_leaving, False)
 
 
-@kernel
+@Kernel
 def move_kernel(
     pages, page_stride, head_stride, tiered_table, source, to, num_lines, L: tl.constexpr
 ):
@@ -98,7 +98,7 @@ def load_new(data, stride, tokens, channel, mask, L: tl.constexpr):
     return tl.load(at, mask=mask[:, None] & (channel < L.head_dim)[None, :], other=0.0)
 
 
-@kernel
+@Kernel
 def extend_high_kernel(
     copied,
     copied_page_stride,
@@ -149,7 +149,7 @@ def extend_high_kernel(
     store_high(stream, key, value, score, place, mask, L)
 
 
-@kernel
+@Kernel
 def extend_low_kernel(
     copied,
     copied_page_stride,

@@ -23,7 +23,7 @@ TABLES = frozenset({"native_table", "tiered_table", "starts"})
 
 
 class Kernel:
-    """A function under ``triton.jit`` that is launched with less ado.
+    """Decorates a function that is launched: ``triton.jit`` with less ado.
 
     At every launch Triton looks at each argument, constant, option and global variable, and makes
     a string of them. Here a tuple of what a compilation depends on is looked up. Arguments go by
@@ -75,7 +75,3 @@ def _trait(arg: Any, alike: bool) -> Hashable:
         return wide if alike else (wide, arg == 1, not arg & 15)
     assert arg is None or type(arg) is float, f"{arg!r} is neither a tensor nor a number"
     return type(arg).__name__
-
-
-kernel = Kernel
-"""Decorates a kernel that is launched."""

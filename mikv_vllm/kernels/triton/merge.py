@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.attend import splits_of
 from mikv_vllm.kernels.triton.high_tier import score_pointers
-from mikv_vllm.kernels.triton.jit import kernel
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER
@@ -66,7 +66,7 @@ def add_importance(
         tl.store(at, score + tl.sum(tl.where(mask, weights, 0.0), 1), mask=valid)
 
 
-@kernel
+@Kernel
 def merge_kernel(
     pages,
     page_stride,

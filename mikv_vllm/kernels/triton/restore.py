@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import read_high
-from mikv_vllm.kernels.triton.jit import kernel
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.native import store_native
 from mikv_vllm.kernels.triton.quantize import KEY_ZERO_STEPS, decode_scale
@@ -30,7 +30,7 @@ CHUNKS_AT_ONCE = tl.constexpr(4)
 """Low chunks of a program, which reads the header and the signs once."""
 
 
-@kernel
+@Kernel
 def restore_high_kernel(
     keys,
     values,
@@ -102,7 +102,7 @@ def chunk_values(record, hadamard, hadamard_scale, L: tl.constexpr, C: tl.conste
     return out * hadamard_scale
 
 
-@kernel
+@Kernel
 def restore_low_kernel(
     keys,
     values,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
-from mikv_vllm.kernels.triton.jit import kernel
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.native import NativePages, load_native
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped
 
@@ -43,7 +43,7 @@ def prompt_logits(
     return tl.where(seen & (row < num_rows)[:, None], logits, NEVER)
 
 
-@kernel
+@Kernel
 def prompt_sums_kernel(
     keys,
     native_page_stride,
@@ -103,7 +103,7 @@ def prompt_sums_kernel(
     tl.store(at + num_rows, total, mask=row < num_rows)
 
 
-@kernel
+@Kernel
 def prompt_scores_kernel(
     keys,
     native_page_stride,

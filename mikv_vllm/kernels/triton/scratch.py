@@ -14,7 +14,7 @@ class Scratch:
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._memory: dict[str, torch.Tensor] = {}
-        self._taken: dict[str, tuple[tuple[int, ...], torch.dtype, torch.Tensor]] = {}
+        self._taken: dict[str, torch.Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -23,14 +23,12 @@ class Scratch:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialized memory; the next call with this name gets the same."""
-        if name in self._taken:
-            last_shape, last_dtype, view = self._taken[name]
-            if last_shape == shape and last_dtype == dtype:
-                return view
+        last = self._taken.get(name)
+        if last is not None and last.shape == shape and last.dtype == dtype:
+            return last
         size = math.prod(shape) * dtype.itemsize
         memory = self._memory.get(name)
         if memory is None or len(memory) < size:
             memory = self._memory[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
-        view = memory[:size].view(dtype).view(shape)
-        self._taken[name] = shape, dtype, view
-        return view
+        taken = self._taken[name] = memory[:size].view(dtype).view(shape)
+        return taken
