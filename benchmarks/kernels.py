@@ -13,7 +13,7 @@ import torch
 
 from mikv_vllm.kernels import cpu
 from mikv_vllm.tiers.formats import LADDER, LowFormat, TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 64, 9, 3, 64, 16
 """The embedded model's attention."""
@@ -67,14 +67,14 @@ class Prompt:
         self.ops = layer_ops(geometry, heads, kv_heads)
         self.num_tokens = num_tokens
         planner = TierPlanner.choose(geometry, ratio, RECENT, num_tokens)
-        state = planner.compress(num_tokens)
-        assert state is not None
-        self.state, self.low_format = state, planner.low_format
+        sizes = planner.compress(num_tokens)
+        assert sizes is not None
+        self.sizes, self.low_format = sizes, planner.low_format
         count = planner.native_pages(num_tokens)
-        shape = (count + state.pages, kv_heads, geometry.page_bytes // 2)
+        shape = (count + sizes.pages, kv_heads, geometry.page_bytes // 2)
         self.cache = torch.randn(shape).to(torch.bfloat16)
         self.native = torch.arange(count, dtype=torch.int32)
-        self.tiered = torch.arange(count, count + state.pages, dtype=torch.int32)
+        self.tiered = torch.arange(count, count + sizes.pages, dtype=torch.int32)
         self.q = torch.randn(32, heads, geometry.head_dim, dtype=torch.bfloat16)
         self.scores = torch.rand(kv_heads, num_tokens)
 
@@ -86,7 +86,7 @@ class Prompt:
             self.cache,
             self.native,
             self.tiered,
-            self.state,
+            self.sizes,
             self.low_format,
             self.scores,
             self.q,
@@ -103,15 +103,15 @@ class Decode:
         kv_heads: int,
         low_format: LowFormat,
         high_tokens: int,
-        low_chunks: int,
+        low_records: int,
         rows: int,
         layers: int,
     ) -> None:
         geometry = TierGeometry(head_dim, BLOCK_SIZE)
         record, page = geometry.low(low_format).num_bytes, geometry.page_bytes
-        pages = -(-(geometry.high_bytes(high_tokens + 1) + low_chunks * record) // page)
-        before = TierState(pages, high_tokens, low_chunks, pages * page)
-        step = AppendStep(0, 0, 0, TierState(pages, high_tokens + 1, low_chunks, pages * page))
+        pages = -(-(geometry.high_bytes(high_tokens + 1) + low_records * record) // page)
+        before = TierSizes(pages, high_tokens, low_records, pages * page)
+        step = AppendStep(1, 0, 0, 0, TierSizes(pages, high_tokens + 1, low_records, pages * page))
         order = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
         self.batch = cpu.DecodeBatch.build(
             [(row, order[row].numpy(), before, step, low_format) for row in range(rows)]
@@ -126,8 +126,8 @@ class Decode:
         self.k, self.v = (torch.randn(2, rows, kv_heads, head_dim)).to(torch.bfloat16)
         self.out = torch.empty_like(self.q)
         self.items = rows * kv_heads * layers
-        self.bytes = self.items * (geometry.high_bytes(high_tokens) + low_chunks * record)
-        self.chunks = self.items * low_chunks
+        self.bytes = self.items * (geometry.high_bytes(high_tokens) + low_records * record)
+        self.chunks = self.items * low_records
 
     def __call__(self) -> None:
         for cache in self.caches:

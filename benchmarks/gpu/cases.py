@@ -11,7 +11,7 @@ from benchmarks.gpu import xformers_int4
 from benchmarks.gpu.timing import device_time
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
 from mikv_vllm.tiers.formats import TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 BLOCK_SIZE, WINDOW, RECENT, DECAY = 64, 32, 16, 0.98
 CACHE_BYTES = 256 << 20
@@ -28,11 +28,11 @@ class Heads:
     model: str
     head_dim: int
     kv_heads: int
-    group: int
+    queries_per_kv_head: int
 
     @property
     def heads(self) -> int:
-        return self.kv_heads * self.group
+        return self.kv_heads * self.queries_per_kv_head
 
     def ops(self, scratch: Scratch, high_bits: int = 8) -> LayerOps:
         return LayerOps(
@@ -80,13 +80,13 @@ class Prompt:
     def compress(
         self,
         ops: LayerOps,
-        state: TierState,
+        sizes: TierSizes,
         planner: TierPlanner,
         pages: torch.Tensor,
         table: torch.Tensor,
     ) -> None:
         low_format = planner.low_format
-        ops.compress(*self.cache, self.table, pages, table, state, low_format, self.scores, self.q)
+        ops.compress(*self.cache, self.table, pages, table, sizes, low_format, self.scores, self.q)
 
 
 class Compressed:
@@ -99,28 +99,28 @@ class Compressed:
             self.planner = prompt.planner(1.5, high_bits=16)
             geometry = self.planner.geometry
             pages = -(-geometry.high_bytes(prompt.tokens + 1) // geometry.page_bytes)
-            state = TierState(pages, prompt.tokens, 0, pages * geometry.page_bytes)
+            sizes = TierSizes(pages, prompt.tokens, 0, pages * geometry.page_bytes)
         else:
             self.planner = prompt.planner(ratio)
             geometry = self.planner.geometry
             found = self.planner.compress(prompt.tokens)
             assert found is not None, f"nothing to save at ratio {ratio}"
-            state = found
+            sizes = found
         self.ops = heads.ops(self.scratch, geometry.high_bits)
-        self.state, self.name = state, "16-bit" if ratio == 1 else self.planner.low_format.name
+        self.sizes, self.name = sizes, "16-bit" if ratio == 1 else self.planner.low_format.name
         record = geometry.low(self.planner.low_format).num_bytes
-        high = geometry.high_bytes(state.high_tokens)
-        self.num_bytes = heads.kv_heads * batch * (high + state.low_chunks * record)
-        rows = pages = state.pages + 1
+        high = geometry.high_bytes(sizes.high_tokens)
+        self.num_bytes = heads.kv_heads * batch * (high + sizes.low_records * record)
+        rows = pages = sizes.pages + 1
         sets = max(1, min(32, -(-CACHE_BYTES // self.num_bytes)))
         size = (sets * batch * rows, heads.kv_heads, geometry.page_bytes)
         self.pages = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
         first = torch.arange(pages, dtype=torch.int32, device=DEVICE)
-        prompt.compress(self.ops, state, self.planner, self.pages, first)
+        prompt.compress(self.ops, sizes, self.planner, self.pages, first)
         self.pages.view(-1, pages, *size[1:])[1:] = self.pages[:pages]
-        chunks = state.low_chunks + demote
-        after = TierState(pages, state.high_tokens + 1 - 32 * demote, chunks, state.low_end)
-        step = AppendStep(1, 0, int(demote), after)
+        chunks = sizes.low_records + demote
+        after = TierSizes(pages, sizes.high_tokens + 1 - 32 * demote, chunks, sizes.low_end_bytes)
+        step = AppendStep(1, 1, 0, int(demote), after)
         order = torch.randperm(len(self.pages) // pages).tolist()
         self.batches = []
         for i in range(sets):
@@ -128,7 +128,7 @@ class Compressed:
                 (
                     row,
                     range(order[i * batch + row] * pages, (order[i * batch + row] + 1) * pages),
-                    state,
+                    sizes,
                     step,
                     self.planner.low_format,
                 )
@@ -162,7 +162,7 @@ def flash_attention(heads: Heads, tokens: int, batch: int) -> float:
     cache = torch.empty(shape, dtype=DTYPE, device=DEVICE)
     for part in cache.flatten(0, 2):
         part.normal_()
-    size = (batch, heads.kv_heads, heads.group, heads.head_dim)
+    size = (batch, heads.kv_heads, heads.queries_per_kv_head, heads.head_dim)
     q = torch.randn(size, dtype=DTYPE, device=DEVICE)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         return device_time(
@@ -180,7 +180,9 @@ def int4_attention(heads: Heads, tokens: int, batch: int) -> tuple[int, float]:
     for part in cache.flatten(0, 2):
         rows = torch.randn(tokens, heads.kv_heads, heads.head_dim, device=DEVICE)
         part.copy_(xformers_int4.pack_rows(rows))
-    q = torch.randn(batch, heads.kv_heads, heads.group, heads.head_dim, dtype=DTYPE, device=DEVICE)
+    q = torch.randn(
+        batch, heads.kv_heads, heads.queries_per_kv_head, heads.head_dim, dtype=DTYPE, device=DEVICE
+    )
     return num_bytes, device_time(
         [lambda one=one: xformers_int4.decode(q, one[0], one[1]) for one in cache]
     )
@@ -260,15 +262,15 @@ def prompt_rows(heads: Heads, tokens: int, ratio: float) -> Iterator[dict]:
     prompt = Prompt(heads, tokens, scratch)
     prefill = prefill_attention(heads, tokens)
     planner = prompt.planner(ratio)
-    state = planner.compress(tokens)
-    assert state is not None
-    size = (state.pages, heads.kv_heads, planner.geometry.page_bytes)
+    sizes = planner.compress(tokens)
+    assert sizes is not None
+    size = (sizes.pages, heads.kv_heads, planner.geometry.page_bytes)
     pages = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-    table = torch.arange(state.pages, dtype=torch.int32, device=DEVICE)
+    table = torch.arange(sizes.pages, dtype=torch.int32, device=DEVICE)
     case = Compressed(prompt, ratio, 8, demote=True)
 
     def compress() -> None:
-        prompt.compress(prompt.ops, state, planner, pages, table)
+        prompt.compress(prompt.ops, sizes, planner, pages, table)
 
     score, written = device_time([prompt.score]), device_time([compress])
     for name, seconds in (

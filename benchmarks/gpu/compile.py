@@ -103,7 +103,7 @@ class Job:
     @property
     def name(self) -> str:
         layout = self.layout
-        parts = [self.kernel, f"{layout.head_dim}x{layout.group}", self.dtype]
+        parts = [self.kernel, f"{layout.head_dim}x{layout.queries_per_kv_head}", self.dtype]
         if self.kernel in BY_FORMAT:
             parts.append(self.low_format.name)
         if layout.high_bits != 8:

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from mikv_vllm.evaluation.tables import markdown_table
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
 from mikv_vllm.kernels.triton.jit import Kernel
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, TierGeometry
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 128, 32, 8, 16, 16
 CONTEXT, RATIO = 2048, 4.0
@@ -73,18 +73,18 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
     )
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
     planner = TierPlanner.choose(geometry, RATIO, RECENT, CONTEXT)
-    state = planner.compress(CONTEXT)
-    assert state is not None, f"nothing to save at ratio {RATIO}"
-    after = TierState(state.pages, state.high_tokens + 1, state.low_chunks, state.low_end)
-    steps = [AppendStep(0, 0, 0, after)] * requests
+    sizes = planner.compress(CONTEXT)
+    assert sizes is not None, f"nothing to save at ratio {RATIO}"
+    after = TierSizes(sizes.pages, sizes.high_tokens + 1, sizes.low_records, sizes.low_end_bytes)
+    steps = [AppendStep(1, 0, 0, 0, after)] * requests
     if demoting:
-        high, low = after.high_tokens - CHUNK_TOKENS, after.low_chunks + 1
-        steps[0] = AppendStep(0, 0, 1, TierState(state.pages, high, low, state.low_end))
+        high, low = after.high_tokens - LOW_RECORD_TOKENS, after.low_records + 1
+        steps[0] = AppendStep(1, 0, 0, 1, TierSizes(sizes.pages, high, low, sizes.low_end_bytes))
     rows = [
-        (row, range(state.pages), state, step, planner.low_format) for row, step in enumerate(steps)
+        (row, range(sizes.pages), sizes, step, planner.low_format) for row, step in enumerate(steps)
     ]
     batch = DecodeBatch.build(rows, "cpu")
-    shape = (state.pages, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    shape = (sizes.pages, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     cache = torch.zeros(shape, dtype=torch.bfloat16)
     q = torch.zeros(requests, HEADS, HEAD_DIM, dtype=torch.bfloat16)
     k = torch.zeros(requests, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)

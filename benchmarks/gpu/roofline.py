@@ -27,8 +27,8 @@ from mikv_vllm.kernels.triton.layout import Layout
 from mikv_vllm.kernels.triton.merge import MOST_SPLITS, TOKENS_AT_ONCE
 from mikv_vllm.kernels.triton.score import KEYS
 from mikv_vllm.kernels.triton.select import BLOCK
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LowFormat
-from mikv_vllm.tiers.plan import TierPlanner, TierState
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat
+from mikv_vllm.tiers.plan import TierPlanner, TierSizes
 
 TARGET = 90
 REGISTERS, SHARED_BYTES, WARPS, SCHEDULERS = 65536, 228 << 10, 64, 4
@@ -79,7 +79,7 @@ def block_bytes(tier: str, low_format: LowFormat) -> int:
     """Bytes of a block of 32 tokens; the high tier's logits are written, too."""
     if tier == "low":
         return LAYOUT.geometry.low(low_format).num_bytes
-    return 2 * LAYOUT.geometry.high.num_bytes + 4 * CHUNK_TOKENS * LAYOUT.group
+    return 2 * LAYOUT.geometry.high.num_bytes + 4 * LOW_RECORD_TOKENS * LAYOUT.queries_per_kv_head
 
 
 def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
@@ -92,19 +92,19 @@ def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
     return seconds
 
 
-def split_sizes(state: TierState, batch: int) -> list[tuple[str, int]]:
+def split_sizes(sizes: TierSizes, batch: int) -> list[tuple[str, int]]:
     """Tier and blocks of each split of one request and head, as ``splits_of`` shares them out."""
     most = PROGRAMS * H100_PROCESSORS // (batch * KV_HEADS)
     most = min(max(most, LEAST_SPLITS), MOST_SPLITS.value)
-    chunks, blocks = state.low_chunks, -(-state.high_tokens // CHUNK_TOKENS)
+    chunks, blocks = sizes.low_records, -(-sizes.high_tokens // LOW_RECORD_TOKENS)
     low_cost = LOW_COST.value * chunks
     cost = low_cost + HIGH_COST.value * blocks
     splits = min(most, -(-cost // LEAST_COST.value) + 1)
     low = min(-(-low_cost * splits // cost), splits - 1)
-    sizes = []
+    split_parts = []
     for tier, count, parts in (("low", chunks, low), ("high", blocks, splits - low)):
-        sizes += [(tier, count * (i + 1) // parts - count * i // parts) for i in range(parts)]
-    return sizes
+        split_parts += [(tier, count * (i + 1) // parts - count * i // parts) for i in range(parts)]
+    return split_parts
 
 
 def schedule(durations: list[float], slots: int) -> float:
@@ -157,26 +157,28 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
     """Expected time of decode attention over ``batch`` requests."""
     geometry = LAYOUT.geometry
     planner = TierPlanner.choose(geometry, ratio, RECENT, context)
-    state = planner.compress(context)
-    assert state is not None, f"nothing to save at ratio {ratio}"
+    sizes = planner.compress(context)
+    assert sizes is not None, f"nothing to save at ratio {ratio}"
     low_format = planner.low_format
     needs = compile_job(Job("attend", LAYOUT, low_format, "bf16", TARGET))
     merge = compile_job(Job("merge", LAYOUT, low_format, "bf16", TARGET))
     rows = batch * KV_HEADS
-    num_bytes = geometry.high_bytes(state.high_tokens) + state.low_chunks * planner.chunk_bytes
-    sizes = split_sizes(state, batch)
+    num_bytes = (
+        geometry.high_bytes(sizes.high_tokens) + sizes.low_records * planner.low_record_bytes
+    )
+    split_parts = split_sizes(sizes, batch)
     a_block = block_seconds(needs, assumed)
     # Row, block table, header and first block are loaded one after the other.
     start = 4 * assumed.latency
-    durations = [start + count * a_block[tier] for tier, count in sizes] * rows
-    moved = rows * sum(count * block_bytes(tier, low_format) for tier, count in sizes)
+    durations = [start + count * a_block[tier] for tier, count in split_parts] * rows
+    moved = rows * sum(count * block_bytes(tier, low_format) for tier, count in split_parts)
     attend = max(
         schedule(durations, H100_PROCESSORS * programs_at_once(needs)),
         start + moved / assumed.bandwidth,
     )
-    partial = 4 * len(sizes) * LAYOUT.padded * (LAYOUT.heads + LAYOUT.group)
-    high = 4 * state.high_tokens * (LAYOUT.group + 2)
-    trips = math.ceil(math.ceil(state.high_tokens / TOKENS_AT_ONCE.value) / len(sizes))
+    partial = 4 * len(split_parts) * LAYOUT.padded * (LAYOUT.heads + LAYOUT.queries_per_kv_head)
+    high = 4 * sizes.high_tokens * (LAYOUT.queries_per_kv_head + 2)
+    trips = math.ceil(math.ceil(sizes.high_tokens / TOKENS_AT_ONCE.value) / len(split_parts))
     chain = merge.kernel.code.alone(assumed.load_cycles)
     chain += (trips - 1) * merge.kernel.loops[-1].alone(assumed.load_cycles)
     last = max(rows * (partial + high) / assumed.bandwidth, chain / H100_CLOCK)
@@ -188,7 +190,7 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
         "context": context,
         "ratio": ratio,
         "format": low_format.name,
-        "high": f"{state.high_tokens / context:.0%}",
+        "high": f"{sizes.high_tokens / context:.0%}",
         "MB": round(rows * num_bytes / 1e6, 1),
         "programs": len(durations),
         "copy us": round(1e6 * copied, 1),
@@ -205,17 +207,19 @@ def prompt_work(context: int, ratio: float) -> Iterator[tuple[str, LowFormat, in
     """Kernels that score and compress a prompt: programs, trips of the loops, bytes moved."""
     geometry = LAYOUT.geometry
     planner = TierPlanner.choose(geometry, ratio, RECENT, context)
-    state = planner.compress(context)
-    assert state is not None, f"nothing to save at ratio {ratio}"
-    low_format, high, chunks = planner.low_format, state.high_tokens, state.low_chunks
-    rows = -(-WINDOW * LAYOUT.group // SCORE_ROWS)
+    sizes = planner.compress(context)
+    assert sizes is not None, f"nothing to save at ratio {ratio}"
+    low_format, high, chunks = planner.low_format, sizes.high_tokens, sizes.low_records
+    rows = -(-WINDOW * LAYOUT.queries_per_kv_head // SCORE_ROWS)
     keys = KV_HEADS * context * geometry.token_bytes // 2
     part = -(-context // PARTS)
     blocks = -(-context // KEYS.value)
     a_pass = -(-context // BLOCK.value)
-    groups = -(-high // GROUP_TOKENS)
-    written = KV_HEADS * chunks * (planner.chunk_bytes + 2 * 2 * CHUNK_TOKENS * LAYOUT.head_dim)
-    low_keys = KV_HEADS * chunks * CHUNK_TOKENS * geometry.token_bytes
+    groups = -(-high // HIGH_RECORD_TOKENS)
+    written = (
+        KV_HEADS * chunks * (planner.low_record_bytes + 2 * 2 * LOW_RECORD_TOKENS * LAYOUT.head_dim)
+    )
+    low_keys = KV_HEADS * chunks * LOW_RECORD_TOKENS * geometry.token_bytes
     high_bytes = KV_HEADS * (high * geometry.token_bytes + groups * geometry.high.num_bytes)
     yield "prompt_sums", low_format, rows * PARTS * KV_HEADS, [-(-part // KEYS.value)], rows * keys
     yield "prompt_scores", low_format, blocks * KV_HEADS, [rows], keys
@@ -228,7 +232,7 @@ def prompt_work(context: int, ratio: float) -> Iterator[tuple[str, LowFormat, in
 
 def prompt_rows(context: int, ratio: float, assumed: Assumptions) -> Iterator[dict]:
     """Expected time of scoring and compressing a prompt, kernel by kernel."""
-    heads = KV_HEADS * LAYOUT.group
+    heads = KV_HEADS * LAYOUT.queries_per_kv_head
     prefill = 2 * context**2 * heads * LAYOUT.head_dim / assumed.prefill
     seconds, launches = 0.0, TORCH_LAUNCHES
     for name, low_format, programs, trips, num_bytes in prompt_work(context, ratio):

@@ -13,8 +13,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
-from mikv_vllm.tiers.formats import GROUP_TOKENS
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState, pages_needed
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes, pages_needed
 
 if TYPE_CHECKING:
     from mikv_vllm.engine.spec import TieredAttentionSpec
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 class TieredRequest:
     """The tiers of one compressed request; its pages are in ``req_to_blocks``."""
 
-    def __init__(self, planner: TierPlanner, state: TierState) -> None:
+    def __init__(self, planner: TierPlanner, sizes: TierSizes) -> None:
         self.planner = planner
         self._next: AppendStep | None = None
-        self.state = state
+        self.sizes = sizes
 
     @property
-    def state(self) -> TierState:
+    def sizes(self) -> TierSizes:
         """Sizes, this step's tokens included."""
-        known = self._state
+        known = self._sizes
         high_tokens = self.num_tokens - known.low_tokens
-        return TierState(known.pages, high_tokens, known.low_chunks, known.low_end)
+        return TierSizes(known.pages, high_tokens, known.low_records, known.low_end_bytes)
 
-    @state.setter
-    def state(self, state: TierState) -> None:
-        self._state = state
-        self.num_tokens = state.num_tokens
-        self.room = -state.high_tokens % GROUP_TOKENS
+    @sizes.setter
+    def sizes(self, sizes: TierSizes) -> None:
+        self._sizes = sizes
+        self.num_tokens = sizes.num_tokens
+        self.room = -sizes.high_tokens % HIGH_RECORD_TOKENS
         """Free places in the last high group."""
 
     def grow(self, num_tokens: int) -> AppendStep:
         """How the tiers come to hold ``num_tokens`` tokens: one more, or a prompt's next chunk."""
         step = self._next
-        if step is None or step.state.num_tokens != num_tokens:
+        if step is None or step.after.num_tokens != num_tokens:
             count, planner = num_tokens - self.num_tokens, self.planner
-            step = planner.append(self.state) if count == 1 else planner.extend(self.state, count)
+            step = planner.append(self.sizes) if count == 1 else planner.extend(self.sizes, count)
             self._next = step  # vLLM asks for the pages first, and takes them later
         return step
 
@@ -58,18 +58,18 @@ class TierTotals:
 
     pages: int = 0
     high_tokens: int = 0
-    high_groups: int = 0
-    low_chunks: int = 0
+    high_records: int = 0
+    low_records: int = 0
     low_bytes: int = 0
 
     def count(self, tiered: TieredRequest, sign: int) -> None:
         """Add a request, or with ``sign`` -1 take it away."""
-        state = tiered.state
-        self.pages += sign * state.pages
-        self.high_tokens += sign * state.high_tokens
-        self.high_groups += sign * -(-state.high_tokens // GROUP_TOKENS)
-        self.low_chunks += sign * state.low_chunks
-        self.low_bytes += sign * state.low_chunks * tiered.planner.chunk_bytes
+        sizes = tiered.sizes
+        self.pages += sign * sizes.pages
+        self.high_tokens += sign * sizes.high_tokens
+        self.high_records += sign * -(-sizes.high_tokens // HIGH_RECORD_TOKENS)
+        self.low_records += sign * sizes.low_records
+        self.low_bytes += sign * sizes.low_records * tiered.planner.low_record_bytes
 
 
 class TieredBlockManager(FullAttentionManager):
@@ -95,7 +95,7 @@ class TieredBlockManager(FullAttentionManager):
         self.num_demoted = 0
         self._steps: dict[str, DecodeStep] = {}
         self._released: list[KVCacheBlock] = []
-        self._once_tiered: set[int] = set()
+        self._dirty_pages: set[int] = set()
         self._to_zero: list[int] = []
 
     @cached_property
@@ -141,17 +141,17 @@ class TieredBlockManager(FullAttentionManager):
             blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
             self._clean(blocks)
             return blocks
-        if self.take_token(request_id, num_tokens):
+        if self.append_token(request_id, num_tokens):
             return []
-        before = tiered.state
+        before = tiered.sizes
         append = tiered.grow(num_tokens)
         blocks = self.block_pool.get_new_blocks(append.new_pages)
-        self._once_tiered.update(block.block_id for block in blocks)
+        self._dirty_pages.update(block.block_id for block in blocks)
         self.req_to_blocks[request_id].extend(blocks)
         self.totals.count(tiered, -1)
-        tiered.state = append.state
+        tiered.sizes = append.after
         self.totals.count(tiered, 1)
-        self.num_demoted += append.demoted_chunks
+        self.num_demoted += append.demoted_records
         self._steps[request_id] = DecodeStep(
             before,
             append,
@@ -176,14 +176,14 @@ class TieredBlockManager(FullAttentionManager):
         vLLM's kernel multiplies the unwritten slots of a page by 0: bytes of a tier may read as
         NaN there. This step's tokens fill all new pages but the last.
         """
-        stale = self._once_tiered.intersection(block.block_id for block in blocks)
-        self._once_tiered -= stale
+        stale = self._dirty_pages.intersection(block.block_id for block in blocks)
+        self._dirty_pages -= stale
         if blocks and blocks[-1].block_id in stale:
             self._to_zero.append(blocks[-1].block_id)
 
     # What our scheduler calls.
 
-    def look_after(self, manager: SingleTypeKVCacheManager) -> None:
+    def wrap_other_manager(self, manager: SingleTypeKVCacheManager) -> None:
         """Follow what the manager of another cache group, say of sliding windows, does.
 
         Some of the pages that it takes held tiers. And of a prompt's pages it leaves those in the
@@ -206,7 +206,7 @@ class TieredBlockManager(FullAttentionManager):
         manager.allocate_new_blocks = allocate_new_blocks
         manager.cache_blocks = cache_blocks
 
-    def take_token(self, request_id: str, num_tokens: int) -> bool:
+    def append_token(self, request_id: str, num_tokens: int) -> bool:
         """Let a compressed request's last high group take in one token, its ``num_tokens``-th.
 
         Nothing else changes then, and the plan does not mention it.
@@ -222,13 +222,13 @@ class TieredBlockManager(FullAttentionManager):
         self.totals.high_tokens += 1
         return True
 
-    def take_pages_to_zero(self) -> tuple[int, ...]:
+    def drain_pages_to_zero(self) -> tuple[int, ...]:
         """Drain the pages that have to be zeroed before this step's tokens are written."""
         pages, self._to_zero = tuple(self._to_zero), []
         return pages
 
-    def take_steps(self) -> dict[str, DecodeStep]:
-        """Drain the steps since the last call that are more than :meth:`take_token`."""
+    def drain_steps(self) -> dict[str, DecodeStep]:
+        """Drain the steps since the last call that are more than :meth:`append_token`."""
         steps, self._steps = self._steps, {}
         return steps
 
@@ -246,26 +246,26 @@ class TieredBlockManager(FullAttentionManager):
         planner = TierPlanner.choose(
             self.geometry, ratio, settings.recent, most_tokens, settings.ladder
         )
-        state = planner.compress(num_tokens)
-        if state is None:
+        sizes = planner.compress(num_tokens)
+        if sizes is None:
             return None
         native = self.req_to_blocks[request_id]
-        targets = self._take_targets(native, state.pages)
+        targets = self._take_targets(native, sizes.pages)
         if targets is None:
             return None
         kept = {block.block_id for block in targets}
-        self._once_tiered |= kept
+        self._dirty_pages |= kept
         in_place = any(block.block_id in kept for block in native)
         step = CompressStep(
             tuple(block.block_id for block in native),
             tuple(block.block_id for block in targets),
-            state,
+            sizes,
             planner.low_format,
             in_place,
         )
         self._released.extend(b for b in reversed(native) if b.block_id not in kept)
         self.req_to_blocks[request_id] = targets
-        self.tiered[request_id] = tiered = TieredRequest(planner, state)
+        self.tiered[request_id] = tiered = TieredRequest(planner, sizes)
         self.totals.count(tiered, 1)
         self.num_compressed += 1
         self.num_compressed_in_place += in_place

@@ -181,7 +181,7 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
         ops.restore(kv_cache, row.table, step.before, step.low_format, native)
         self.do_kv_cache_update(layer, key, value, native, metadata.slot_mapping)
         super().forward(layer, query, key, value, native, metadata, output)
-        num_tokens = step.append.state.num_tokens
+        num_tokens = step.append.after.num_tokens
         scores = torch.zeros(self.num_kv_heads, num_tokens)
         ops.score(native, pages, num_tokens, query[-step.num_queries :], scores)
         keep = float(context.compression.importance == "h2o")
@@ -207,7 +207,7 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
                 kv_cache,
                 row.native_pages,
                 row.tiered_pages,
-                row.compress.state,
+                row.compress.sizes,
                 row.compress.low_format,
                 scores,
                 queries[-context.compression.window :],

@@ -216,7 +216,7 @@ class TieredImpl(AttentionImpl[Any]):
             pages,
             kv_cache,
             row.tiered_pages,
-            row.compress.state,
+            row.compress.sizes,
             row.compress.low_format,
             scores,
             queries[-context.compression.window :],
@@ -246,7 +246,7 @@ class TieredImpl(AttentionImpl[Any]):
         ops.restore(kv_cache, row.table, step.before, step.low_format, keys, values)
         self.do_kv_cache_update(layer, key, value, native, metadata.slot_mapping)
         super().forward(layer, query, key, value, native, metadata, output)
-        num_tokens = step.append.state.num_tokens
+        num_tokens = step.append.after.num_tokens
         scores = torch.zeros(self.num_kv_heads, num_tokens, device=kv_cache.device)
         ops.score(keys, pages, num_tokens, query[-step.num_queries :], scores)
         keep = float(context.compression.importance == "h2o")

@@ -34,7 +34,7 @@ from mikv_vllm.engine.step_plan import (
     TieredSchedulerOutput,
     TierStats,
 )
-from mikv_vllm.tiers.formats import CHUNK_TOKENS
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
 from mikv_vllm.tiers.plan import largest_ratio
 
 logger = init_logger(__name__)
@@ -65,7 +65,7 @@ class TieredScheduler(Scheduler):
         self.tiers = self._only_tiered(managers)
         for manager in managers:
             if manager is not self.tiers:
-                self.tiers.look_after(manager)
+                self.tiers.wrap_other_manager(manager)
         spec = self.tiers.kv_cache_spec
         self.largest_ratio = largest_ratio(
             self.tiers.geometry.head_dim, config.high_bits, config.ladder
@@ -161,16 +161,16 @@ class TieredScheduler(Scheduler):
         """What a finished request took, true to the page."""
         geometry = self.tiers.geometry
         tiered = self.tiers.tiered.get(request.request_id)
-        state = tiered.state if tiered else None
-        tokens = state.num_tokens if state else request.num_computed_tokens
+        sizes = tiered.sizes if tiered else None
+        tokens = sizes.num_tokens if sizes else request.num_computed_tokens
         uncompressed = tokens * geometry.token_bytes * self._heads
-        stored = state.pages * geometry.page_bytes * self._heads if state else uncompressed
+        stored = sizes.pages * geometry.page_bytes * self._heads if sizes else uncompressed
         return {
             "requested_ratio": self.tiers.ratios.get(request.request_id, 1.0),
             "achieved_ratio": round(uncompressed / stored, 4) if stored else 1.0,
             "kv_tokens": tokens,
-            "high_tokens": state.high_tokens if state else 0,
-            "low_tokens": state.low_tokens if state else 0,
+            "high_tokens": sizes.high_tokens if sizes else 0,
+            "low_tokens": sizes.low_tokens if sizes else 0,
             "kv_bytes": stored,
             "uncompressed_kv_bytes": uncompressed,
             "low_format": tiered.planner.low_format.name if tiered else None,
@@ -225,14 +225,14 @@ class TieredScheduler(Scheduler):
     def _take_slots(self, request: Request, num_new_tokens: int, *args, **kwargs):
         """``KVCacheManager.allocate_slots``, short for what a compressed request mostly does."""
         num_tokens = request.num_computed_tokens + num_new_tokens
-        if num_new_tokens == 1 and self.tiers.take_token(request.request_id, num_tokens):
+        if num_new_tokens == 1 and self.tiers.append_token(request.request_id, num_tokens):
             return self.kv_cache_manager.empty_kv_cache_blocks
         return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
 
     def _plan(self, num_scheduled_tokens: dict[str, int]) -> StepPlan:
         decode: dict[str, DecodeStep] = {}
         extend: dict[str, ExtendStep] = {}
-        for request_id, step in self.tiers.take_steps().items():
+        for request_id, step in self.tiers.drain_steps().items():
             num_new = num_scheduled_tokens[request_id]
             if num_new == 1:
                 decode[request_id] = step
@@ -248,14 +248,14 @@ class TieredScheduler(Scheduler):
             if scoring := self._score(request, num_new):
                 score[request_id] = scoring
             num_tokens = request.num_computed_tokens
-            if self._goes_on(request) or num_tokens < self._least_tokens:
+            if self._awaits_more_prompt(request) or num_tokens < self._least_tokens:
                 continue
             most_tokens = max(num_tokens, request.num_tokens)
             if done := self.tiers.compress(request_id, num_tokens, most_tokens):
                 compress[request_id] = done
                 self._scoring.discard(request_id)
         self.tiers.release_native_pages()
-        zero = self.tiers.take_pages_to_zero()
+        zero = self.tiers.drain_pages_to_zero()
         self._stats = self._tier_stats()
         return StepPlan(score, compress, decode, extend, zero, self._stats)
 
@@ -263,7 +263,7 @@ class TieredScheduler(Scheduler):
     def _least_tokens(self) -> int:
         return self.compression.min_tokens
 
-    def _goes_on(self, request: Request) -> bool:
+    def _awaits_more_prompt(self, request: Request) -> bool:
         """Whether more of the prompt comes before it is compressed."""
         limit = self.tiers.native_limit
         # The window at a prompt's end is not cut: it has to fit behind what is native then.
@@ -282,7 +282,7 @@ class TieredScheduler(Scheduler):
         if self.compression.importance == "h2o":
             reset = num_tokens == num_new
         else:
-            if self._goes_on(request) or num_tokens < self._least_tokens - window:
+            if self._awaits_more_prompt(request) or num_tokens < self._least_tokens - window:
                 return None
             reset = num_new > 1 or request.request_id not in self._scoring
         self._scoring.add(request.request_id)
@@ -296,8 +296,10 @@ class TieredScheduler(Scheduler):
         total, free = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
         computed = sum(r.num_computed_tokens for r in self.running)
         num_tiered = len(self.tiers.tiered)
-        high, low = held.high_tokens, CHUNK_TOKENS * held.low_chunks
-        high_bytes = num_tiered * geometry.header_bytes + held.high_groups * geometry.high.num_bytes
+        high, low = held.high_tokens, LOW_RECORD_TOKENS * held.low_records
+        high_bytes = (
+            num_tiered * geometry.header_bytes + held.high_records * geometry.high.num_bytes
+        )
         unused = held.pages * geometry.page_bytes - high_bytes - held.low_bytes
         return TierStats(
             pages={

@@ -6,7 +6,7 @@ from typing import Self
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from mikv_vllm.tiers.formats import LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CompressStep:
 
     native_pages: tuple[int, ...]
     tiered_pages: tuple[int, ...]
-    state: TierState
+    sizes: TierSizes
     low_format: LowFormat
     in_place: bool
     """Whether some of ``tiered_pages`` are among ``native_pages``."""
@@ -38,7 +38,7 @@ class CompressStep:
 class DecodeStep:
     """One step of a compressed request."""
 
-    before: TierState
+    before: TierSizes
     append: AppendStep
     new_pages: tuple[int, ...]
     """Pages that join the request's table, ``append.new_pages`` of them."""

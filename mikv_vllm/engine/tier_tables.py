@@ -12,16 +12,16 @@ from mikv_vllm.kernels.batch import (
     DEMOTED,
     HIGH,
     LOW,
-    LOW_END,
+    LOW_END_LINE,
     MOVED,
-    NEXT_LOW_END,
+    NEXT_LOW_END_LINE,
     PAGES,
     ROW_FIELDS,
     TOKEN,
     row_numbers,
 )
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 WIDTH = 16
 """Pages by which tables grow, so that what is staged behind them for a GPU stays aligned."""
@@ -52,14 +52,14 @@ class TierTables:
         return len(self._slots)
 
     def add(
-        self, request_id: str, pages: Sequence[int], state: TierState, low_format: LowFormat
+        self, request_id: str, pages: Sequence[int], sizes: TierSizes, low_format: LowFormat
     ) -> None:
         """Take in a request that was just compressed."""
         slot = self._free.pop() if self._free else len(self._slots)
         self._slots[request_id] = slot
         self._reserve(slot, len(pages))
         self._tables[slot, : len(pages)] = pages
-        self._rows[slot] = row_numbers(0, state, AppendStep(0, 0, 0, state), low_format)
+        self._rows[slot] = row_numbers(0, sizes, AppendStep(1, 0, 0, 0, sizes), low_format)
 
     def discard(self, request_id: str) -> None:
         """Forget a request, if it is one of ours."""
@@ -71,11 +71,11 @@ class TierTables:
         """Set what a request's next step does, and add its new pages."""
         slot = self._slots[request_id]
         numbers = row_numbers(0, step.before, step.append, step.low_format)
-        known = self._rows[slot, HIGH : LOW_END + 1].tolist()
-        assert known == list(numbers[HIGH : LOW_END + 1]), (
+        known = self._rows[slot, HIGH : LOW_END_LINE + 1].tolist()
+        assert known == list(numbers[HIGH : LOW_END_LINE + 1]), (
             f"the plan and the worker disagree about {request_id}: {numbers}, {known}"
         )
-        before, after = step.before.pages, step.append.state.pages
+        before, after = step.before.pages, step.append.after.pages
         self._reserve(slot, after)
         self._tables[slot, before:after] = step.new_pages
         self._rows[slot] = numbers
@@ -106,9 +106,9 @@ class TierTables:
     def end_step(self, slots: np.ndarray, count: int = 1) -> None:
         """Requests have run their step, which added ``count`` tokens to each."""
         rows = self._rows[slots]
-        rows[:, HIGH] += count - CHUNK_TOKENS * rows[:, DEMOTED]
+        rows[:, HIGH] += count - LOW_RECORD_TOKENS * rows[:, DEMOTED]
         rows[:, LOW] += rows[:, DEMOTED]
-        rows[:, LOW_END] = rows[:, NEXT_LOW_END]
+        rows[:, LOW_END_LINE] = rows[:, NEXT_LOW_END_LINE]
         rows[:, [MOVED, DEMOTED]] = 0
         self._rows[slots] = rows
 

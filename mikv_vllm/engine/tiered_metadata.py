@@ -131,7 +131,7 @@ def restored_part(
     batch: CommonAttentionMetadata, row: ExtendedRow, block_size: int
 ) -> CommonAttentionMetadata:
     """vLLM's metadata of one extended row, in native pages 0, 1, … that hold all its tokens."""
-    first, num_tokens = row.step.before.num_tokens, row.step.append.state.num_tokens
+    first, num_tokens = row.step.before.num_tokens, row.step.append.after.num_tokens
     device = batch.seq_lens.device
     part = copy(batch)
     part.num_reqs = 1

@@ -71,11 +71,11 @@ class WorkerContext:
         plan = self.plan
         self.tiers.end_step(self._appended)
         for request_id, step in plan.extend.items():
-            count = step.append.state.num_tokens - step.before.num_tokens
+            count = step.append.after.num_tokens - step.before.num_tokens
             self.tiers.end_step(self.tiers.slots([request_id]), count)
         for request_id, done in plan.compress.items():
             self.scores.pop(request_id, None)
-            self.tiers.add(request_id, done.tiered_pages, done.state, done.low_format)
+            self.tiers.add(request_id, done.tiered_pages, done.sizes, done.low_format)
         # A dummy step, as data parallelism runs them, has no plan of its own.
         self.plan, self._appended = StepPlan(stats=plan.stats), NO_SLOTS
 

@@ -14,7 +14,7 @@ from mikv_vllm.evaluation.methods import CacheMethod, HeadCache, Stored
 from mikv_vllm.evaluation.methods.two_tier import store_tiers
 from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel, divergence
 from mikv_vllm.evaluation.windows import Window
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LowFormat, TierGeometry
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat, TierGeometry
 
 KEY_BITS = (
     *((6, 6, 5, 5), (6, 5, 5, 4), (6, 5, 4, 4), (6, 4, 4, 3), (6, 4, 3, 3), (5, 4, 3, 2)),
@@ -53,14 +53,14 @@ class OneFormat(CacheMethod):
         return self.low_format.name
 
     def store(self, cache: HeadCache) -> Stored:
-        geometry = TierGeometry(cache.head_dim, CHUNK_TOKENS)
+        geometry = TierGeometry(cache.head_dim, LOW_RECORD_TOKENS)
         num_high = max(self.recent, round(HIGH_SHARE * cache.num_tokens))
-        num_high += (cache.num_tokens - num_high) % CHUNK_TOKENS
+        num_high += (cache.num_tokens - num_high) % LOW_RECORD_TOKENS
         keys, values, order = store_tiers(cache, num_high, self.recent, self.low_format)
         return Stored(
             keys if self.keys else cache.keys[order],
             values if self.values else cache.values[order],
-            num_high * geometry.high.num_bytes / GROUP_TOKENS
+            num_high * geometry.high.num_bytes / HIGH_RECORD_TOKENS
             + (cache.num_tokens - num_high) * _token_bytes(self.low_format, cache.head_dim),
         )
 
@@ -75,7 +75,7 @@ class Point:
 
 
 def _token_bytes(low_format: LowFormat, head_dim: int) -> float:
-    return TierGeometry(head_dim, CHUNK_TOKENS).low(low_format).num_bytes / CHUNK_TOKENS
+    return TierGeometry(head_dim, LOW_RECORD_TOKENS).low(low_format).num_bytes / LOW_RECORD_TOKENS
 
 
 def frontier(

@@ -6,33 +6,33 @@ from typing import Any
 import numpy as np
 
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
-DecodeRow = tuple[int, Any, TierState, AppendStep, LowFormat]
+DecodeRow = tuple[int, Any, TierSizes, AppendStep, LowFormat]
 """Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
 step; what the step does; low format."""
 
 ROW_FIELDS = 10
-TOKEN, PAGES, HIGH, LOW, LOW_END, MOVED, DEMOTED, NEXT_LOW_END, KEY_CODE, VALUE_BITS = range(
-    ROW_FIELDS
+TOKEN, PAGES, HIGH, LOW, LOW_END_LINE, MOVED, DEMOTED, NEXT_LOW_END_LINE, KEY_CODE, VALUE_BITS = (
+    range(ROW_FIELDS)
 )
 """Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
 and demoted; low end after it; bits of keys (``key_code``) and of values. Ends count in lines."""
 
 
 def row_numbers(
-    token: int, before: TierState, step: AppendStep, low_format: LowFormat
+    token: int, before: TierSizes, step: AppendStep, low_format: LowFormat
 ) -> tuple[int, ...]:
     """One row's :data:`ROW_FIELDS` numbers."""
     return (
         token,
-        step.state.pages,
+        step.after.pages,
         before.high_tokens,
-        before.low_chunks,
-        before.low_end // LINE_BYTES,
-        step.moved_chunks,
-        step.demoted_chunks,
-        step.state.low_end // LINE_BYTES,
+        before.low_records,
+        before.low_end_bytes // LINE_BYTES,
+        step.moved_records,
+        step.demoted_records,
+        step.after.low_end_bytes // LINE_BYTES,
         low_format.key_code,
         low_format.value_bits,
     )
@@ -41,10 +41,10 @@ def row_numbers(
 def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
     """Rows as int32 ``[rows, ROW_FIELDS]`` and their tables as int32 ``[rows, max_pages]``."""
     numbers = np.empty((len(rows), ROW_FIELDS), np.int32)
-    max_pages = max((row[3].state.pages for row in rows), default=0)
+    max_pages = max((row[3].after.pages for row in rows), default=0)
     tables = np.zeros((len(rows), max_pages), np.int32)
     for i, (token, table, before, step, low_format) in enumerate(rows):
-        num_pages = step.state.pages
+        num_pages = step.after.pages
         pages = np.asarray(table)[:num_pages]
         assert len(pages) == num_pages, (
             f"the table has {len(pages)} pages, the step needs {num_pages}"

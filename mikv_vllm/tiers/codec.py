@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, KEY_ZERO_STEPS, VALUE_GROUP, LowFormat
+from mikv_vllm.tiers.formats import KEY_ZERO_STEPS, LOW_RECORD_TOKENS, VALUE_GROUP, LowFormat
 
 SCALE_BIAS = 22
 """Exponent bias of the 8-bit scale: 5 bits of exponent, 3 of mantissa, no sign."""
@@ -120,7 +120,7 @@ def key_cost(queries: torch.Tensor, low_keys: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 ``[head_dim]``.
     """
-    chunks = low_keys.float().unflatten(0, (-1, CHUNK_TOKENS))
+    chunks = low_keys.float().unflatten(0, (-1, LOW_RECORD_TOKENS))
     ranges = (chunks.amax(1) - chunks.amin(1)).double().square().sum(0)
     return (queries.double().square().sum(0) * ranges).float()
 
@@ -140,7 +140,7 @@ def key_frame(
             all keys take the place of the low ones.
         queries: ``[n, head_dim]``, the prompt's last ones, of all query heads of the KV head.
     """
-    if low_format.balanced:
+    if low_format.keys_per_token:
         unit = balancing_unit(keys, queries).to(torch.float16)
         return KeyFrame(torch.arange(len(unit)), torch.zeros_like(unit), unit)
     cost = key_cost(queries, low_keys) if len(low_keys) else torch.zeros(keys.shape[1])
@@ -171,7 +171,7 @@ def quantize_keys(keys: torch.Tensor, frame: KeyFrame, low_format: LowFormat) ->
 
     Balanced ones per token, in units of their channels.
     """
-    if low_format.balanced:
+    if low_format.keys_per_token:
         return _per_token(frame.rank(keys) / frame.unit.float(), low_format.key_bits[0])
     x, unit = frame.rank(keys), frame.unit.float()
     top = _tops(low_format, keys.shape[-1])
@@ -194,7 +194,7 @@ def quantize_keys(keys: torch.Tensor, frame: KeyFrame, low_format: LowFormat) ->
 def dequantize_keys(quantized: Quantized, frame: KeyFrame, low_format: LowFormat) -> torch.Tensor:
     """Undo :func:`quantize_keys`, float32."""
     ranked = quantized.dequantize()
-    return frame.restore(ranked * frame.unit.float() if low_format.balanced else ranked)
+    return frame.restore(ranked * frame.unit.float() if low_format.keys_per_token else ranked)
 
 
 def quantize_values(values: torch.Tensor, bits: int) -> Quantized:

@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Literal, Self
 
 LINE_BYTES = 64
-CHUNK_TOKENS = 32
+LOW_RECORD_TOKENS = 32
 """Tokens of one low-tier record."""
-GROUP_TOKENS = 16
+HIGH_RECORD_TOKENS = 16
 """Tokens of one high-tier record."""
 BAND_CHANNELS = 16
 """Key channels, neighbours by rank, that share their bits in the low tier."""
@@ -51,7 +51,7 @@ class LowFormat:
         falling = sorted(self.key_bits, reverse=True) == list(self.key_bits)
         if not (falling and set(self.key_bits) <= {2, 3, 4, 5, 6} and len(self.key_bits) == 4):
             raise ValueError(f"{self.name}: keys take 2 to 6 bits in each quarter, falling")
-        if self.balanced and len(set(self.key_bits)) > 1:
+        if self.keys_per_token and len(set(self.key_bits)) > 1:
             raise ValueError(f"{self.name}: balanced keys have all channels alike")
         if self.value_bits not in {2, 3, 4, 5}:
             raise ValueError(f"{self.name}: values take 2 to 5 bits")
@@ -62,12 +62,12 @@ class LowFormat:
 
         ``B4V3`` is balanced, with 4 for a key and 3 for a value.
         """
-        if self.balanced:
+        if self.keys_per_token:
             return f"B{self.key_bits[0]}V{self.value_bits}"
         return f"K{''.join(map(str, self.key_bits))}V{self.value_bits}"
 
     @property
-    def balanced(self) -> bool:
+    def keys_per_token(self) -> bool:
         return self.codec == "balanced"
 
     @classmethod
@@ -90,7 +90,9 @@ class LowFormat:
 
         Bit 16 is set if they are balanced.
         """
-        return sum(bits << 4 * i for i, bits in enumerate(self.key_bits)) | self.balanced << 16
+        return (
+            sum(bits << 4 * i for i, bits in enumerate(self.key_bits)) | self.keys_per_token << 16
+        )
 
     @property
     def token_bits(self) -> float:
@@ -151,15 +153,17 @@ class LowLayout:
 
     @cached_property
     def values(self) -> int:
-        return CHUNK_TOKENS * sum(self.low_format.channel_bits(self.head_dim)) // 8
+        return LOW_RECORD_TOKENS * sum(self.low_format.channel_bits(self.head_dim)) // 8
 
     @cached_property
     def key_scales(self) -> int:
-        return self.values + CHUNK_TOKENS * self.head_dim * self.low_format.value_bits // 8
+        return self.values + LOW_RECORD_TOKENS * self.head_dim * self.low_format.value_bits // 8
 
     @cached_property
     def key_zeros(self) -> int:
-        return self.key_scales + (CHUNK_TOKENS if self.low_format.balanced else self.head_dim)
+        return self.key_scales + (
+            LOW_RECORD_TOKENS if self.low_format.keys_per_token else self.head_dim
+        )
 
     @cached_property
     def value_scales(self) -> int:
@@ -167,12 +171,12 @@ class LowLayout:
 
     @cached_property
     def value_zeros(self) -> int:
-        return self.value_scales + CHUNK_TOKENS * self.value_groups
+        return self.value_scales + LOW_RECORD_TOKENS * self.value_groups
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of the whole record."""
-        return lines(self.value_zeros + CHUNK_TOKENS * self.value_groups)
+        return lines(self.value_zeros + LOW_RECORD_TOKENS * self.value_groups)
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ class HighLayout:
 
     @cached_property
     def values(self) -> int:
-        return GROUP_TOKENS * self.head_dim * self.bits // 8
+        return HIGH_RECORD_TOKENS * self.head_dim * self.bits // 8
 
     @cached_property
     def key_scales(self) -> int:
@@ -201,16 +205,16 @@ class HighLayout:
 
     @cached_property
     def value_scales(self) -> int:
-        return self.key_scales + (2 * GROUP_TOKENS if self.bits == 8 else 0)
+        return self.key_scales + (2 * HIGH_RECORD_TOKENS if self.bits == 8 else 0)
 
     @cached_property
     def scores(self) -> int:
-        return self.value_scales + (2 * GROUP_TOKENS if self.bits == 8 else 0)
+        return self.value_scales + (2 * HIGH_RECORD_TOKENS if self.bits == 8 else 0)
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of the whole record."""
-        return self.scores + 4 * GROUP_TOKENS
+        return self.scores + 4 * HIGH_RECORD_TOKENS
 
 
 @dataclass(frozen=True)
@@ -251,5 +255,5 @@ class TierGeometry:
 
     def high_bytes(self, num_tokens: int) -> int:
         """Bytes of the header and the high tier with ``num_tokens`` tokens."""
-        groups = -(-num_tokens // GROUP_TOKENS)
+        groups = -(-num_tokens // HIGH_RECORD_TOKENS)
         return self.header_bytes + groups * self.high.num_bytes

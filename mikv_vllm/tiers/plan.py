@@ -9,9 +9,9 @@ from functools import cache, cached_property, lru_cache
 from typing import Self
 
 from mikv_vllm.tiers.formats import (
-    CHUNK_TOKENS,
-    GROUP_TOKENS,
+    HIGH_RECORD_TOKENS,
     LADDER,
+    LOW_RECORD_TOKENS,
     LowFormat,
     TierGeometry,
 )
@@ -25,8 +25,8 @@ def high_fraction(geometry: TierGeometry, low_format: LowFormat, ratio: float) -
 
     Above 1.0 or below 0.0 where the format alone is smaller or larger than that.
     """
-    low = geometry.low(low_format).num_bytes / CHUNK_TOKENS
-    high = geometry.high.num_bytes / GROUP_TOKENS
+    low = geometry.low(low_format).num_bytes / LOW_RECORD_TOKENS
+    high = geometry.high.num_bytes / HIGH_RECORD_TOKENS
     return (geometry.token_bytes / ratio - low) / (high - low)
 
 
@@ -36,8 +36,8 @@ def largest_ratio(
 ) -> float:
     """Largest compression ratio that a model may be asked for, rounded down to a tenth."""
     geometry = TierGeometry(head_dim, 1, high_bits)
-    low = geometry.low(ladder[-1]).num_bytes / CHUNK_TOKENS
-    high = geometry.high.num_bytes / GROUP_TOKENS
+    low = geometry.low(ladder[-1]).num_bytes / LOW_RECORD_TOKENS
+    high = geometry.high.num_bytes / HIGH_RECORD_TOKENS
     stored = low + LEAST_HIGH_FRACTION * (high - low)
     return math.floor(10 * geometry.token_bytes / stored) / 10
 
@@ -54,8 +54,8 @@ def pages_needed(
     One more than the ratio allows for: a step may take the next page early.
     """
     planner = TierPlanner.choose(geometry, ratio, recent, num_tokens, ladder)
-    state = planner.compress(num_tokens) if ratio > 1.0 else None
-    return state.pages + 1 if state else planner.native_pages(num_tokens)
+    sizes = planner.compress(num_tokens) if ratio > 1.0 else None
+    return sizes.pages + 1 if sizes else planner.native_pages(num_tokens)
 
 
 @lru_cache(256)
@@ -78,21 +78,21 @@ def most_tokens(
 
 
 @dataclass(frozen=True)
-class TierState:
+class TierSizes:
     """Sizes of one compressed request, the same in every layer and head.
 
-    ``low_end`` is the stream offset behind the last low chunk, in bytes; the low tier covers
-    ``low_chunks`` records below it.
+    ``low_end_bytes`` is the stream offset behind the last low chunk, in bytes; the low tier covers
+    ``low_records`` records below it.
     """
 
     pages: int
     high_tokens: int
-    low_chunks: int
-    low_end: int
+    low_records: int
+    low_end_bytes: int
 
     @property
     def low_tokens(self) -> int:
-        return CHUNK_TOKENS * self.low_chunks
+        return LOW_RECORD_TOKENS * self.low_records
 
     @property
     def num_tokens(self) -> int:
@@ -107,12 +107,14 @@ class AppendStep:
     demoted is then the least important of all, high tokens and new ones.
     """
 
+    new_tokens: int
+    """Tokens that join: 1 in a decode step."""
     new_pages: int
-    moved_chunks: int
-    """Lowest-lying chunks that move to below the new ``low_end``, into new pages."""
-    demoted_chunks: int
+    moved_records: int
+    """Lowest-lying chunks that move to below the new ``low_end_bytes``, into new pages."""
+    demoted_records: int
     """Times 32 high tokens that become one low chunk."""
-    state: TierState
+    after: TierSizes
     """Sizes afterwards."""
 
 
@@ -174,7 +176,7 @@ class TierPlanner:
         return self.recent + int(LEAST_HIGH_FRACTION / 2 * num_tokens)
 
     @cached_property
-    def chunk_bytes(self) -> int:
+    def low_record_bytes(self) -> int:
         """Bytes of a low chunk."""
         return self.geometry.low(self.low_format).num_bytes
 
@@ -187,74 +189,84 @@ class TierPlanner:
         """Pages that ``num_tokens`` uncompressed tokens take."""
         return -(-num_tokens // self.geometry.block_size)
 
-    def _fit(self, num_tokens: int, pages: int) -> TierState | None:
+    def _fit(self, num_tokens: int, pages: int) -> TierSizes | None:
         """The sizes with the most high tokens in ``pages``, or None if nothing fits."""
-        low_end = pages * self.geometry.page_bytes
-        chunk = self.chunk_bytes
+        low_end_bytes = pages * self.geometry.page_bytes
+        chunk = self.low_record_bytes
         group = self.geometry.high.num_bytes
-        free = low_end - self.geometry.header_bytes
+        free = low_end_bytes - self.geometry.header_bytes
         # All high first; every chunk then frees the bytes of two groups for those of a chunk.
-        excess = self.geometry.high_bytes(num_tokens) - low_end
+        excess = self.geometry.high_bytes(num_tokens) - low_end_bytes
         chunks = max(0, math.ceil(excess / (2 * group - chunk)))
-        high_tokens = num_tokens - CHUNK_TOKENS * chunks
+        high_tokens = num_tokens - LOW_RECORD_TOKENS * chunks
         least = self.least_high(num_tokens)
         if high_tokens < least:
             return None
-        if chunks and (free - chunks * chunk) // group * GROUP_TOKENS < CHUNK_TOKENS + least:
+        if (
+            chunks
+            and (free - chunks * chunk) // group * HIGH_RECORD_TOKENS < LOW_RECORD_TOKENS + least
+        ):
             # The next demotion would leave too few.
             return None
-        return TierState(pages, high_tokens, chunks, low_end)
+        return TierSizes(pages, high_tokens, chunks, low_end_bytes)
 
-    def compress(self, num_tokens: int) -> TierState | None:
+    def compress(self, num_tokens: int) -> TierSizes | None:
         """Sizes of a native request of ``num_tokens`` once compressed; None if no page is saved."""
         pages = self._first_pages(num_tokens)
         while pages < self.native_pages(num_tokens):
-            if state := self._fit(num_tokens, pages):
-                return state
+            if sizes := self._fit(num_tokens, pages):
+                return sizes
             pages += 1
         return None
 
-    def append(self, state: TierState) -> AppendStep:
+    def append(self, sizes: TierSizes) -> AppendStep:
         """Plan one decode step of a compressed request."""
-        pages, high, low, low_end = state.pages, state.high_tokens, state.low_chunks, state.low_end
-        if high % GROUP_TOKENS:  # the last group has room
-            return AppendStep(0, 0, 0, TierState(pages, high + 1, low, low_end))
-        geometry, chunk = self.geometry, self.chunk_bytes
+        pages, high, low, low_end_bytes = (
+            sizes.pages,
+            sizes.high_tokens,
+            sizes.low_records,
+            sizes.low_end_bytes,
+        )
+        if high % HIGH_RECORD_TOKENS:  # the last group has room
+            return AppendStep(1, 0, 0, 0, TierSizes(pages, high + 1, low, low_end_bytes))
+        geometry, chunk = self.geometry, self.low_record_bytes
         new_pages = moved = demoted = 0
 
         def full() -> bool:
-            return geometry.high_bytes(high + 1) > low_end - low * chunk
+            return geometry.high_bytes(high + 1) > low_end_bytes - low * chunk
 
         if full():
-            new_pages = max(0, self.budget(state.num_tokens + 1) - pages)
-            if not new_pages and high - CHUNK_TOKENS >= self.least_high(state.num_tokens):
-                high -= CHUNK_TOKENS
+            new_pages = max(0, self.budget(sizes.num_tokens + 1) - pages)
+            if not new_pages and high - LOW_RECORD_TOKENS >= self.least_high(sizes.num_tokens):
+                high -= LOW_RECORD_TOKENS
                 low += 1
                 demoted = 1
             new_pages = new_pages or int(full())
             pages += new_pages
             if new_pages:
-                moved, low_end = self._moved(state, pages)
-        return AppendStep(new_pages, moved, demoted, TierState(pages, high + 1, low, low_end))
+                moved, low_end_bytes = self._moved(sizes, pages)
+        return AppendStep(
+            1, new_pages, moved, demoted, TierSizes(pages, high + 1, low, low_end_bytes)
+        )
 
-    def extend(self, state: TierState, count: int) -> AppendStep:
+    def extend(self, sizes: TierSizes, count: int) -> AppendStep:
         """Plan how a compressed request takes in the next ``count`` tokens of its prompt."""
-        geometry, chunk = self.geometry, self.chunk_bytes
-        num_tokens = state.num_tokens + count
+        geometry, chunk = self.geometry, self.low_record_bytes
+        num_tokens = sizes.num_tokens + count
         least = self.least_high(num_tokens)
-        pages = max(state.pages, self._first_pages(num_tokens))
+        pages = max(sizes.pages, self._first_pages(num_tokens))
         while True:
-            moved, low_end = 0, state.low_end
-            if pages > state.pages:
-                moved, low_end = self._moved(state, pages)
-            room = low_end - geometry.header_bytes
-            high, low = state.high_tokens + count, state.low_chunks
-            while high > self._high_room(room - low * chunk) and high - CHUNK_TOKENS >= least:
-                high -= CHUNK_TOKENS
+            moved, low_end_bytes = 0, sizes.low_end_bytes
+            if pages > sizes.pages:
+                moved, low_end_bytes = self._moved(sizes, pages)
+            room = low_end_bytes - geometry.header_bytes
+            high, low = sizes.high_tokens + count, sizes.low_records
+            while high > self._high_room(room - low * chunk) and high - LOW_RECORD_TOKENS >= least:
+                high -= LOW_RECORD_TOKENS
                 low += 1
             if high <= self._high_room(room - low * chunk):
-                after = TierState(pages, high, low, low_end)
-                return AppendStep(pages - state.pages, moved, low - state.low_chunks, after)
+                after = TierSizes(pages, high, low, low_end_bytes)
+                return AppendStep(count, pages - sizes.pages, moved, low - sizes.low_records, after)
             pages += 1
 
     def _first_pages(self, num_tokens: int) -> int:
@@ -264,12 +276,12 @@ class TierPlanner:
 
     def _high_room(self, num_bytes: int) -> int:
         """High tokens that fit into ``num_bytes``."""
-        return num_bytes // self.geometry.high.num_bytes * GROUP_TOKENS
+        return num_bytes // self.geometry.high.num_bytes * HIGH_RECORD_TOKENS
 
-    def _moved(self, state: TierState, pages: int) -> tuple[int, int]:
+    def _moved(self, sizes: TierSizes, pages: int) -> tuple[int, int]:
         """Chunks that move when the stream grows to ``pages``, and where the low tier then ends."""
-        end, chunk = pages * self.geometry.page_bytes, self.chunk_bytes
-        moved = (end - state.low_end) // chunk
-        if moved >= state.low_chunks:
-            return state.low_chunks, end
-        return moved, state.low_end + moved * chunk
+        end, chunk = pages * self.geometry.page_bytes, self.low_record_bytes
+        moved = (end - sizes.low_end_bytes) // chunk
+        if moved >= sizes.low_records:
+            return sizes.low_records, end
+        return moved, sizes.low_end_bytes + moved * chunk

@@ -12,13 +12,13 @@ import torch
 
 from mikv_vllm.tiers import codec, packing
 from mikv_vllm.tiers.formats import (
-    CHUNK_TOKENS,
-    GROUP_TOKENS,
+    HIGH_RECORD_TOKENS,
     KEY_ZERO_STEPS,
+    LOW_RECORD_TOKENS,
     LowFormat,
     TierGeometry,
 )
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 
 class Stream:
@@ -61,19 +61,19 @@ def write_frame(stream: Stream, frame: codec.KeyFrame) -> None:
     stream.write(0, torch.cat([numbers, frame.order.to(torch.uint8)]))
 
 
-def group_offset(geometry: TierGeometry, group: int) -> int:
+def high_record_offset(geometry: TierGeometry, group: int) -> int:
     """Stream offset of a high group."""
     return geometry.header_bytes + group * geometry.high.num_bytes
 
 
-def chunk_offset(
-    geometry: TierGeometry, low_format: LowFormat, state: TierState, chunk: int
+def low_record_offset(
+    geometry: TierGeometry, low_format: LowFormat, sizes: TierSizes, chunk: int
 ) -> int:
     """Stream offset of a low chunk; chunk 0 lies lowest."""
-    return state.low_end - (state.low_chunks - chunk) * geometry.low(low_format).num_bytes
+    return sizes.low_end_bytes - (sizes.low_records - chunk) * geometry.low(low_format).num_bytes
 
 
-def write_chunk(
+def write_low_record(
     stream: Stream,
     geometry: TierGeometry,
     low_format: LowFormat,
@@ -96,13 +96,13 @@ def write_chunk(
     stream.write(offset + layout.value_zeros, quantized.zeros)
 
 
-def read_chunk(
+def read_low_record(
     stream: Stream, geometry: TierGeometry, low_format: LowFormat, offset: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values ``[32, head_dim]`` of a chunk, dequantized and rotated back, float32."""
     layout = geometry.low(low_format)
     head_dim, groups = geometry.head_dim, layout.value_groups
-    num_tiles = CHUNK_TOKENS * head_dim // 64
+    num_tiles = LOW_RECORD_TOKENS * head_dim // 64
 
     def part(start: int, num_bytes: int) -> torch.Tensor:
         return stream.read(offset + start, num_bytes)
@@ -110,10 +110,10 @@ def read_chunk(
     bands = low_format.band_bits(head_dim)
     tiles = packing.unpack_bands(part(layout.keys, layout.values), bands)
     frame = read_frame(stream, geometry)
-    integers = packing.key_tiles_inverse(tiles, CHUNK_TOKENS)
+    integers = packing.key_tiles_inverse(tiles, LOW_RECORD_TOKENS)
     scales = part(layout.key_scales, layout.key_zeros - layout.key_scales)
     zeros = part(layout.key_zeros, len(scales)).view(torch.int8)
-    if low_format.balanced:
+    if low_format.keys_per_token:
         steps = codec.decode_scale(scales)[:, None]
         quantized = codec.Quantized(integers, scales, steps, zeros[:, None])
     else:
@@ -123,16 +123,18 @@ def read_chunk(
     tiles = packing.unpack(
         part(layout.values, layout.key_scales - layout.values), low_format.value_bits, num_tiles
     )
-    integers = packing.value_tiles_inverse(tiles, CHUNK_TOKENS)
-    integers = integers.reshape(CHUNK_TOKENS, groups, head_dim // groups).movedim(0, 1)
-    scales = part(layout.value_scales, groups * CHUNK_TOKENS).reshape(groups, CHUNK_TOKENS, 1)
+    integers = packing.value_tiles_inverse(tiles, LOW_RECORD_TOKENS)
+    integers = integers.reshape(LOW_RECORD_TOKENS, groups, head_dim // groups).movedim(0, 1)
+    scales = part(layout.value_scales, groups * LOW_RECORD_TOKENS).reshape(
+        groups, LOW_RECORD_TOKENS, 1
+    )
     values = codec.Quantized(
         integers,
         scales,
         codec.decode_scale(scales),
-        part(layout.value_zeros, groups * CHUNK_TOKENS)
+        part(layout.value_zeros, groups * LOW_RECORD_TOKENS)
         .view(torch.int8)
-        .reshape(groups, CHUNK_TOKENS, 1),
+        .reshape(groups, LOW_RECORD_TOKENS, 1),
     ).dequantize()
     return keys, codec.rotate(codec.merge_value_groups(values))
 
@@ -149,8 +151,8 @@ def write_high(
     layout = geometry.high
     write_scores(stream, geometry, first, scores)
     for i, (key, value) in enumerate(zip(keys, values, strict=True), first):
-        group, slot = divmod(i, GROUP_TOKENS)
-        base = group_offset(geometry, group)
+        group, slot = divmod(i, HIGH_RECORD_TOKENS)
+        base = high_record_offset(geometry, group)
         if layout.bits == 16:
             stream.write(base + layout.keys + slot * 2 * len(key), key)
             stream.write(base + layout.values + slot * 2 * len(value), value)
@@ -166,9 +168,9 @@ def write_high(
             ),
         ):
             integers, scale = codec.quantize_high(tensor[None])
-            size = GROUP_TOKENS * len(tensor)
+            size = HIGH_RECORD_TOKENS * len(tensor)
             tiles = stream.read(base + start, size).reshape(-1, 64)
-            rows = inverse(tiles, GROUP_TOKENS)
+            rows = inverse(tiles, HIGH_RECORD_TOKENS)
             rows[slot] = integers[0]
             stream.write(base + start, tiles_of(rows))
             stream.write(base + scale_start + 2 * slot, scale)
@@ -177,8 +179,8 @@ def write_high(
 def write_scores(stream: Stream, geometry: TierGeometry, first: int, scores: torch.Tensor) -> None:
     """Store importance scores ``[n]`` of the high tokens ``first ..``."""
     for i, score in enumerate(scores.float(), first):
-        group, slot = divmod(i, GROUP_TOKENS)
-        offset = group_offset(geometry, group) + geometry.high.scores + 4 * slot
+        group, slot = divmod(i, HIGH_RECORD_TOKENS)
+        offset = high_record_offset(geometry, group) + geometry.high.scores + 4 * slot
         stream.write(offset, score.reshape(1))
 
 
@@ -188,10 +190,10 @@ def read_high(
     """Keys and values ``[n, head_dim]`` and scores ``[n]`` of the high tier, float32."""
     layout, head_dim = geometry.high, geometry.head_dim
     keys, values, scores = [], [], []
-    for group in range(-(-num_tokens // GROUP_TOKENS)):
-        data = stream.read(group_offset(geometry, group), layout.num_bytes)
+    for group in range(-(-num_tokens // HIGH_RECORD_TOKENS)):
+        data = stream.read(high_record_offset(geometry, group), layout.num_bytes)
         scores.append(data[layout.scores :].view(torch.float32))
-        size = GROUP_TOKENS * head_dim * layout.bits // 8
+        size = HIGH_RECORD_TOKENS * head_dim * layout.bits // 8
         raw_keys, raw_values = data[:size], data[size : 2 * size]
         if layout.bits == 16:
             keys.append(raw_keys.view(dtype).reshape(-1, head_dim).float())
@@ -199,8 +201,8 @@ def read_high(
             continue
         key_scales = data[layout.key_scales : layout.value_scales].view(torch.float16)
         value_scales = data[layout.value_scales : layout.scores].view(torch.float16)
-        key_rows = packing.key_tiles_inverse(raw_keys.reshape(-1, 64), GROUP_TOKENS)
-        value_rows = packing.value_tiles_inverse(raw_values.reshape(-1, 64), GROUP_TOKENS)
+        key_rows = packing.key_tiles_inverse(raw_keys.reshape(-1, 64), HIGH_RECORD_TOKENS)
+        value_rows = packing.value_tiles_inverse(raw_values.reshape(-1, 64), HIGH_RECORD_TOKENS)
         keys.append(codec.dequantize_high(key_rows, key_scales))
         values.append(codec.dequantize_high(value_rows, value_scales))
     if not keys:
@@ -228,7 +230,7 @@ def compress(
     table: list[int],
     geometry: TierGeometry,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
     keys: torch.Tensor,
     values: torch.Tensor,
     scores: torch.Tensor,
@@ -241,64 +243,64 @@ def compress(
         keys, values: ``[tokens, kv_heads, head_dim]`` in the cache's dtype.
         scores: ``[kv_heads, tokens]``, float32.
         queries: ``[n, heads, head_dim]``, the last ones of the prompt.
-        state: sizes to reach; ``state.num_tokens`` equals ``tokens``.
+        sizes: sizes to reach; ``sizes.num_tokens`` equals ``tokens``.
     """
     for head in range(pages.shape[1]):
         stream = Stream(pages, table, head)
         k, v = keys[:, head], values[:, head]
-        high = select_high(scores[head], state.high_tokens, recent)
+        high = select_high(scores[head], sizes.high_tokens, recent)
         write_high(stream, geometry, 0, k[high], v[high], scores[head][high])
         is_low = torch.ones(len(k), dtype=torch.bool)
         is_low[high] = False
         low = is_low.nonzero().flatten()
         shared = queries.unflatten(1, (pages.shape[1], -1))[:, head].flatten(0, 1)
         write_frame(stream, codec.key_frame(k, k[low], shared, low_format))
-        for chunk in range(state.low_chunks):
-            tokens = low[CHUNK_TOKENS * chunk : CHUNK_TOKENS * (chunk + 1)]
-            offset = chunk_offset(geometry, low_format, state, chunk)
-            write_chunk(stream, geometry, low_format, offset, k[tokens], v[tokens])
+        for chunk in range(sizes.low_records):
+            tokens = low[LOW_RECORD_TOKENS * chunk : LOW_RECORD_TOKENS * (chunk + 1)]
+            offset = low_record_offset(geometry, low_format, sizes, chunk)
+            write_low_record(stream, geometry, low_format, offset, k[tokens], v[tokens])
 
 
-def move_chunks(
+def move_low_records(
     stream: Stream,
     geometry: TierGeometry,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
     count: int,
-    low_end: int,
-) -> TierState:
-    """Move the ``count`` lowest-lying chunks to below ``low_end``; returns the new sizes."""
+    low_end_bytes: int,
+) -> TierSizes:
+    """Move the ``count`` lowest-lying chunks to below ``low_end_bytes``; returns the new sizes."""
     size = geometry.low(low_format).num_bytes
     for i in range(count):
-        start = chunk_offset(geometry, low_format, state, i)
-        stream.write(low_end - (count - i) * size, stream.read(start, size))
-    return replace(state, low_end=low_end)
+        start = low_record_offset(geometry, low_format, sizes, i)
+        stream.write(low_end_bytes - (count - i) * size, stream.read(start, size))
+    return replace(sizes, low_end_bytes=low_end_bytes)
 
 
 def demote(
     stream: Stream,
     geometry: TierGeometry,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
     recent: int,
     dtype: torch.dtype,
-) -> TierState:
+) -> TierSizes:
     """Turn the 32 least important high tokens into a low chunk; returns the new sizes.
 
     The ``recent`` newest stay; of equal scores the earlier token goes first; the rest keep
     their order.
     """
-    keys, values, scores = read_high(stream, geometry, state.high_tokens, dtype)
-    order = torch.sort(scores[: state.high_tokens - recent], stable=True).indices
-    victims = order[:CHUNK_TOKENS].sort().values
-    keep = torch.ones(state.high_tokens, dtype=torch.bool)
+    keys, values, scores = read_high(stream, geometry, sizes.high_tokens, dtype)
+    order = torch.sort(scores[: sizes.high_tokens - recent], stable=True).indices
+    victims = order[:LOW_RECORD_TOKENS].sort().values
+    keep = torch.ones(sizes.high_tokens, dtype=torch.bool)
     keep[victims] = False
     _keep_high(stream, geometry, keep, scores, (keys, values), dtype)
     after = replace(
-        state, high_tokens=state.high_tokens - CHUNK_TOKENS, low_chunks=state.low_chunks + 1
+        sizes, high_tokens=sizes.high_tokens - LOW_RECORD_TOKENS, low_records=sizes.low_records + 1
     )
-    offset = chunk_offset(geometry, low_format, after, 0)
-    write_chunk(stream, geometry, low_format, offset, keys[victims], values[victims])
+    offset = low_record_offset(geometry, low_format, after, 0)
+    write_low_record(stream, geometry, low_format, offset, keys[victims], values[victims])
     return after
 
 
@@ -323,26 +325,28 @@ def _compact(stream: Stream, geometry: TierGeometry, keep: torch.Tensor) -> None
     """Close the holes of an 8-bit high tier, scores excepted: nothing is quantized again."""
     layout, head_dim = geometry.high, geometry.head_dim
     num_tokens = len(keep)
-    groups = -(-num_tokens // GROUP_TOKENS)
-    offsets = [group_offset(geometry, group) for group in range(groups)]
+    groups = -(-num_tokens // HIGH_RECORD_TOKENS)
+    offsets = [high_record_offset(geometry, group) for group in range(groups)]
     records = [stream.read(offset, layout.num_bytes) for offset in offsets]
-    size = GROUP_TOKENS * head_dim
+    size = HIGH_RECORD_TOKENS * head_dim
     for inverse, tiles_of, start in (
         (packing.key_tiles_inverse, packing.key_tiles, 0),
         (packing.value_tiles_inverse, packing.value_tiles, size),
     ):
-        rows = [inverse(r[start : start + size].reshape(-1, 64), GROUP_TOKENS) for r in records]
+        rows = [
+            inverse(r[start : start + size].reshape(-1, 64), HIGH_RECORD_TOKENS) for r in records
+        ]
         joined = torch.cat(rows)
         kept = joined[:num_tokens][keep]
         joined[: len(kept)] = kept
-        for offset, part in zip(offsets, joined.split(GROUP_TOKENS), strict=True):
+        for offset, part in zip(offsets, joined.split(HIGH_RECORD_TOKENS), strict=True):
             stream.write(offset + start, tiles_of(part))
     for start in (layout.key_scales, layout.value_scales):
-        scales = [r[start : start + 2 * GROUP_TOKENS].view(torch.float16) for r in records]
+        scales = [r[start : start + 2 * HIGH_RECORD_TOKENS].view(torch.float16) for r in records]
         joined = torch.cat(scales)
         kept = joined[:num_tokens][keep]
         joined[: len(kept)] = kept
-        for offset, part in zip(offsets, joined.split(GROUP_TOKENS), strict=True):
+        for offset, part in zip(offsets, joined.split(HIGH_RECORD_TOKENS), strict=True):
             stream.write(offset + start, part)
 
 
@@ -350,15 +354,15 @@ def restore(
     stream: Stream,
     geometry: TierGeometry,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values ``[tokens, head_dim]`` of both tiers, the high one first, float32."""
-    keys, values, _ = read_high(stream, geometry, state.high_tokens, dtype)
+    keys, values, _ = read_high(stream, geometry, sizes.high_tokens, dtype)
     parts = [(keys, values)]
-    for chunk in range(state.low_chunks):
-        offset = chunk_offset(geometry, low_format, state, chunk)
-        parts.append(read_chunk(stream, geometry, low_format, offset))
+    for chunk in range(sizes.low_records):
+        offset = low_record_offset(geometry, low_format, sizes, chunk)
+        parts.append(read_low_record(stream, geometry, low_format, offset))
     all_keys, all_values = zip(*parts, strict=True)
     return torch.cat(all_keys), torch.cat(all_values)
 
@@ -367,39 +371,39 @@ def extend(
     stream: Stream,
     geometry: TierGeometry,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
     step: AppendStep,
     keys: torch.Tensor,
     values: torch.Tensor,
     scores: torch.Tensor,
     keep: float,
     recent: int,
-) -> TierState:
+) -> TierSizes:
     """Take the next tokens of a prompt into the tiers; returns the new sizes.
 
     Args:
         keys, values: ``[n, head_dim]`` in the cache's dtype.
-        scores: ``[state.num_tokens + n]``, in the order of :func:`restore`, the new ones last.
+        scores: ``[sizes.num_tokens + n]``, in the order of :func:`restore`, the new ones last.
         keep: factor on the high tokens' own scores, to which theirs are added.
     """
-    before, dtype = state.high_tokens, keys.dtype
+    before, dtype = sizes.high_tokens, keys.dtype
     own_keys, own_values, own = read_high(stream, geometry, before, dtype)
-    scores = torch.cat([keep * own + scores[:before], scores[state.num_tokens :]])
+    scores = torch.cat([keep * own + scores[:before], scores[sizes.num_tokens :]])
     leaving = torch.zeros(len(scores), dtype=torch.bool)
     order = torch.sort(scores[: len(scores) - recent], stable=True).indices
-    leaving[order[: CHUNK_TOKENS * step.demoted_chunks]] = True
-    moved, low_end = step.moved_chunks, step.state.low_end
-    state = move_chunks(stream, geometry, low_format, state, moved, low_end)
-    state = replace(state, pages=step.state.pages)
+    leaving[order[: LOW_RECORD_TOKENS * step.demoted_records]] = True
+    moved, low_end_bytes = step.moved_records, step.after.low_end_bytes
+    sizes = move_low_records(stream, geometry, low_format, sizes, moved, low_end_bytes)
+    sizes = replace(sizes, pages=step.after.pages)
     stay, new_stay = ~leaving[:before], ~leaving[before:]
     _keep_high(stream, geometry, stay, scores[:before], (own_keys, own_values), dtype)
     low_keys = torch.cat([own_keys, keys.float()])[leaving]
     low_values = torch.cat([own_values, values.float()])[leaving]
-    for first in range(0, len(low_keys), CHUNK_TOKENS):
-        tokens = slice(first, first + CHUNK_TOKENS)
-        state = replace(state, low_chunks=state.low_chunks + 1)
-        offset = chunk_offset(geometry, low_format, state, 0)
-        write_chunk(stream, geometry, low_format, offset, low_keys[tokens], low_values[tokens])
+    for first in range(0, len(low_keys), LOW_RECORD_TOKENS):
+        tokens = slice(first, first + LOW_RECORD_TOKENS)
+        sizes = replace(sizes, low_records=sizes.low_records + 1)
+        offset = low_record_offset(geometry, low_format, sizes, 0)
+        write_low_record(stream, geometry, low_format, offset, low_keys[tokens], low_values[tokens])
     first, new_scores = int(stay.sum()), scores[before:]
     write_high(stream, geometry, first, keys[new_stay], values[new_stay], new_scores[new_stay])
-    return replace(state, high_tokens=first + int(new_stay.sum()))
+    return replace(sizes, high_tokens=first + int(new_stay.sum()))

@@ -18,17 +18,17 @@ def _page_bytes(cache: torch.Tensor) -> torch.Tensor:
     return cache.view(torch.uint8).reshape(cache.shape[0], cache.shape[1], -1)
 
 
-def _zeroed_low_tier(self, cache, native_table, tiered_table, state, low_format, scores, q):
-    _compress(self, cache, native_table, tiered_table, state, low_format, scores, q)
+def _zeroed_low_tier(self, cache, native_table, tiered_table, sizes, low_format, scores, q):
+    _compress(self, cache, native_table, tiered_table, sizes, low_format, scores, q)
     geometry = TierGeometry(cache.shape[-1] // 2, cache.shape[2])
-    first = state.low_end - state.low_chunks * geometry.low(low_format).num_bytes
+    first = sizes.low_end_bytes - sizes.low_records * geometry.low(low_format).num_bytes
     pages = _page_bytes(cache)
     for i, page in enumerate(tiered_table.tolist()):
         pages[page, :, max(0, first - i * geometry.page_bytes) :] = 0
 
 
-def _shuffled_heads(self, cache, native_table, tiered_table, state, low_format, scores, q):
-    _compress(self, cache, native_table, tiered_table, state, low_format, scores, q)
+def _shuffled_heads(self, cache, native_table, tiered_table, sizes, low_format, scores, q):
+    _compress(self, cache, native_table, tiered_table, sizes, low_format, scores, q)
     pages = _page_bytes(cache)
     index = tiered_table.long()
     pages[index] = pages[index].roll(1, dims=1)
@@ -43,8 +43,8 @@ def _zeroed_output(self, cache, batch, query, key, value, output):
     output.zero_()
 
 
-def _zeroed_workspace(self, cache, tiered_table, state, low_format, native):
-    _restore(self, cache, tiered_table, state, low_format, native)
+def _zeroed_workspace(self, cache, tiered_table, sizes, low_format, native):
+    _restore(self, cache, tiered_table, sizes, low_format, native)
     native.zero_()
 
 

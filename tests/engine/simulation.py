@@ -27,7 +27,7 @@ from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.step_plan import TieredSchedulerOutput
 from mikv_vllm.engine.worker_context import WorkerContext
 from mikv_vllm.kernels.batch import HIGH, LOW, PAGES
-from mikv_vllm.tiers.formats import CHUNK_TOKENS
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
 
 HEAD_DIM = 64
 MAX_MODEL_LEN = 8192
@@ -190,12 +190,12 @@ class Simulation:
             self._read_native(request_id, computed[request_id] + scheduled[request_id])
         for request_id in native:
             if step := plan.compress.get(request_id):
-                self._read_native(request_id, step.state.num_tokens)
+                self._read_native(request_id, step.after.num_tokens)
                 for page in step.tiered_pages:
                     self._check_private(page)
                     self.memory[page] = request_id
         for request_id, step in plan.extend.items():
-            assert step.append.state.num_tokens == computed[request_id] + scheduled[request_id]
+            assert step.append.after.num_tokens == computed[request_id] + scheduled[request_id]
         for request_id, step in (plan.decode | plan.extend).items():
             assert step.before.num_tokens == computed[request_id]
             for page in step.new_pages:
@@ -204,7 +204,7 @@ class Simulation:
         tiered = [r for r in scheduled if r in tiers]
         rows, tables = tiers.rows(tiers.slots(tiered), np.zeros(len(tiered)))
         for request_id, row, table in zip(tiered, rows, tables, strict=True):
-            num_tokens = row[HIGH] + CHUNK_TOKENS * row[LOW]
+            num_tokens = row[HIGH] + LOW_RECORD_TOKENS * row[LOW]
             assert num_tokens == computed[request_id], "the worker's sizes are not the request's"
             assert scheduled[request_id] == 1 or request_id in plan.extend
             assert tiers.table(request_id).tolist() == table[: row[PAGES]].tolist()
@@ -280,10 +280,10 @@ class Simulation:
         assert len(holders) + self.pool.get_num_free_blocks() == total, "a page was leaked"
         for request_id, tiered in tiers.tiered.items():
             blocks = tiers.req_to_blocks[request_id]
-            assert len(blocks) == tiered.state.pages
+            assert len(blocks) == tiered.sizes.pages
             assert all(holders[b.block_id] == 1 for b in blocks), "a tiered page is shared"
             request = self.scheduler.requests[request_id]
-            assert tiered.state.num_tokens == request.num_computed_tokens
+            assert tiered.sizes.num_tokens == request.num_computed_tokens
         totals = TierTotals()
         for tiered in tiers.tiered.values():
             totals.count(tiered, 1)

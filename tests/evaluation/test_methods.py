@@ -117,13 +117,13 @@ def test_ours_is_what_the_oracle_writes(cache, ratio, codec):
     stream = reference.Stream(pages, table, 0)
     keys, values, _ = reference.read_high(stream, geometry, state.high_tokens, torch.float32)
     chunks = [
-        reference.read_chunk(
+        reference.read_low_record(
             stream,
             geometry,
             planner.low_format,
-            reference.chunk_offset(geometry, planner.low_format, state, chunk),
+            reference.low_record_offset(geometry, planner.low_format, state, chunk),
         )
-        for chunk in range(state.low_chunks)
+        for chunk in range(state.low_records)
     ]
     stored = MiKV(ratio, codec=codec).store(cache)
     assert stored.num_bytes == pages.numel()

@@ -15,7 +15,7 @@ from .tiered_cache import (
     new_pages,
     permutation,
     read_tiers,
-    state_of,
+    sizes_of,
     tokens,
     write_native,
 )
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("isa")
     ("shape", "low_format", "high", "chunks", "order"),
     [
         (Shape(), LowFormat((6, 4, 3, 3), 3), 40, 9, None),
-        (Shape(64, block_size=16, group=1), LowFormat((6, 5, 5, 4), 4), 16, 4, 1),
+        (Shape(64, block_size=16, queries_per_kv_head=1), LowFormat((6, 5, 5, 4), 4), 16, 4, 1),
         (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 3), 47, 5, 2),
         (Shape(96, block_size=32), LowFormat((5, 3, 2, 2), 2), 33, 6, None),
         (Shape(128, block_size=128), LowFormat((4, 2, 2, 2), 2), 64, 12, None),
@@ -42,15 +42,15 @@ pytestmark = pytest.mark.usefixtures("isa")
     ],
 )
 def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, order, threads):
-    state = state_of(shape, low_format, high, chunks)
-    keys, values = tokens(shape, state.num_tokens, seed=high)
-    scores = torch.rand(shape.kv_heads, state.num_tokens + 5)
-    scores[:, : state.num_tokens // 2] = scores[:, :1]  # ties
+    sizes = sizes_of(shape, low_format, high, chunks)
+    keys, values = tokens(shape, sizes.num_tokens, seed=high)
+    scores = torch.rand(shape.kv_heads, sizes.num_tokens + 5)
+    scores[:, : sizes.num_tokens // 2] = scores[:, :1]  # ties
     q = last_queries(shape)
     index = permutation(shape, order)
-    num_native = -(-state.num_tokens // shape.block_size)
-    order = torch.randperm(num_native + state.pages + 2).tolist()
-    native, tiered = order[:num_native], order[num_native : num_native + state.pages]
+    num_native = -(-sizes.num_tokens // shape.block_size)
+    order = torch.randperm(num_native + sizes.pages + 2).tolist()
+    native, tiered = order[:num_native], order[num_native : num_native + sizes.pages]
     pages = new_pages(shape, len(order), poison=None)
     write_native(pages, native, shape, keys, values, index)
     expected, before = pages.clone(), pages.clone()
@@ -59,23 +59,23 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, orde
         tiered,
         shape.geometry,
         low_format,
-        state,
+        sizes,
         keys,
         values,
-        scores[:, : state.num_tokens],
+        scores[:, : sizes.num_tokens],
         q,
         RECENT,
     )
-    layer(shape, index).compress(pages, native, tiered, state, low_format, scores, q)
-    assert_same_tiers(pages, expected, tiered, shape, low_format, state)
+    layer(shape, index).compress(pages, native, tiered, sizes, low_format, scores, q)
+    assert_same_tiers(pages, expected, tiered, shape, low_format, sizes)
     others = [p for p in range(len(order)) if p not in tiered]
     assert torch.equal(pages[others], before[others])
 
     in_place = before.clone()
-    table = native[: state.pages]
-    layer(shape, index).compress(in_place, native, table, state, low_format, scores, q)
+    table = native[: sizes.pages]
+    layer(shape, index).compress(in_place, native, table, sizes, low_format, scores, q)
     for head in range(shape.kv_heads):
-        arguments = (head, shape, low_format, state)
+        arguments = (head, shape, low_format, sizes)
         assert torch.equal(
             live_bytes(in_place, table, *arguments), live_bytes(pages, tiered, *arguments)
         )
@@ -85,9 +85,9 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, orde
     ("shape", "num_tokens", "num_queries", "kwargs"),
     [
         (Shape(), 300, 32, {}),
-        (Shape(64, group=1, block_size=16), 65, 65, {"softcap": 5.0}),
-        (Shape(80, group=4, dtype=torch.float16), 129, 7, {"sinks": True}),
-        (Shape(96, group=8, kv_heads=1, block_size=32), 500, 40, {}),
+        (Shape(64, queries_per_kv_head=1, block_size=16), 65, 65, {"softcap": 5.0}),
+        (Shape(80, queries_per_kv_head=4, dtype=torch.float16), 129, 7, {"sinks": True}),
+        (Shape(96, queries_per_kv_head=8, kv_heads=1, block_size=32), 500, 40, {}),
         (Shape(128, block_size=128), 257, 1, {"softcap": 3.0, "sinks": True}),
         (Shape(256), 1025, 33, {}),
     ],
@@ -130,23 +130,23 @@ def test_scores_add_up_over_the_chunks_of_a_prefill(threads):
 
 def test_low_keys_serve_the_queries_that_they_were_rounded_for():
     shape, low_format = Shape(), LowFormat((5, 3, 2, 2), 3)
-    state = state_of(shape, low_format, 16, 20)
-    keys, values = tokens(shape, state.num_tokens, seed=0)
+    sizes = sizes_of(shape, low_format, 16, 20)
+    keys, values = tokens(shape, sizes.num_tokens, seed=0)
     q = last_queries(shape, 40)
     index = permutation(shape, None)
-    native = list(range(-(-state.num_tokens // shape.block_size)))
-    tiered = [len(native) + page for page in range(state.pages)]
-    scores = torch.arange(state.num_tokens).float().expand(shape.kv_heads, -1).contiguous()
+    native = list(range(-(-sizes.num_tokens // shape.block_size)))
+    tiered = [len(native) + page for page in range(sizes.pages)]
+    scores = torch.arange(sizes.num_tokens).float().expand(shape.kv_heads, -1).contiguous()
     errors = {}
     for name, rounded_for in (("these", q), ("none", torch.zeros_like(q))):
         pages = new_pages(shape, len(native) + len(tiered))
         write_native(pages, native, shape, keys, values, index)
         layer(shape, index).compress(
-            pages, native, tiered, state, low_format, scores, rounded_for[-32:]
+            pages, native, tiered, sizes, low_format, scores, rounded_for[-32:]
         )
         error = 0.0
         for head in range(shape.kv_heads):
-            stored = read_tiers(pages, tiered, head, shape, low_format, state).keys[16:]
+            stored = read_tiers(pages, tiered, head, shape, low_format, sizes).keys[16:]
             of_head = q.unflatten(1, (shape.kv_heads, -1))[:8, head].flatten(0, 1).double()
             error += ((stored - keys[:-16, head].double()) @ of_head.T).square().sum().item()
         errors[name] = error

@@ -6,7 +6,7 @@ import torch
 from mikv_vllm.kernels import cpu
 from mikv_vllm.tiers import reference
 from mikv_vllm.tiers.formats import LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 from .cpu_layer import DECAY, RECENT, layer
 from .tiered_cache import (
@@ -18,7 +18,7 @@ from .tiered_cache import (
     new_pages,
     oracle_step,
     read_tiers,
-    state_of,
+    sizes_of,
     tokens,
 )
 
@@ -54,19 +54,19 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
     used = {
         page
         for table, step in zip(tables, steps, strict=True)
-        for page in table[: step.state.pages]
+        for page in table[: step.after.pages]
     }
     others = [p for p in range(len(pages)) if p not in used]
     assert torch.equal(pages[others], before[others])
-    for i, (state, step) in enumerate(zip(states, steps, strict=True)):
+    for i, (sizes, step) in enumerate(zip(states, steps, strict=True)):
         low_format, token = low_formats[i], places[i]
-        oracle_step(oracle, tables[i], shape, low_format, state, step, k[token], v[token], RECENT)
+        oracle_step(oracle, tables[i], shape, low_format, sizes, step, k[token], v[token], RECENT)
         for head in range(shape.kv_heads):
-            arguments = (tables[i], head, shape, low_format, step.state)
+            arguments = (tables[i], head, shape, low_format, step.after)
             ours, theirs = live_bytes(pages, *arguments), live_bytes(oracle, *arguments)
             assert (ours != theirs).float().mean() < 0.001
             tiers = read_tiers(oracle, *arguments)
-            heads = slice(head * shape.group, (head + 1) * shape.group)
+            heads = slice(head * shape.queries_per_kv_head, (head + 1) * shape.queries_per_kv_head)
             sinks = kwargs.get("sinks")
             expected, mass = expected_attention(
                 q[token, heads],
@@ -76,31 +76,47 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
                 None if sinks is None else sinks[heads],
             )
             assert_close_attention(out[token, heads], expected, shape.dtype)
-            scores = tiers.scores * DECAY + mass[: step.state.high_tokens]
+            scores = tiers.scores * DECAY + mass[: step.after.high_tokens]
             mine = read_tiers(pages, *arguments).scores
             torch.testing.assert_close(mine.double(), scores, rtol=5e-3, atol=1e-6)
 
 
 CASES = [
-    (Shape(group=2), LowFormat.parse("B4V4"), {}),
-    (Shape(80, group=5, dtype=torch.float16), LowFormat.parse("B2V3"), {"softcap": 8.0}),
-    (Shape(256, group=3, kv_heads=1), LowFormat.parse("B5V2"), {"sinks": True}),
-    (Shape(), LowFormat((6, 4, 3, 3), 3), {}),
-    (Shape(64, group=1, block_size=16), LowFormat((6, 5, 5, 4), 4), {}),
-    (Shape(64, group=8, kv_heads=1, dtype=torch.float16), LowFormat((5, 3, 2, 2), 3), {}),
-    (Shape(80, group=4, block_size=32), LowFormat((6, 5, 5, 4), 2), {"softcap": 8.0}),
-    (Shape(80, group=5, dtype=torch.float16), LowFormat((4, 2, 2, 2), 4), {"sinks": True}),
-    (Shape(96, group=3, block_size=128), LowFormat((4, 2, 2, 2), 2), {}),
+    (Shape(queries_per_kv_head=2), LowFormat.parse("B4V4"), {}),
     (
-        Shape(96, group=2, high_bits=16),
+        Shape(80, queries_per_kv_head=5, dtype=torch.float16),
+        LowFormat.parse("B2V3"),
+        {"softcap": 8.0},
+    ),
+    (Shape(256, queries_per_kv_head=3, kv_heads=1), LowFormat.parse("B5V2"), {"sinks": True}),
+    (Shape(), LowFormat((6, 4, 3, 3), 3), {}),
+    (Shape(64, queries_per_kv_head=1, block_size=16), LowFormat((6, 5, 5, 4), 4), {}),
+    (
+        Shape(64, queries_per_kv_head=8, kv_heads=1, dtype=torch.float16),
+        LowFormat((5, 3, 2, 2), 3),
+        {},
+    ),
+    (Shape(80, queries_per_kv_head=4, block_size=32), LowFormat((6, 5, 5, 4), 2), {"softcap": 8.0}),
+    (
+        Shape(80, queries_per_kv_head=5, dtype=torch.float16),
+        LowFormat((4, 2, 2, 2), 4),
+        {"sinks": True},
+    ),
+    (Shape(96, queries_per_kv_head=3, block_size=128), LowFormat((4, 2, 2, 2), 2), {}),
+    (
+        Shape(96, queries_per_kv_head=2, high_bits=16),
         LowFormat((4, 2, 2, 2), 3),
         {"softcap": 20.0, "sinks": True},
     ),
-    (Shape(128, group=4, block_size=32), LowFormat((5, 3, 2, 2), 4), {}),
-    (Shape(128, group=1, high_bits=16, dtype=torch.float16), LowFormat((6, 4, 3, 3), 2), {}),
-    (Shape(256, group=3, block_size=16, kv_heads=1), LowFormat((6, 4, 3, 3), 5), {}),
+    (Shape(128, queries_per_kv_head=4, block_size=32), LowFormat((5, 3, 2, 2), 4), {}),
     (
-        Shape(256, group=7, kv_heads=1, dtype=torch.float16),
+        Shape(128, queries_per_kv_head=1, high_bits=16, dtype=torch.float16),
+        LowFormat((6, 4, 3, 3), 2),
+        {},
+    ),
+    (Shape(256, queries_per_kv_head=3, block_size=16, kv_heads=1), LowFormat((6, 4, 3, 3), 5), {}),
+    (
+        Shape(256, queries_per_kv_head=7, kv_heads=1, dtype=torch.float16),
         LowFormat((5, 3, 2, 2), 3),
         {"sinks": True},
     ),
@@ -120,27 +136,27 @@ def test_rows_of_different_states(shape, low_format, kwargs, threads):
     pages = new_pages(shape, 400)
     free = torch.randperm(len(pages)).tolist()
     for i, (high, chunks, fmt) in enumerate(wanted):
-        before = state_of(shape, fmt, high, chunks, slack_lines=i)
+        before = sizes_of(shape, fmt, high, chunks, slack_lines=i)
         size = geometry.low(fmt).num_bytes
         after_pages = before.pages
-        demoted, moved, low_end = 0, 0, before.low_end
+        demoted, moved, low_end_bytes = 0, 0, before.low_end_bytes
         if i == 0:
             # A new page: chunks move up.
             after_pages += 2
-            moved = min(chunks, (after_pages * geometry.page_bytes - low_end) // size)
-            low_end += moved * size
+            moved = min(chunks, (after_pages * geometry.page_bytes - low_end_bytes) // size)
+            low_end_bytes += moved * size
         elif i == 2:
             after_pages += 1
-            low_end = after_pages * geometry.page_bytes
+            low_end_bytes = after_pages * geometry.page_bytes
         elif i == 3:
             demoted = 1
         else:
             after_pages += 1
-            moved = min(1, (after_pages * geometry.page_bytes - low_end) // size)
-            low_end += moved * size
-        after = TierState(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end)
+            moved = min(1, (after_pages * geometry.page_bytes - low_end_bytes) // size)
+            low_end_bytes += moved * size
+        after = TierSizes(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end_bytes)
         states.append(before)
-        steps.append(AppendStep(after_pages - before.pages, moved, demoted, after))
+        steps.append(AppendStep(1, after_pages - before.pages, moved, demoted, after))
         formats.append(fmt)
         table = [free.pop() for _ in range(after_pages)]
         tables.append(table)
@@ -151,38 +167,38 @@ def test_rows_of_different_states(shape, low_format, kwargs, threads):
 def test_a_long_row_is_split_between_threads(threads):
     shape = Shape(64, kv_heads=1)
     low_format = LowFormat((6, 4, 3, 3), 3)
-    before = state_of(shape, low_format, 600, 100)
+    before = sizes_of(shape, low_format, 600, 100)
     pages = new_pages(shape, before.pages + 1)
     table = torch.randperm(len(pages)).tolist()
     filled(shape, low_format, before, pages, table, seed=3)
-    after = TierState(before.pages + 1, 601, 100, before.low_end)
-    step = AppendStep(1, 0, 0, after)
+    after = TierSizes(before.pages + 1, 601, 100, before.low_end_bytes)
+    step = AppendStep(1, 1, 0, 0, after)
     run_step(shape, [low_format], [before], [step], pages, [table], 1, layer(shape), {})
 
 
 @pytest.mark.parametrize("ratio", [2.5, 4.0, 5.5])
 @pytest.mark.parametrize("poison", [0xFF, None])
 def test_many_steps_as_the_planner_plans_them(ratio, poison):
-    shape = Shape(64, kv_heads=2, group=2, block_size=32)
+    shape = Shape(64, kv_heads=2, queries_per_kv_head=2, block_size=32)
     planner = TierPlanner.choose(shape.geometry, ratio, RECENT, 300)
-    state = planner.compress(300)
-    assert state is not None
+    sizes = planner.compress(300)
+    assert sizes is not None
     pages = new_pages(shape, 60, poison)
     table = torch.randperm(len(pages)).tolist()
-    filled(shape, planner.low_format, state, pages, table, seed=1)
+    filled(shape, planner.low_format, sizes, pages, table, seed=1)
     ops = layer(shape)
     seen = set()
     for i in range(180):
-        step = planner.append(state)
-        seen |= {(step.moved_chunks > 0, step.demoted_chunks > 0)}
-        if step.moved_chunks or step.demoted_chunks or i % 10 == 0:
-            run_step(shape, [planner.low_format], [state], [step], pages, [table], i, ops, {})
+        step = planner.append(sizes)
+        seen |= {(step.moved_records > 0, step.demoted_records > 0)}
+        if step.moved_records or step.demoted_records or i % 10 == 0:
+            run_step(shape, [planner.low_format], [sizes], [step], pages, [table], i, ops, {})
         else:
             k, v = tokens(shape, 1, seed=i)
             q = torch.randn(1, shape.heads, shape.head_dim).to(shape.dtype)
-            batch = cpu.DecodeBatch.build([(0, table, state, step, planner.low_format)])
+            batch = cpu.DecodeBatch.build([(0, table, sizes, step, planner.low_format)])
             ops.decode(pages, batch, q, k, v, torch.empty_like(q))
-        state = step.state
+        sizes = step.after
     assert (False, True) in seen
     assert any(moved for moved, _ in seen)
 
@@ -197,23 +213,23 @@ def test_an_outlier_query_channel_keeps_its_accuracy():
 def outlier_error(seed):
     """Relative error of the output where one channel dwarfs the others."""
     torch.manual_seed(seed)
-    shape = Shape(64, kv_heads=1, group=3)
+    shape = Shape(64, kv_heads=1, queries_per_kv_head=3)
     low_format = LowFormat((6, 4, 3, 3), 4)
-    state = state_of(shape, low_format, 32, 30)
-    pages = new_pages(shape, state.pages)
-    table = list(range(state.pages))
-    keys, values = tokens(shape, state.num_tokens, seed=2)
+    sizes = sizes_of(shape, low_format, 32, 30)
+    pages = new_pages(shape, sizes.pages)
+    table = list(range(sizes.pages))
+    keys, values = tokens(shape, sizes.num_tokens, seed=2)
     keys[:, :, 5] *= 30
-    scores, prompt_queries = torch.rand(1, state.num_tokens), last_queries(shape)
+    scores, prompt_queries = torch.rand(1, sizes.num_tokens), last_queries(shape)
     geometry, request = shape.geometry, (keys, values, scores, prompt_queries, RECENT)
-    reference.compress(pages, table, geometry, low_format, state, *request)
+    reference.compress(pages, table, geometry, low_format, sizes, *request)
     ops = layer(shape)
     q = torch.randn(1, 3, 64)
     q[:, 1] *= 4
     q[:, :, 5] *= torch.tensor([0.1, 1.0, 3.0])
     q = q.to(shape.dtype)
-    after = TierState(state.pages, 33, 30, state.low_end)
-    batch = cpu.DecodeBatch.build([(0, table, state, AppendStep(0, 0, 0, after), low_format)])
+    after = TierSizes(sizes.pages, 33, 30, sizes.low_end_bytes)
+    batch = cpu.DecodeBatch.build([(0, table, sizes, AppendStep(1, 0, 0, 0, after), low_format)])
     out = torch.empty_like(q)
     ops.decode(pages, batch, q, keys[:1], values[:1], out)
     tiers = read_tiers(pages, table, 0, shape, low_format, after)

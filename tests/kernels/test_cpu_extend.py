@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 CASES = [
     (Shape(), LowFormat((6, 4, 3, 3), 3), 4.0, 700, 130, None),
-    (Shape(64, block_size=32, group=1), LowFormat((5, 3, 3, 2), 3), 4.5, 500, 333, 1),
+    (Shape(64, block_size=32, queries_per_kv_head=1), LowFormat((5, 3, 3, 2), 3), 4.5, 500, 333, 1),
     (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 4), 3.0, 300, 17, 2),
     (Shape(128, high_bits=16), LowFormat((4, 2, 2, 2), 4), 4.0, 400, 100, 3),
     (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 3, 2, 2), 2), 5.0, 350, 64, None),
@@ -25,25 +25,25 @@ CASES = [
 def compressed(shape, low_format, ratio, first, more):
     """A compressed beginning, with pages for ``more`` tokens behind it."""
     planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
-    state = planner.compress(first)
-    step = planner.extend(state, more)
-    pages = new_pages(shape, step.state.pages + 3, poison=None)
-    table = torch.randperm(len(pages))[: step.state.pages].tolist()
-    filled(shape, low_format, state, pages, table, seed=first, recent=RECENT)
-    return state, step, pages, table
+    sizes = planner.compress(first)
+    step = planner.extend(sizes, more)
+    pages = new_pages(shape, step.after.pages + 3, poison=None)
+    table = torch.randperm(len(pages))[: step.after.pages].tolist()
+    filled(shape, low_format, sizes, pages, table, seed=first, recent=RECENT)
+    return sizes, step, pages, table
 
 
 @pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "order"), CASES)
 def test_restored_pages_hold_both_tiers(shape, low_format, ratio, first, more, order):
     index = permutation(shape, order)
-    state, _, pages, table = compressed(shape, low_format, ratio, first, more)
+    sizes, _, pages, table = compressed(shape, low_format, ratio, first, more)
     count = -(-first // shape.block_size)
     native = new_pages(shape, count)
-    layer(shape, index).restore(pages, table, state, low_format, native)
+    layer(shape, index).restore(pages, table, sizes, low_format, native)
     elements = native.view(shape.dtype)
     for head in range(shape.kv_heads):
         stream = reference.Stream(pages, table, head)
-        expected = reference.restore(stream, shape.geometry, low_format, state, shape.dtype)
+        expected = reference.restore(stream, shape.geometry, low_format, sizes, shape.dtype)
         for places, values in zip(index, expected, strict=True):
             stored = elements[:, head, places.long()].reshape(-1, shape.head_dim)[:first]
             # Rotations round differently in their last bit.
@@ -53,7 +53,7 @@ def test_restored_pages_hold_both_tiers(shape, low_format, ratio, first, more, o
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 @pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "order"), CASES)
 def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, order, keep):
-    state, step, pages, table = compressed(shape, low_format, ratio, first, more)
+    sizes, step, pages, table = compressed(shape, low_format, ratio, first, more)
     keys, values = tokens(shape, more + 2, seed=more)
     scores = torch.rand(shape.kv_heads, first + more)
     scores[:, first : first + more // 2] = 0.5  # ties
@@ -63,7 +63,7 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
             reference.Stream(expected, table, head),
             shape.geometry,
             low_format,
-            state,
+            sizes,
             step,
             keys[1 : more + 1, head],
             values[1 : more + 1, head],
@@ -71,10 +71,10 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
             keep,
             RECENT,
         )
-        assert after == step.state
+        assert after == step.after
     k, v = keys[1 : more + 1], values[1 : more + 1]
     ops = layer(shape, permutation(shape, order))
-    ops.extend(pages, table, state, step, low_format, k, v, scores, keep)
-    assert_same_tiers(pages, expected, table, shape, low_format, step.state)
+    ops.extend(pages, table, sizes, step, low_format, k, v, scores, keep)
+    assert_same_tiers(pages, expected, table, shape, low_format, step.after)
     others = [page for page in range(len(pages)) if page not in table]
     assert torch.equal(pages[others], before[others])

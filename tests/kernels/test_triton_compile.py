@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.gpu import roofline, sass
 from benchmarks.gpu.compile import Needs
-from mikv_vllm.tiers.plan import TierState
+from mikv_vllm.tiers.plan import TierSizes
 
 ROOT = Path(__file__).parents[2]
 LISTING = """
@@ -61,7 +61,7 @@ def test_programs_at_once(registers, shared, warps, programs):
 
 def test_splits_share_out_all_blocks():
     for chunks, high in ((98, 29632), (995, 928), (0, 700), (1, 64), (125, 96)):
-        sizes = roofline.split_sizes(TierState(1, high, chunks, 0), 8)
+        sizes = roofline.split_sizes(TierSizes(1, high, chunks, 0), 8)
         for tier, count in (("low", chunks), ("high", -(-high // 32))):
             assert sum(size for name, size in sizes if name == tier) == count
 

@@ -11,7 +11,7 @@ from .tiered_cache import (
     assert_same_tiers,
     last_queries,
     new_pages,
-    state_of,
+    sizes_of,
     tokens,
 )
 from .triton_layer import RECENT, layer
@@ -36,7 +36,7 @@ def table_tensor(table, device):
     ("shape", "low_format", "high", "chunks"),
     [
         (Shape(), LowFormat((5, 3, 2, 2), 3), 40, 4),
-        (Shape(64, block_size=16, group=1), LowFormat((6, 5, 5, 4), 4), 16, 3),
+        (Shape(64, block_size=16, queries_per_kv_head=1), LowFormat((6, 5, 5, 4), 4), 16, 3),
         (Shape(80, block_size=32, dtype=torch.float16), LowFormat((5, 5, 4, 2), 3), 47, 2),
         (Shape(96, block_size=32), LowFormat((6, 4, 3, 3), 2), 33, 3),
         (Shape(128, block_size=128), LowFormat((4, 2, 2, 2), 2), 64, 3),
@@ -51,31 +51,31 @@ def table_tensor(table, device):
         (Shape(64, high_bits=16), LowFormat((6, 4, 3, 3), 4), 130, 0),
         (Shape(), LowFormat.parse("B3V3"), 40, 4),
         (Shape(80, block_size=32, dtype=torch.float16), LowFormat.parse("B5V5"), 47, 2),
-        (Shape(96, group=1, block_size=16), LowFormat.parse("B4V4"), 33, 3),
+        (Shape(96, queries_per_kv_head=1, block_size=16), LowFormat.parse("B4V4"), 33, 3),
         (Shape(128, high_bits=16), LowFormat.parse("B2V2"), 20, 2),
         (Shape(256, kv_heads=1, block_size=16), LowFormat.parse("B6V4"), 17, 0),
     ],
 )
 def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, device):
-    state = state_of(shape, low_format, high, chunks)
-    keys, values = tokens(shape, state.num_tokens, seed=high)
-    scores = torch.rand(shape.kv_heads, state.num_tokens + 5)
-    scores[:, : state.num_tokens // 2] = scores[:, :1]  # ties
+    sizes = sizes_of(shape, low_format, high, chunks)
+    keys, values = tokens(shape, sizes.num_tokens, seed=high)
+    scores = torch.rand(shape.kv_heads, sizes.num_tokens + 5)
+    scores[:, : sizes.num_tokens // 2] = scores[:, :1]  # ties
     q = last_queries(shape)
-    num_native = -(-state.num_tokens // shape.block_size)
+    num_native = -(-sizes.num_tokens // shape.block_size)
     native = torch.randperm(num_native + 2).tolist()[:num_native]
-    table = torch.randperm(state.pages + 2).tolist()[: state.pages]
-    before = new_pages(shape, state.pages + 2, poison=None)
+    table = torch.randperm(sizes.pages + 2).tolist()[: sizes.pages]
+    before = new_pages(shape, sizes.pages + 2, poison=None)
     expected = before.clone()
     reference.compress(
         expected,
         table,
         shape.geometry,
         low_format,
-        state,
+        sizes,
         keys,
         values,
-        scores[:, : state.num_tokens],
+        scores[:, : sizes.num_tokens],
         q,
         RECENT,
     )
@@ -85,13 +85,13 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, devi
         table_tensor(native, device),
         pages,
         table_tensor(table, device),
-        state,
+        sizes,
         low_format,
         scores.to(device),
         q.to(device),
     )
     pages = pages.cpu()
-    assert_same_tiers(pages, expected, table, shape, low_format, state)
+    assert_same_tiers(pages, expected, table, shape, low_format, sizes)
     others = [page for page in range(len(pages)) if page not in table]
     assert torch.equal(pages[others], before[others])
 
@@ -100,9 +100,9 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, devi
     ("shape", "num_tokens", "num_queries", "kwargs"),
     [
         (Shape(), 150, 32, {}),
-        (Shape(64, group=1, block_size=16), 65, 65, {"softcap": 5.0}),
-        (Shape(80, group=4, dtype=torch.float16), 129, 7, {"sinks": True}),
-        (Shape(96, group=8, kv_heads=1, block_size=32), 200, 20, {}),
+        (Shape(64, queries_per_kv_head=1, block_size=16), 65, 65, {"softcap": 5.0}),
+        (Shape(80, queries_per_kv_head=4, dtype=torch.float16), 129, 7, {"sinks": True}),
+        (Shape(96, queries_per_kv_head=8, kv_heads=1, block_size=32), 200, 20, {}),
         (Shape(128, block_size=128), 257, 1, {"softcap": 3.0, "sinks": True}),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from mikv_vllm.kernels import triton as kernels
 from mikv_vllm.tiers.formats import LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 from .tiered_cache import (
     Shape,
@@ -15,7 +15,7 @@ from .tiered_cache import (
     new_pages,
     oracle_step,
     read_tiers,
-    state_of,
+    sizes_of,
 )
 from .triton_layer import DECAY, RECENT, layer
 
@@ -59,13 +59,13 @@ class Step:
         used = {
             page
             for table, step in zip(self.tables, self.steps, strict=True)
-            for page in table[: step.state.pages]
+            for page in table[: step.after.pages]
         }
         others = [page for page in range(len(before)) if page not in used]
         assert torch.equal(self.pages[others], before[others])
         q, k, v = self.qkv
         for i in range(rows):
-            table, low_format, after = self.tables[i], self.low_formats[i], self.steps[i].state
+            table, low_format, after = self.tables[i], self.low_formats[i], self.steps[i].after
             request = (shape, low_format, after)
             oracle = before.clone()
             args = (shape, low_format, self.states[i], self.steps[i])
@@ -77,7 +77,9 @@ class Step:
                 assert (ours != theirs).float().mean() < 0.002
                 tiers = read_tiers(self.pages, table, head, *request)
                 old = read_tiers(oracle, table, head, *request)
-                members = slice(head * shape.group, (head + 1) * shape.group)
+                members = slice(
+                    head * shape.queries_per_kv_head, (head + 1) * shape.queries_per_kv_head
+                )
                 sink = None if sinks is None else sinks[members]
                 expected, weights = expected_attention(
                     q[places[i], members], tiers, shape.head_dim**-0.5, softcap, sink
@@ -104,21 +106,21 @@ def several_rows(shape, low_format, seed):
     pages = new_pages(shape, 60)
     free = torch.randperm(len(pages)).tolist()
     for i, (high, chunks, fmt) in enumerate(wanted):
-        before = state_of(shape, fmt, high, chunks, slack_lines=i)
+        before = sizes_of(shape, fmt, high, chunks, slack_lines=i)
         size = geometry.low(fmt).num_bytes
-        after_pages, demoted, moved, low_end = before.pages, 0, 0, before.low_end
+        after_pages, demoted, moved, low_end_bytes = before.pages, 0, 0, before.low_end_bytes
         if i == 2:
             after_pages += 1
-            low_end = after_pages * geometry.page_bytes
+            low_end_bytes = after_pages * geometry.page_bytes
         elif i == 3:
             demoted = 1
         else:
             after_pages += 2 - i
-            moved = min(chunks, (after_pages * geometry.page_bytes - low_end) // size)
-            low_end += moved * size
-        after = TierState(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end)
+            moved = min(chunks, (after_pages * geometry.page_bytes - low_end_bytes) // size)
+            low_end_bytes += moved * size
+        after = TierSizes(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end_bytes)
         states.append(before)
-        steps.append(AppendStep(after_pages - before.pages, moved, demoted, after))
+        steps.append(AppendStep(1, after_pages - before.pages, moved, demoted, after))
         formats.append(fmt)
         tables.append([free.pop() for _ in range(after_pages)])
         filled(shape, fmt, before, pages, tables[-1], seed=i, recent=RECENT)
@@ -129,16 +131,24 @@ def several_rows(shape, low_format, seed):
     ("shape", "low_format", "kwargs"),
     [
         (Shape(), LowFormat((5, 3, 2, 2), 3), {}),
-        (Shape(64, group=1, block_size=16), LowFormat((6, 5, 5, 4), 4), {"softcap": 5.0}),
         (
-            Shape(80, group=4, block_size=32, dtype=torch.float16),
+            Shape(64, queries_per_kv_head=1, block_size=16),
+            LowFormat((6, 5, 5, 4), 4),
+            {"softcap": 5.0},
+        ),
+        (
+            Shape(80, queries_per_kv_head=4, block_size=32, dtype=torch.float16),
             LowFormat((5, 5, 4, 2), 5),
             {"sinks": True},
         ),
-        (Shape(96, group=8, kv_heads=1, block_size=32), LowFormat((6, 4, 3, 3), 4), {}),
-        (Shape(128, group=4, kv_heads=1), LowFormat((6, 4, 3, 3), 4), {}),
         (
-            Shape(128, group=16, kv_heads=1, block_size=128),
+            Shape(96, queries_per_kv_head=8, kv_heads=1, block_size=32),
+            LowFormat((6, 4, 3, 3), 4),
+            {},
+        ),
+        (Shape(128, queries_per_kv_head=4, kv_heads=1), LowFormat((6, 4, 3, 3), 4), {}),
+        (
+            Shape(128, queries_per_kv_head=16, kv_heads=1, block_size=128),
             LowFormat((5, 3, 2, 2), 2),
             {"sinks": True},
         ),
@@ -151,11 +161,15 @@ def several_rows(shape, low_format, seed):
         (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 2, 2, 2), 2), {}),
         (Shape(), LowFormat.parse("B3V3"), {}),
         (
-            Shape(80, group=4, block_size=32, dtype=torch.float16),
+            Shape(80, queries_per_kv_head=4, block_size=32, dtype=torch.float16),
             LowFormat.parse("B5V5"),
             {"sinks": True},
         ),
-        (Shape(96, group=8, kv_heads=1, block_size=32), LowFormat.parse("B4V4"), {"softcap": 5.0}),
+        (
+            Shape(96, queries_per_kv_head=8, kv_heads=1, block_size=32),
+            LowFormat.parse("B4V4"),
+            {"softcap": 5.0},
+        ),
         (Shape(128, kv_heads=1, high_bits=16), LowFormat.parse("B2V2"), {}),
     ],
 )
@@ -174,33 +188,33 @@ def test_a_step_of_several_rows(shape, low_format, kwargs, device):
 
 def test_a_long_row_is_split(device):
     shape, low_format = Shape(64, kv_heads=1), LowFormat((5, 3, 2, 2), 3)
-    before = state_of(shape, low_format, 200, 40)
+    before = sizes_of(shape, low_format, 200, 40)
     pages = new_pages(shape, before.pages + 1)
     table = torch.randperm(len(pages)).tolist()
     filled(shape, low_format, before, pages, table, seed=3)
-    after = TierState(before.pages + 1, 201, 40, before.low_end)
-    step = AppendStep(1, 0, 0, after)
+    after = TierSizes(before.pages + 1, 201, 40, before.low_end_bytes)
+    step = AppendStep(1, 1, 0, 0, after)
     step = Step(shape, [low_format], [before], [step], pages, [table], 1)
     step.run(layer(shape, device), kernels.DecodeBatch.build(step.rows(), device), device)
 
 
 def test_many_steps_as_the_planner_plans_them(device):
-    shape = Shape(64, kv_heads=1, group=2, block_size=16)
+    shape = Shape(64, kv_heads=1, queries_per_kv_head=2, block_size=16)
     planner = TierPlanner.choose(shape.geometry, 4.0, RECENT, 220)
-    state = planner.compress(220)
-    assert state is not None
+    sizes = planner.compress(220)
+    assert sizes is not None
     pages = new_pages(shape, 50)
     table = torch.randperm(len(pages)).tolist()
-    filled(shape, planner.low_format, state, pages, table, seed=1)
+    filled(shape, planner.low_format, sizes, pages, table, seed=1)
     ops = layer(shape, device, programs=4)
     seen = set()
     for i in range(24):
-        plan = planner.append(state)
-        step = Step(shape, [planner.low_format], [state], [plan], pages, [table], seed=i)
-        check = bool(plan.moved_chunks or plan.demoted_chunks or i % 8 == 0)
+        plan = planner.append(sizes)
+        step = Step(shape, [planner.low_format], [sizes], [plan], pages, [table], seed=i)
+        check = bool(plan.moved_records or plan.demoted_records or i % 8 == 0)
         step.run(ops, kernels.DecodeBatch.build(step.rows(), device), device, check=check)
-        seen |= {("moved", plan.moved_chunks > 0), ("demoted", plan.demoted_chunks > 0)}
-        state = plan.state
+        seen |= {("moved", plan.moved_records > 0), ("demoted", plan.demoted_records > 0)}
+        sizes = plan.after
     assert seen >= {("moved", True), ("demoted", True)}
 
 
@@ -223,11 +237,11 @@ def test_a_batch_with_room_for_more(device):
 
 def test_a_batch_takes_no_more_than_it_has_room_for():
     shape, low_format = Shape(), LowFormat((5, 3, 2, 2), 3)
-    state = state_of(shape, low_format, 40, 3)
-    row = (0, range(state.pages), state, AppendStep(0, 0, 0, state), low_format)
+    sizes = sizes_of(shape, low_format, 40, 3)
+    row = (0, range(sizes.pages), sizes, AppendStep(1, 0, 0, 0, sizes), low_format)
     for room, message in (
         ((1, 9, [low_format], 99), "the step has 2 rows, the batch has room for 1"),
-        ((2, 0, [low_format], 99), f"the step has {state.pages} pages"),
+        ((2, 0, [low_format], 99), f"the step has {sizes.pages} pages"),
         ((2, 9, [low_format], 32), "the step has 40 high tokens"),
         ((2, 9, [LowFormat((4, 2, 2, 2), 2)], 99), f"the batch is not made for {low_format.name}"),
     ):
@@ -260,13 +274,13 @@ def test_what_the_kernels_are_not_made_for(changed, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 def test_a_captured_step_follows_the_tiers_sizes():
-    shape = Shape(64, kv_heads=2, group=2, block_size=32)
+    shape = Shape(64, kv_heads=2, queries_per_kv_head=2, block_size=32)
     planner = TierPlanner.choose(shape.geometry, 4.0, RECENT, 300)
-    state = planner.compress(300)
-    assert state is not None
+    sizes = planner.compress(300)
+    assert sizes is not None
     pages = new_pages(shape, 40, poison=None)
     table = torch.randperm(len(pages)).tolist()
-    filled(shape, planner.low_format, state, pages, table, seed=1)
+    filled(shape, planner.low_format, sizes, pages, table, seed=1)
     on_gpu, ops = pages.cuda(), layer(shape, "cuda")
     batch = kernels.DecodeBatch.empty(4, len(table), [planner.low_format], 160, "cuda")
     q = torch.zeros(3, shape.heads, shape.head_dim, dtype=shape.dtype, device="cuda")
@@ -277,8 +291,8 @@ def test_a_captured_step_follows_the_tiers_sizes():
     with torch.cuda.graph(graph):
         ops.decode(on_gpu, batch, q, k, v, out)
     for i in range(100):
-        plan = planner.append(state)
-        step = Step(shape, [planner.low_format], [state], [plan], pages, [table], seed=i)
+        plan = planner.append(sizes)
+        step = Step(shape, [planner.low_format], [sizes], [plan], pages, [table], seed=i)
         batch.update(step.rows())
         for static, part in zip((q, k, v), step.qkv, strict=True):
             static.copy_(part)
@@ -288,4 +302,4 @@ def test_a_captured_step_follows_the_tiers_sizes():
         pages.copy_(on_gpu)
         step.out.copy_(out)
         step.check(before)
-        state = plan.state
+        sizes = plan.after

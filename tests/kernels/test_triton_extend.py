@@ -7,12 +7,12 @@ from mikv_vllm.tiers import reference
 from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import TierPlanner
 
-from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, state_of, tokens
+from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, sizes_of, tokens
 from .triton_layer import RECENT, layer
 
 CASES = [
     (Shape(), LowFormat((5, 3, 2, 2), 3), 40, 4),
-    (Shape(64, block_size=16, group=1), LowFormat((6, 5, 5, 4), 4), 16, 3),
+    (Shape(64, block_size=16, queries_per_kv_head=1), LowFormat((6, 5, 5, 4), 4), 16, 3),
     (Shape(80, block_size=32, dtype=torch.float16), LowFormat((5, 5, 4, 2), 5), 47, 6),
     (Shape(96, block_size=32), LowFormat((6, 4, 3, 3), 2), 33, 3),
     (Shape(112, kv_heads=1), LowFormat((6, 6, 4, 3), 3), 30, 2),
@@ -32,29 +32,36 @@ def on(device, table):
 
 @pytest.mark.parametrize(("shape", "low_format", "high", "chunks"), CASES)
 def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device):
-    state = state_of(shape, low_format, high, chunks, slack_lines=3)
-    pages = new_pages(shape, state.pages + 2, poison=None)
-    table = torch.randperm(len(pages))[: state.pages].tolist()
-    filled(shape, low_format, state, pages, table, seed=high, recent=RECENT)
-    count = -(-state.num_tokens // shape.block_size)
+    sizes = sizes_of(shape, low_format, high, chunks, slack_lines=3)
+    pages = new_pages(shape, sizes.pages + 2, poison=None)
+    table = torch.randperm(len(pages))[: sizes.pages].tolist()
+    filled(shape, low_format, sizes, pages, table, seed=high, recent=RECENT)
+    count = -(-sizes.num_tokens // shape.block_size)
     # Keys and values of a page beside each other: a page's stride is not its tokens'.
     size = (count, 2, shape.block_size, shape.kv_heads, shape.head_dim)
     native = torch.full(size, 7.0, dtype=shape.dtype).to(device)
     ops = layer(shape, device)
-    ops.restore(pages.to(device), on(device, table), state, low_format, native[:, 0], native[:, 1])
+    ops.restore(pages.to(device), on(device, table), sizes, low_format, native[:, 0], native[:, 1])
     restored = native.cpu().movedim(1, 0).flatten(1, 2)
-    assert (restored[:, state.num_tokens :] == 7.0).all()
+    assert (restored[:, sizes.num_tokens :] == 7.0).all()
     for head in range(shape.kv_heads):
         stream = reference.Stream(pages, table, head)
-        expected = reference.restore(stream, shape.geometry, low_format, state, shape.dtype)
-        for stored, numbers in zip(restored[:, : state.num_tokens, head], expected, strict=True):
+        expected = reference.restore(stream, shape.geometry, low_format, sizes, shape.dtype)
+        for stored, numbers in zip(restored[:, : sizes.num_tokens, head], expected, strict=True):
             # Triton's interpreter truncates to bf16.
             torch.testing.assert_close(stored.float(), numbers, rtol=2**-7, atol=1e-5)
 
 
 STEPS = [
     # New pages: some chunks move, or all, or there are none, and some tokens are demoted, or none.
-    (Shape(64, block_size=16, group=1), LowFormat((5, 3, 3, 2), 3), 3.0, 170, 90, 1.0),
+    (
+        Shape(64, block_size=16, queries_per_kv_head=1),
+        LowFormat((5, 3, 3, 2), 3),
+        3.0,
+        170,
+        90,
+        1.0,
+    ),
     (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 3.0, 130, 125, 0.0),
     (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 2.2, 60, 90, 1.0),
     (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 1.6, 60, 33, 1.0),
@@ -72,72 +79,72 @@ STEPS = [
 @pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "keep"), STEPS)
 def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, keep, device):
     planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
-    state = planner.compress(first)
-    step = planner.extend(state, more)
-    pages, table = compressed(shape, low_format, state, step.state.pages)
+    sizes = planner.compress(first)
+    step = planner.extend(sizes, more)
+    pages, table = compressed(shape, low_format, sizes, step.after.pages)
     check_extend(
-        layer(shape, device), shape, low_format, state, step, pages, table, more, keep, device
+        layer(shape, device), shape, low_format, sizes, step, pages, table, more, keep, device
     )
 
 
 def test_a_prompt_chunk_by_chunk(device):
     shape = Shape(64, kv_heads=1, block_size=16)
     planner = TierPlanner.choose(shape.geometry, 4.0, RECENT, 400)
-    state = planner.compress(100)
-    pages, table = compressed(shape, planner.low_format, state, 40)
+    sizes = planner.compress(100)
+    pages, table = compressed(shape, planner.low_format, sizes, 40)
     ops = layer(shape, device)
     for more in (60, 1, 33, 16, 150, 40):
-        step = planner.extend(state, more)
-        check_extend(ops, shape, planner.low_format, state, step, pages, table, more, 1.0, device)
-        state = step.state
-    assert state.num_tokens == 400
+        step = planner.extend(sizes, more)
+        check_extend(ops, shape, planner.low_format, sizes, step, pages, table, more, 1.0, device)
+        sizes = step.after
+    assert sizes.num_tokens == 400
 
 
-def compressed(shape, low_format, state, num_pages):
+def compressed(shape, low_format, sizes, num_pages):
     """Pages with a compressed request, and its table of ``num_pages``."""
     pages = new_pages(shape, num_pages + 3, poison=None)
     table = torch.randperm(len(pages))[:num_pages].tolist()
-    filled(shape, low_format, state, pages, table, seed=num_pages, recent=RECENT)
+    filled(shape, low_format, sizes, pages, table, seed=num_pages, recent=RECENT)
     return pages, table
 
 
-def check_extend(ops, shape, low_format, state, step, pages, table, more, keep, device):
+def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, device):
     """Extend the request in ``pages`` by ``more`` tokens, and compare with what the oracle does."""
     keys, values = tokens(shape, more + 2, seed=more)
-    scores = torch.rand(shape.kv_heads, state.num_tokens + more + 3)
-    scores[:, state.num_tokens : state.num_tokens + more // 2] = 0.5  # ties
+    scores = torch.rand(shape.kv_heads, sizes.num_tokens + more + 3)
+    scores[:, sizes.num_tokens : sizes.num_tokens + more // 2] = 0.5  # ties
     expected, before = pages.clone(), pages.clone()
     for head in range(shape.kv_heads):
         after = reference.extend(
             reference.Stream(expected, table, head),
             shape.geometry,
             low_format,
-            state,
+            sizes,
             step,
             keys[1 : more + 1, head],
             values[1 : more + 1, head],
-            scores[head, : state.num_tokens + more],
+            scores[head, : sizes.num_tokens + more],
             keep,
             RECENT,
         )
-        assert after == step.state
+        assert after == step.after
     on_device = pages.to(device)
     k, v = (part[1 : more + 1].to(device) for part in (keys, values))
-    args = (on(device, table), state, step, low_format, k, v, scores.to(device), keep)
+    args = (on(device, table), sizes, step, low_format, k, v, scores.to(device), keep)
     ops.extend(on_device, *args)
     pages.copy_(on_device)
-    assert_same_tiers(pages, expected, table, shape, low_format, step.state)
+    assert_same_tiers(pages, expected, table, shape, low_format, step.after)
     for head in range(shape.kv_heads):
         # No rotation comes in between.
         ours, theirs = (
             reference.read_high(
                 reference.Stream(part, table, head),
                 shape.geometry,
-                step.state.high_tokens,
+                step.after.high_tokens,
                 shape.dtype,
             )
             for part in (pages, expected)
         )
         assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
-    others = [page for page in range(len(pages)) if page not in table[: step.state.pages]]
+    others = [page for page in range(len(pages)) if page not in table[: step.after.pages]]
     assert torch.equal(pages[others], before[others])

@@ -48,16 +48,16 @@ def test_scratch_is_little_more_than_one_layer_of_the_longest_request(scratch):
     for ratio in (1.5, 2.0, 4.0, 6.0):
         planner = TierPlanner.choose(geometry, ratio, RECENT, TOKENS)
         low = planner.low_format
-        state, short = planner.compress(TOKENS), planner.compress(1024)
+        sizes, short = planner.compress(TOKENS), planner.compress(1024)
         ops.score(native, table, TOKENS, q[:32], scores)
-        ops.compress(native, native, table, cache, table, state, low, scores, q[:32])
-        ops.restore(cache, table, state, low, native, native)
-        extended = planner.extend(state, CHUNK)
-        ops.extend(cache, table, state, extended, low, chunk, chunk, scores, 1.0)
+        ops.compress(native, native, table, cache, table, sizes, low, scores, q[:32])
+        ops.restore(cache, table, sizes, low, native, native)
+        extended = planner.extend(sizes, CHUNK)
+        ops.extend(cache, table, sizes, extended, low, chunk, chunk, scores, 1.0)
         # One of the longest beside many short ones.
         rows = [
-            (0, range(one.pages), one, AppendStep(0, 0, 0, one), low)
-            for one in [state] + (ROWS - 1) * [short]
+            (0, range(one.pages), one, AppendStep(1, 0, 0, 0, one), low)
+            for one in [sizes] + (ROWS - 1) * [short]
         ]
         ops.decode(cache, DecodeBatch.build(rows, "cpu"), q, new, new, q)
         print(f"up to ratio {ratio}: {scratch.num_bytes / cache.nbytes:.2f} of a layer")

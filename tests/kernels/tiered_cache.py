@@ -5,8 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from mikv_vllm.tiers import codec, reference
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LINE_BYTES, LowFormat, TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.formats import (
+    HIGH_RECORD_TOKENS,
+    LINE_BYTES,
+    LOW_RECORD_TOKENS,
+    LowFormat,
+    TierGeometry,
+)
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,7 @@ class Shape:
 
     head_dim: int = 64
     kv_heads: int = 2
-    group: int = 3
+    queries_per_kv_head: int = 3
     block_size: int = 64
     high_bits: int = 8
     dtype: torch.dtype = torch.bfloat16
@@ -26,7 +32,7 @@ class Shape:
 
     @property
     def heads(self) -> int:
-        return self.kv_heads * self.group
+        return self.kv_heads * self.queries_per_kv_head
 
 
 def tokens(shape: Shape, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,16 +60,16 @@ def new_pages(shape: Shape, count: int, poison: int | None = 0xFF) -> torch.Tens
     return torch.full(size, poison, dtype=torch.uint8)
 
 
-def state_of(
-    shape: Shape, low_format: LowFormat, high_tokens: int, low_chunks: int, slack_lines: int = 0
-) -> TierState:
+def sizes_of(
+    shape: Shape, low_format: LowFormat, high_tokens: int, low_records: int, slack_lines: int = 0
+) -> TierSizes:
     """Sizes with the fewest pages that hold them, low tier ``slack_lines`` below the end."""
     geometry = shape.geometry
     needed = geometry.high_bytes(high_tokens) + slack_lines * LINE_BYTES
-    needed += low_chunks * geometry.low(low_format).num_bytes
+    needed += low_records * geometry.low(low_format).num_bytes
     pages = -(-needed // geometry.page_bytes)
-    return TierState(
-        pages, high_tokens, low_chunks, pages * geometry.page_bytes - slack_lines * LINE_BYTES
+    return TierSizes(
+        pages, high_tokens, low_records, pages * geometry.page_bytes - slack_lines * LINE_BYTES
     )
 
 
@@ -82,12 +88,12 @@ def read_tiers(
     head: int,
     shape: Shape,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
 ) -> Tiers:
     stream = reference.Stream(pages, table, head)
     geometry = shape.geometry
-    keys, values = reference.restore(stream, geometry, low_format, state, shape.dtype)
-    scores = reference.read_high(stream, geometry, state.high_tokens, shape.dtype)[2]
+    keys, values = reference.restore(stream, geometry, low_format, sizes, shape.dtype)
+    scores = reference.read_high(stream, geometry, sizes.high_tokens, shape.dtype)[2]
     return Tiers(keys.double(), values.double(), scores)
 
 
@@ -97,30 +103,34 @@ def live_bytes(
     head: int,
     shape: Shape,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
 ) -> torch.Tensor:
     """Every byte of one head's stream that means something, except for importance scores."""
     stream, geometry = reference.Stream(pages, table, head), shape.geometry
     layout, low = geometry.high, geometry.low(low_format)
     parts = [stream.read(0, 5 * shape.head_dim)]
-    for group in range(-(-state.high_tokens // GROUP_TOKENS)):
-        count = min(GROUP_TOKENS, state.high_tokens - group * GROUP_TOKENS)
-        record = stream.read(reference.group_offset(geometry, group), layout.num_bytes)
+    for group in range(-(-sizes.high_tokens // HIGH_RECORD_TOKENS)):
+        count = min(HIGH_RECORD_TOKENS, sizes.high_tokens - group * HIGH_RECORD_TOKENS)
+        record = stream.read(reference.high_record_offset(geometry, group), layout.num_bytes)
         keys, values = record[: layout.values], record[layout.values : layout.key_scales]
         if layout.bits == 8:
-            tiles = reference.packing.key_tiles_inverse(keys.reshape(-1, 64), GROUP_TOKENS)
+            tiles = reference.packing.key_tiles_inverse(keys.reshape(-1, 64), HIGH_RECORD_TOKENS)
             parts.append(tiles[:count].flatten())
-            tiles = reference.packing.value_tiles_inverse(values.reshape(-1, 64), GROUP_TOKENS)
+            tiles = reference.packing.value_tiles_inverse(
+                values.reshape(-1, 64), HIGH_RECORD_TOKENS
+            )
             parts.append(tiles[:count].flatten())
             for start in (layout.key_scales, layout.value_scales):
                 parts.append(record[start : start + 2 * count])
         else:
             parts += [keys[: count * 2 * shape.head_dim], values[: count * 2 * shape.head_dim]]
-    for chunk in range(state.low_chunks):
-        offset = reference.chunk_offset(geometry, low_format, state, chunk)
+    for chunk in range(sizes.low_records):
+        offset = reference.low_record_offset(geometry, low_format, sizes, chunk)
         record = stream.read(offset, low.num_bytes)
         parts.append(record[: 2 * low.key_zeros - low.key_scales])
-        parts.append(record[low.value_scales : low.value_zeros + CHUNK_TOKENS * low.value_groups])
+        parts.append(
+            record[low.value_scales : low.value_zeros + LOW_RECORD_TOKENS * low.value_groups]
+        )
     return torch.cat(parts)
 
 
@@ -130,11 +140,11 @@ def assert_same_tiers(
     table: list[int],
     shape: Shape,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
 ) -> None:
     """Two requests' streams agree but for a few integers."""
     for head in range(shape.kv_heads):
-        arguments = (table, head, shape, low_format, state)
+        arguments = (table, head, shape, low_format, sizes)
         ours, theirs = live_bytes(pages, *arguments), live_bytes(expected, *arguments)
         # A mean or a rotation may round differently in its last bit, and tip a few integers.
         assert (ours != theirs).float().mean() < 0.002
@@ -149,25 +159,27 @@ def oracle_step(
     table: list[int],
     shape: Shape,
     low_format: LowFormat,
-    before: TierState,
+    before: TierSizes,
     step: AppendStep,
     key: torch.Tensor,
     value: torch.Tensor,
     recent: int,
 ) -> None:
     """What a decode step changes before it attends; key and value ``[kv_heads, head_dim]``."""
-    geometry, after = shape.geometry, step.state
+    geometry, after = shape.geometry, step.after
     for head in range(shape.kv_heads):
-        stream, state = reference.Stream(pages, table, head), before
-        moved, low_end = step.moved_chunks, after.low_end
-        state = reference.move_chunks(stream, geometry, low_format, state, moved, low_end)
-        state = replace(state, pages=after.pages)
-        for _ in range(step.demoted_chunks):
-            state = reference.demote(stream, geometry, low_format, state, recent, shape.dtype)
+        stream, sizes = reference.Stream(pages, table, head), before
+        moved, low_end_bytes = step.moved_records, after.low_end_bytes
+        sizes = reference.move_low_records(
+            stream, geometry, low_format, sizes, moved, low_end_bytes
+        )
+        sizes = replace(sizes, pages=after.pages)
+        for _ in range(step.demoted_records):
+            sizes = reference.demote(stream, geometry, low_format, sizes, recent, shape.dtype)
         reference.write_high(
             stream,
             geometry,
-            state.high_tokens,
+            sizes.high_tokens,
             key[head : head + 1],
             value[head : head + 1],
             torch.zeros(1),
@@ -177,21 +189,21 @@ def oracle_step(
 def filled(
     shape: Shape,
     low_format: LowFormat,
-    state: TierState,
+    sizes: TierSizes,
     pages: torch.Tensor,
     table: list[int],
     seed: int,
     recent: int = 16,
 ) -> None:
     """Compress random tokens into the pages."""
-    keys, values = tokens(shape, state.num_tokens, seed)
-    scores = torch.rand(shape.kv_heads, state.num_tokens)
+    keys, values = tokens(shape, sizes.num_tokens, seed)
+    scores = torch.rand(shape.kv_heads, sizes.num_tokens)
     reference.compress(
         pages,
         table,
         shape.geometry,
         low_format,
-        state,
+        sizes,
         keys,
         values,
         scores,

@@ -12,13 +12,13 @@ GEOMETRIES = [TierGeometry(64, 32), TierGeometry(128, 16), TierGeometry(256, 64,
 RATIO = st.floats(1.1, 6.0)
 
 
-def is_sound(geometry, planner, state):
+def is_sound(geometry, planner, sizes):
     """Whether the tiers fit into their pages without touching each other."""
-    low_bytes = state.low_chunks * geometry.low(planner.low_format).num_bytes
+    low_bytes = sizes.low_records * geometry.low(planner.low_format).num_bytes
     return (
-        geometry.high_bytes(state.high_tokens) + low_bytes <= state.low_end
-        and state.low_end <= state.pages * geometry.page_bytes
-        and state.high_tokens >= RECENT
+        geometry.high_bytes(sizes.high_tokens) + low_bytes <= sizes.low_end_bytes
+        and sizes.low_end_bytes <= sizes.pages * geometry.page_bytes
+        and sizes.high_tokens >= RECENT
     )
 
 
@@ -36,21 +36,24 @@ def test_a_prompt_in_chunks_and_its_answer_fit_their_pages(
 ):
     total = first + sum(chunks)
     planner = TierPlanner.choose(geometry, ratio, RECENT, total, LADDERS[codec])
-    state = planner.compress(first)
-    if state is None:
+    sizes = planner.compress(first)
+    if sizes is None:
         return
     for count in [*chunks, *[1] * decoded]:
-        step = planner.append(state) if count == 1 else planner.extend(state, count)
-        after = step.state
-        assert after.num_tokens == state.num_tokens + count
-        assert after.pages == state.pages + step.new_pages
-        assert after.low_chunks == state.low_chunks + step.demoted_chunks
-        assert step.moved_chunks <= state.low_chunks
+        step = planner.append(sizes) if count == 1 else planner.extend(sizes, count)
+        after = step.after
+        assert after.num_tokens == sizes.num_tokens + count
+        assert after.pages == sizes.pages + step.new_pages
+        assert after.low_records == sizes.low_records + step.demoted_records
+        assert step.moved_records <= sizes.low_records
         # What moves lands behind where it lay.
         chunk = geometry.low(planner.low_format).num_bytes
-        assert not step.moved_chunks or after.low_end - state.low_end >= step.moved_chunks * chunk
+        assert (
+            not step.moved_records
+            or after.low_end_bytes - sizes.low_end_bytes >= step.moved_records * chunk
+        )
         assert is_sound(geometry, planner, after)
-        state = after
+        sizes = after
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -67,7 +70,7 @@ def test_most_tokens_fill_the_pages(geometry, ratio, pages):
 def test_a_request_takes_no_more_pages_than_needed(ratio, first, count):
     geometry = GEOMETRIES[0]
     planner = TierPlanner.choose(geometry, ratio, RECENT, first + count)
-    state = planner.compress(first)
-    if state is not None:
-        pages = planner.extend(state, count).state.pages
+    sizes = planner.compress(first)
+    if sizes is not None:
+        pages = planner.extend(sizes, count).after.pages
         assert pages <= pages_needed(geometry, ratio, RECENT, first + count)

@@ -13,7 +13,7 @@ from mikv_vllm.evaluation.methods.base import (
 )
 from mikv_vllm.evaluation.methods.uniform import GROUP_CHANNELS, PAIR_BYTES, balancer
 from mikv_vllm.tiers import codec
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, LADDERS, Codec, LowFormat, TierGeometry
+from mikv_vllm.tiers.formats import LADDERS, LOW_RECORD_TOKENS, Codec, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierPlanner
 from mikv_vllm.tiers.reference import select_high
 
@@ -96,11 +96,11 @@ class MiKV(CacheMethod):
         planner = TierPlanner.choose(
             geometry, self.ratio, self.recent, cache.num_tokens, LADDERS[self.codec]
         )
-        state = planner.compress(cache.num_tokens)
-        if state is None:
+        sizes = planner.compress(cache.num_tokens)
+        if sizes is None:
             return Stored(cache.keys, cache.values, cache.native_bytes)
-        keys, values, _ = store_tiers(cache, state.high_tokens, self.recent, planner.low_format)
-        return Stored(keys, values, state.pages * geometry.page_bytes)
+        keys, values, _ = store_tiers(cache, sizes.high_tokens, self.recent, planner.low_format)
+        return Stored(keys, values, sizes.pages * geometry.page_bytes)
 
 
 def store_tiers(
@@ -121,7 +121,7 @@ def store_tiers(
     if num_high < cache.num_tokens:
         low_keys, low_values = (x[is_low] for x in (cache.keys, cache.values))
         frame = codec.key_frame(cache.keys, low_keys, cache.queries, low_format)
-        chunks = low_keys.unflatten(0, (-1, CHUNK_TOKENS))
+        chunks = low_keys.unflatten(0, (-1, LOW_RECORD_TOKENS))
         quantized = codec.quantize_keys(chunks, frame, low_format)
         low_keys = codec.dequantize_keys(quantized, frame, low_format).flatten(0, 1)
         rotated = codec.quantize_values(low_values, low_format.value_bits)

@@ -18,7 +18,7 @@ from mikv_vllm.tiers.codec import rotate
 PAIR_BYTES = 4
 """A scale and an offset, fp16."""
 GROUP_CHANNELS = 64
-GROUP_TOKENS = 32
+HIGH_RECORD_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class PerChannelKeys(CacheMethod):
 
     def store(self, cache: HeadCache) -> Stored:
         tokens, head_dim = cache.keys.shape
-        whole = tokens // GROUP_TOKENS * GROUP_TOKENS
+        whole = tokens // HIGH_RECORD_TOKENS * HIGH_RECORD_TOKENS
         keys, values = cache.keys.clone(), cache.values.clone()
-        grouped = keys[:whole].unflatten(0, (-1, GROUP_TOKENS))
+        grouped = keys[:whole].unflatten(0, (-1, HIGH_RECORD_TOKENS))
         keys[:whole] = quantize(grouped, self.bits, 1).flatten(0, 1)
-        values[:whole] = by_groups(values[:whole], self.bits, GROUP_TOKENS)
-        key_bytes = head_dim * (self.bits / 8 + PAIR_BYTES / GROUP_TOKENS)
-        value_bytes = head_dim * self.bits / 8 + PAIR_BYTES * head_dim / GROUP_TOKENS
+        values[:whole] = by_groups(values[:whole], self.bits, HIGH_RECORD_TOKENS)
+        key_bytes = head_dim * (self.bits / 8 + PAIR_BYTES / HIGH_RECORD_TOKENS)
+        value_bytes = head_dim * self.bits / 8 + PAIR_BYTES * head_dim / HIGH_RECORD_TOKENS
         rest = (tokens - whole) * 2 * NATIVE_BYTES * head_dim
         return Stored(keys, values, whole * (key_bytes + value_bytes) + rest)
 

@@ -18,7 +18,7 @@ struct Layer {
     // Whether runs of 16 entries of an index, from a multiple of 16, are consecutive elements.
     bool key_runs, value_runs, key_runs_by_channel;
 
-    int group() const { return num_heads / num_kv_heads; }
+    int queries_per_kv_head() const { return num_heads / num_kv_heads; }
     int page_bytes() const { return block_size * 4 * head_dim; }
 };
 
@@ -33,9 +33,9 @@ struct Cache {
 struct Row {
     int32_t token;  // row of q, k, v and out
     int32_t num_pages;
-    int32_t high_tokens, low_chunks, low_end;  // before the step
-    int32_t moved_chunks, demoted_chunks;
-    int32_t low_end_after;
+    int32_t high_tokens, low_records, low_end_line;  // before the step
+    int32_t moved_records, demoted_records;
+    int32_t low_end_line_after;
     int32_t key_code, value_bits;  // key_code: see LowLayout
 };
 
@@ -61,7 +61,7 @@ struct DecodeTensors {
 struct Compression {
     const int32_t *native_table, *tiered_table;
     int num_tokens, tiered_pages;
-    int high_tokens, low_chunks, low_end;  // sizes to reach; low_end in lines
+    int high_tokens, low_records, low_end_line;  // sizes to reach; low_end_line in lines
     int key_code, value_bits;
     const float* scores;  // [num_kv_heads, score_stride]
     int64_t score_stride;
@@ -72,14 +72,14 @@ struct Compression {
 // A compressed request in one layer: its block table, sizes and format.
 struct Tiers {
     const int32_t* table;
-    int high_tokens, low_chunks, low_end;  // low_end in lines
+    int high_tokens, low_records, low_end_line;  // low_end_line in lines
     int key_code, value_bits;
 };
 
 // Tokens of a prompt's next chunk that join the tiers of what came before.
 struct Extension {
     Tiers tiers;  // before
-    int moved_chunks, demoted_chunks, low_end_after;
+    int moved_records, demoted_records, low_end_line_after;
     Rows k, v;
     int num_tokens;
     const float* scores;  // [num_kv_heads, score_stride]: of the tiers' tokens, then the new ones'

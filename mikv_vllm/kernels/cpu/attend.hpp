@@ -15,8 +15,8 @@ constexpr float kLog2E = 1.44269504f;
 
 // A range of a request's tiers.
 struct Part {
-    int group_begin, group_end, high_tokens;  // high_tokens: of the whole request
-    int chunk_begin, chunk_end, low_start;    // low_start: line of chunk 0
+    int high_record_begin, high_record_end, high_tokens;  // high_tokens: of the whole request
+    int low_record_begin, low_record_end, low_start;    // low_start: line of chunk 0
 };
 
 // A softmax over a part, unfinished: outputs are sums of 2**(logit - top) * value. Logits count in
@@ -33,8 +33,8 @@ template <int D, int G> struct AttendScratch {
     alignas(64) float ranked[G][P];   // the same by the key channels' rank
     alignas(64) float unit[D];        // of the key scales, as all that follows by rank
     alignas(64) float magnitude[P];   // the largest of all heads' queries, without signs
-    QueryBytes<D, G> queries[Shape<D>::block_chunks];
-    KeyProducts<G> products[Shape<D>::block_chunks];
+    QueryBytes<D, G> queries[Shape<D>::block_low_records];
+    KeyProducts<G> products[Shape<D>::block_low_records];
     alignas(64) uint8_t tiles[Shape<D>::tiles_bytes];
     alignas(64) float logits[G][kBlock];
     alignas(64) float weights[V][G][kBlock];
@@ -45,16 +45,16 @@ template <int D, int G> struct AttendScratch {
     alignas(64) float high_out[G][D], low_out[G][D];
     F zeros[V][G];  // sums of weights x value zeros, by lane
     float amplitude[G], center[G], top[G], total[G];
-    const uint8_t* records[Shape<D>::block_groups];
-    alignas(64) uint8_t buffer[Shape<D>::block_groups][(kGroup * D * 4 + 3 * kLine)];
+    const uint8_t* records[Shape<D>::block_high_records];
+    alignas(64) uint8_t buffer[Shape<D>::block_high_records][(kHighRecordTokens * D * 4 + 3 * kLine)];
 };
 
 template <int D, int G> class Attention {
     using S = AttendScratch<D, G>;
     static constexpr int P = S::P, V = S::V, kBlock = S::kBlock;
-    static constexpr int kBlockChunks = Shape<D>::block_chunks;
-    static constexpr int kBlockGroups = Shape<D>::block_groups;
-    static constexpr int kGroupsAhead = 4;
+    static constexpr int kBlockLowRecords = Shape<D>::block_low_records;
+    static constexpr int kBlockHighRecords = Shape<D>::block_high_records;
+    static constexpr int kHighRecordsAhead = 4;
 
   public:
     Attention(const Layer& layer, const Stream& stream, const HighLayout& high,
@@ -63,7 +63,7 @@ template <int D, int G> class Attention {
           stream_(stream),
           high_(high),
           low_(low),
-          balanced_(low.balanced()),
+          keys_per_token_(low.keys_per_token()),
           s_(scratch) {}
 
     // `weights`: 2**(logit - high_top) of the part's high tokens, [G] rows of `stride`.
@@ -75,9 +75,9 @@ template <int D, int G> class Attention {
         // What comes first; the loops ask for what comes next. Pages are too short, and change too
         // often, for the processor to find the pattern in time.
         stream_.prefetch(0, header_lines(D));
-        const int groups = part.group_end - part.group_begin;
-        stream_.prefetch(high_.group_line(part.group_begin),
-                         (groups < kGroupsAhead ? groups : kGroupsAhead) * high_.num_lines);
+        const int groups = part.high_record_end - part.high_record_begin;
+        stream_.prefetch(high_.high_record_line(part.high_record_begin),
+                         (groups < kHighRecordsAhead ? groups : kHighRecordsAhead) * high_.num_lines);
         prepare(query);
         for (int g = 0; g < G; ++g) {
             s_.top[g] = sinks ? sinks[g] * kLog2E : kNever;
@@ -88,19 +88,19 @@ template <int D, int G> class Attention {
         for (auto& row : s_.zeros) {
             for (F& zero : row) zero = splat(0.0f);
         }
-        const int chunks = part.chunk_end - part.chunk_begin;
-        stream_.prefetch(part.low_start + part.chunk_begin * low_.num_lines,
-                         (chunks < kBlockChunks ? chunks : kBlockChunks) * low_.num_lines);
-        if (part.group_begin < part.group_end) {
+        const int chunks = part.low_record_end - part.low_record_begin;
+        stream_.prefetch(part.low_start + part.low_record_begin * low_.num_lines,
+                         (chunks < kBlockLowRecords ? chunks : kBlockLowRecords) * low_.num_lines);
+        if (part.high_record_begin < part.high_record_end) {
             high_.bits == 8 ? high_keys(part, weights, stride) : full_keys(part, weights, stride);
             high_weights(part, weights, stride);
             high_.bits == 8 ? high_values(part, weights, stride) : full_values(part, weights, stride);
         }
         for (int g = 0; g < G; ++g) partial.high_top[g] = s_.top[g];
-        for (int chunk = part.chunk_begin; chunk < part.chunk_end; chunk += kBlockChunks) {
-            const int rest = part.chunk_end - chunk;
+        for (int chunk = part.low_record_begin; chunk < part.low_record_end; chunk += kBlockLowRecords) {
+            const int rest = part.low_record_end - chunk;
             low_block(part.low_start + chunk * low_.num_lines,
-                      rest < kBlockChunks ? rest : kBlockChunks, rest - kBlockChunks);
+                      rest < kBlockLowRecords ? rest : kBlockLowRecords, rest - kBlockLowRecords);
         }
         finish(partial);
     }
@@ -163,12 +163,12 @@ template <int D, int G> class Attention {
     }
 
     int tokens_of(const Part& part, int group) const {
-        const int rest = part.high_tokens - group * kGroup;
-        return rest < kGroup ? rest : kGroup;
+        const int rest = part.high_tokens - group * kHighRecordTokens;
+        return rest < kHighRecordTokens ? rest : kHighRecordTokens;
     }
 
     const uint8_t* group(int g, uint8_t* buffer) const {
-        return stream_.view(high_.group_line(g), high_.num_lines, buffer);
+        return stream_.view(high_.high_record_line(g), high_.num_lines, buffer);
     }
 
     void high_keys(const Part& part, float* weights, int stride) {
@@ -188,9 +188,9 @@ template <int D, int G> class Attention {
             step[g] = splat(s_.amplitude[g] / top);
             offset[g] = splat_i(sum_i(total) * 128);
         }
-        for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
-            if (at + kGroupsAhead < part.group_end) {
-                stream_.prefetch(high_.group_line(at + kGroupsAhead), high_.num_lines);
+        for (int at = part.high_record_begin; at < part.high_record_end; ++at, weights += kHighRecordTokens) {
+            if (at + kHighRecordsAhead < part.high_record_end) {
+                stream_.prefetch(high_.high_record_line(at + kHighRecordsAhead), high_.num_lines);
             }
             const uint8_t* record = group(at, s_.buffer[0]);
 #if defined(MIKV_USE_AMX)
@@ -208,9 +208,9 @@ template <int D, int G> class Attention {
     }
 
     void full_keys(const Part& part, float* weights, int stride) {
-        for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
+        for (int at = part.high_record_begin; at < part.high_record_end; ++at, weights += kHighRecordTokens) {
             const uint8_t* record = group(at, s_.buffer[0]);
-            alignas(64) float logits[G][kGroup];
+            alignas(64) float logits[G][kHighRecordTokens];
             for (auto& row : logits) {
                 for (float& logit : row) logit = 0.0f;
             }
@@ -235,7 +235,7 @@ template <int D, int G> class Attention {
 
     // Logits of all high tokens of the part -> weights; adds them to the totals.
     void high_weights(const Part& part, float* weights, int stride) {
-        const int count = (part.group_end - part.group_begin) * kGroup;
+        const int count = (part.high_record_end - part.high_record_begin) * kHighRecordTokens;
         F most[G];
         for (int g = 0; g < G; ++g) {
             most[g] = splat(kNever);
@@ -255,12 +255,12 @@ template <int D, int G> class Attention {
     }
 
     void high_values(const Part& part, const float* weights, int stride) {
-        for (int at = part.group_begin; at < part.group_end; at += kBlockGroups) {
-            const int rest = part.group_end - at;
-            const int count = rest < kBlockGroups ? rest : kBlockGroups;
+        for (int at = part.high_record_begin; at < part.high_record_end; at += kBlockHighRecords) {
+            const int rest = part.high_record_end - at;
+            const int count = rest < kBlockHighRecords ? rest : kBlockHighRecords;
             F most[1][G];
             for (int g = 0; g < G; ++g) most[0][g] = splat(0.0f);
-            for (int i = 0; i < count; ++i, weights += kGroup) {
+            for (int i = 0; i < count; ++i, weights += kHighRecordTokens) {
                 const uint8_t* record = s_.records[i] = group(at + i, s_.buffer[i]);
                 const uint16_t* p = reinterpret_cast<const uint16_t*>(record + high_.value_scales);
                 // Unused slots hold anything, NaN included.
@@ -268,22 +268,22 @@ template <int D, int G> class Attention {
                 for (int g = 0; g < G; ++g) {
                     const F w = mul(load(weights + g * stride), scale);
                     most[0][g] = vmax(most[0][g], w);
-                    store(s_.weights[0][g] + i * kGroup, w);
+                    store(s_.weights[0][g] + i * kHighRecordTokens, w);
                 }
             }
             float steps[1][G];
-            split_weights<1>(most, count * kGroup, steps);
+            split_weights<1>(most, count * kHighRecordTokens, steps);
             s_.sums.clear();
             for (int i = 0; i < count; ++i) {
-                value_dots<D, G, kGroup / 4, false>(s_.records[i] + high_.values, s_.weight_bytes,
-                                                    split_place(i * kGroup / 4), s_.sums);
+                value_dots<D, G, kHighRecordTokens / 4, false>(s_.records[i] + high_.values, s_.weight_bytes,
+                                                    split_place(i * kHighRecordTokens / 4), s_.sums);
             }
             flush<1>(steps, s_.high_out);
         }
     }
 
     void full_values(const Part& part, const float* weights, int stride) {
-        for (int at = part.group_begin; at < part.group_end; ++at, weights += kGroup) {
+        for (int at = part.high_record_begin; at < part.high_record_end; ++at, weights += kHighRecordTokens) {
             const uint8_t* record = group(at, s_.buffer[0]);
             for (int t = 0; t < tokens_of(part, at); ++t) {
                 const uint16_t* value =
@@ -336,18 +336,18 @@ template <int D, int G> class Attention {
 
     // `after`: chunks that follow the block's.
     void low_block(int line, int count, int after) {
-        float steps[kBlockChunks], zeros[kBlockChunks][G];
+        float steps[kBlockLowRecords], zeros[kBlockLowRecords][G];
         for (int i = 0; i < count; ++i) {
             const int at = line + i * low_.num_lines;
-            if (i < after) stream_.prefetch(at + kBlockChunks * low_.num_lines, low_.num_lines);
+            if (i < after) stream_.prefetch(at + kBlockLowRecords * low_.num_lines, low_.num_lines);
             s_.records[i] = stream_.view(at, low_.num_lines, s_.buffer[2 * i]);
             steps[i] = fold_scales(s_.records[i], s_.queries[i], zeros[i]);
-            unpack_keys(s_.records[i], low_, s_.tiles + i * kChunk * D);
+            unpack_keys(s_.records[i], low_, s_.tiles + i * kLowRecordTokens * D);
         }
         for (int i = 0; i < count; ++i) {
-            const uint8_t* tiles = s_.tiles + i * kChunk * D;
+            const uint8_t* tiles = s_.tiles + i * kLowRecordTokens * D;
 #if defined(MIKV_USE_AMX)
-            const uint8_t* zeros = balanced_ ? s_.ones : s_.records[i] + low_.key_zeros;
+            const uint8_t* zeros = keys_per_token_ ? s_.ones : s_.records[i] + low_.key_zeros;
             low_key_tiles<D, G>(tiles, zeros, s_.queries[i], s_.products[i]);
 #else
             key_dots<D, G, 2, true>(tiles, s_.queries[i], s_.products[i]);
@@ -357,11 +357,11 @@ template <int D, int G> class Attention {
         float weight_steps[V][G];
         low_weights(count, weight_steps);
         for (int i = 0; i < count; ++i) {
-            unpack(s_.records[i] + low_.values, low_.value_bits, kChunk * D / kLine,
-                   s_.tiles + i * kChunk * D);
+            unpack(s_.records[i] + low_.values, low_.value_bits, kLowRecordTokens * D / kLine,
+                   s_.tiles + i * kLowRecordTokens * D);
         }
 #if defined(MIKV_USE_AMX)
-        low_value_tiles<D, G>(s_.tiles, s_.value_zeros, count * kChunk, s_.weight_bytes, s_.sums);
+        low_value_tiles<D, G>(s_.tiles, s_.value_zeros, count * kLowRecordTokens, s_.weight_bytes, s_.sums);
         for (int v = 0; v < V; ++v) {
             for (int g = 0; g < G; ++g) {
                 const float zero = 256.0f * static_cast<float>(s_.sums.zero_high[v][g]) +
@@ -373,8 +373,8 @@ template <int D, int G> class Attention {
 #else
         s_.sums.clear();
         for (int i = 0; i < count; ++i) {
-            value_dots<D, G, kChunk / 4, true>(s_.tiles + i * kChunk * D, s_.weight_bytes,
-                                               split_place(i * kChunk / 4), s_.sums);
+            value_dots<D, G, kLowRecordTokens / 4, true>(s_.tiles + i * kLowRecordTokens * D, s_.weight_bytes,
+                                               split_place(i * kLowRecordTokens / 4), s_.sums);
         }
 #endif
         flush<V>(weight_steps, s_.low_out);
@@ -399,7 +399,7 @@ template <int D, int G> class Attention {
         for (int i = 0; i < vectors; ++i) {
             scales[i] = mul(scales[i], inverse);
             if constexpr (!kAmx) {
-                zero_points[i] = balanced_ ? splat(1.0f)
+                zero_points[i] = keys_per_token_ ? splat(1.0f)
                                            : to_float(load_s8(record + low_.key_zeros + 16 * i));
             }
         }
@@ -427,8 +427,8 @@ template <int D, int G> class Attention {
     }
 
     // Products of a block -> logits, and the new tops.
-    void low_logits(int count, const float (&steps)[kBlockChunks],
-                    const float (&zeros)[kBlockChunks][G]) {
+    void low_logits(int count, const float (&steps)[kBlockLowRecords],
+                    const float (&zeros)[kBlockLowRecords][G]) {
         F most[G];
         for (int g = 0; g < G; ++g) most[g] = splat(kNever);
         for (int i = 0; i < count; ++i) {
@@ -441,10 +441,10 @@ template <int D, int G> class Attention {
                 const F constant = splat(s_.center[g] + zero * (step / kKeyZeroSteps));
                 for (int half = 0; half < 2; ++half) {
                     const F product = to_float(products.at(g, half));
-                    const F logit = cap(balanced_ ? balanced_logit(i, half, product, zero, step)
+                    const F logit = cap(keys_per_token_ ? balanced_logit(i, half, product, zero, step)
                                                   : fma(product, splat(step), constant));
                     most[g] = vmax(most[g], logit);
-                    store(s_.logits[g] + i * kChunk + 16 * half, logit);
+                    store(s_.logits[g] + i * kLowRecordTokens + 16 * half, logit);
                 }
             }
         }
@@ -474,8 +474,8 @@ template <int D, int G> class Attention {
                 total[g] = add(total[g], e[g]);
             }
             for (int v = 0; v < V; ++v) {
-                const F scale = decode_scale(load_u8(record + low_.value_scales + v * kChunk));
-                const uint8_t* zeros = record + low_.value_zeros + v * kChunk;
+                const F scale = decode_scale(load_u8(record + low_.value_scales + v * kLowRecordTokens));
+                const uint8_t* zeros = record + low_.value_zeros + v * kLowRecordTokens;
                 const F zero = kAmx ? splat(0.0f) : to_float(load_s8(zeros));
                 if constexpr (kAmx) {
                     __builtin_memcpy(s_.value_zeros + v * kBlock + 16 * i, zeros, 16);
@@ -489,7 +489,7 @@ template <int D, int G> class Attention {
             }
         }
         for (int g = 0; g < G; ++g) s_.total[g] += sum(total[g]);
-        split_weights<V>(most, count * kChunk, steps);
+        split_weights<V>(most, count * kLowRecordTokens, steps);
     }
 
     void finish(Partial partial) {

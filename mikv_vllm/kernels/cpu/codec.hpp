@@ -34,7 +34,7 @@ struct KeyGrid {
 inline KeyGrid key_grid(const float* x, int stride, int bits, F unit, uint8_t* scales,
                         uint8_t* zeros) {
     F low, high;
-    bounds(x, kChunk, stride, low, high);
+    bounds(x, kLowRecordTokens, stride, low, high);
     const float top = static_cast<float>((1 << bits) - 1);
     // The second term keeps the zero point within an int8 where a chunk lies far from the centre.
     const F wanted = vmax(div(sub(high, low), splat(top)),
@@ -105,19 +105,19 @@ inline void rotate(float* x, int head_dim) {
 }
 
 // Scratch of one chunk's quantization.
-struct ChunkScratch {
-    alignas(64) float keys[kChunk * 256];     // [token][channel]
-    alignas(64) float values[256 * kChunk];   // [channel][token]
-    alignas(64) float balanced[256 * kChunk]; // keys, the same
-    alignas(64) uint8_t integers[kChunk * 256];
-    alignas(64) uint8_t tiles[kChunk * 256];
+struct LowRecordScratch {
+    alignas(64) float keys[kLowRecordTokens * 256];     // [token][channel]
+    alignas(64) float values[256 * kLowRecordTokens];   // [channel][token]
+    alignas(64) float balanced[256 * kLowRecordTokens]; // keys, the same
+    alignas(64) uint8_t integers[kLowRecordTokens * 256];
+    alignas(64) uint8_t tiles[kLowRecordTokens * 256];
 };
 
 // Puts the channels of a chunk's keys in the frame's order, less their centres.
-inline void rank_keys(ChunkScratch& s, int d, const KeyFrame& frame) {
+inline void rank_keys(LowRecordScratch& s, int d, const KeyFrame& frame) {
     alignas(64) float center[256], x[256];
     for (int r = 0; r < d; r += 16) store(center + r, load_fp16(frame.center + r));
-    for (int t = 0; t < kChunk; ++t) {
+    for (int t = 0; t < kLowRecordTokens; ++t) {
         float* keys = s.keys + t * d;
         for (int c = 0; c < d; c += 16) store(x + c, load(keys + c));
         for (int r = 0; r < d; ++r) keys[r] = x[frame.order[r]] - center[r];
@@ -125,51 +125,51 @@ inline void rank_keys(ChunkScratch& s, int d, const KeyFrame& frame) {
 }
 
 // Tiles and metadata of a chunk's keys, ranked.
-inline void quantize_keys(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+inline void quantize_keys(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
                           uint8_t* record) {
     const int d = layout.head_dim;
     for (int c = 0; c < d; c += kBand) {
         const int bits = layout.band_bits(c / kBand);
         const KeyGrid grid = key_grid(s.keys + c, d, bits, load_fp16(frame.unit + c),
                                       record + layout.key_scales + c, record + layout.key_zeros + c);
-        for (int t = 0; t < kChunk; ++t) {
+        for (int t = 0; t < kLowRecordTokens; ++t) {
             const F integer = nearest_key(load(s.keys + t * d + c), grid.step, grid.offset, bits);
             store_u8(s.integers + t * d + c, to_int(integer));
         }
     }
     for (int quad = 0; quad < d / 4; ++quad) {
-        for (int t = 0; t < kChunk; ++t) {
+        for (int t = 0; t < kLowRecordTokens; ++t) {
             copy4(s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4, s.integers + t * d + 4 * quad);
         }
     }
 }
 
 // The same of balanced keys: per token, in units of their channels.
-inline void balance_keys(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+inline void balance_keys(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
                          uint8_t* record) {
     const int d = layout.head_dim;
     alignas(64) float unit[256];
     for (int c = 0; c < d; c += 16) store(unit + c, load_fp16(frame.unit + c));
-    for (int t = 0; t < kChunk; ++t) {
-        for (int c = 0; c < d; ++c) s.balanced[c * kChunk + t] = s.keys[t * d + c] / unit[c];
+    for (int t = 0; t < kLowRecordTokens; ++t) {
+        for (int c = 0; c < d; ++c) s.balanced[c * kLowRecordTokens + t] = s.keys[t * d + c] / unit[c];
     }
-    for (int half = 0; half < kChunk; half += 16) {
-        quantize_values(s.balanced + half, d, kChunk, layout.band_bits(0),
+    for (int half = 0; half < kLowRecordTokens; half += 16) {
+        quantize_values(s.balanced + half, d, kLowRecordTokens, layout.band_bits(0),
                         record + layout.key_scales + half, record + layout.key_zeros + half,
                         s.integers + half);
     }
     for (int c = 0; c < d; ++c) {
-        for (int t = 0; t < kChunk; ++t) {
-            s.tiles[(c / 4 * 2 + t / 16) * kLine + t % 16 * 4 + c % 4] = s.integers[c * kChunk + t];
+        for (int t = 0; t < kLowRecordTokens; ++t) {
+            s.tiles[(c / 4 * 2 + t / 16) * kLine + t % 16 * 4 + c % 4] = s.integers[c * kLowRecordTokens + t];
         }
     }
 }
 
 // Quantizes the keys and values in `s` (keys not yet ranked, values not yet rotated) into `record`.
-inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+inline void quantize_low_record(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
                            uint8_t* record) {
-    const int d = layout.head_dim, num_tiles = kChunk * d / kLine;
-    if (layout.balanced()) {
+    const int d = layout.head_dim, num_tiles = kLowRecordTokens * d / kLine;
+    if (layout.keys_per_token()) {
         balance_keys(s, layout, frame, record);
     } else {
         rank_keys(s, d, frame);
@@ -178,44 +178,44 @@ inline void quantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFr
     pack_keys(s.tiles, layout, record);
 
     const int groups = LowLayout::value_groups(d), channels = d / groups;
-    for (int half = 0; half < kChunk; half += 16) {
-        rotate_columns(s.values + half, d, kChunk);
+    for (int half = 0; half < kLowRecordTokens; half += 16) {
+        rotate_columns(s.values + half, d, kLowRecordTokens);
         for (int g = 0; g < groups; ++g) {
-            const int at = g * channels * kChunk + half;
-            quantize_values(s.values + at, channels, kChunk, layout.value_bits,
-                            record + layout.value_scales + g * kChunk + half,
-                            record + layout.value_zeros + g * kChunk + half, s.integers + at);
+            const int at = g * channels * kLowRecordTokens + half;
+            quantize_values(s.values + at, channels, kLowRecordTokens, layout.value_bits,
+                            record + layout.value_scales + g * kLowRecordTokens + half,
+                            record + layout.value_zeros + g * kLowRecordTokens + half, s.integers + at);
         }
     }
-    for (int quad = 0; quad < kChunk / 4; ++quad) {
+    for (int quad = 0; quad < kLowRecordTokens / 4; ++quad) {
         for (int c = 0; c < d; ++c) {
             copy4(s.tiles + (quad * (d / 16) + c / 16) * kLine + c % 16 * 4,
-                  s.integers + c * kChunk + 4 * quad);
+                  s.integers + c * kLowRecordTokens + 4 * quad);
         }
     }
     pack(s.tiles, layout.value_bits, num_tiles, record + layout.values);
 }
 
 // Keys of a chunk from the integers in `s`, [token][rank].
-inline void dequantize_keys(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+inline void dequantize_keys(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
                             const uint8_t* record) {
     const int d = layout.head_dim;
     const uint8_t *scales = record + layout.key_scales, *zeros = record + layout.key_zeros;
-    alignas(64) float token_scale[kChunk], token_zero[kChunk], key[16];
-    for (int t = 0; t < kChunk; t += 16) {
+    alignas(64) float token_scale[kLowRecordTokens], token_zero[kLowRecordTokens], key[16];
+    for (int t = 0; t < kLowRecordTokens; t += 16) {
         store(token_scale + t, decode_scale(load_u8(scales + t)));
         store(token_zero + t, to_float(load_s8(zeros + t)));
     }
     for (int r = 0; r < d; r += 16) {
         const F unit = load_fp16(frame.unit + r), center = load_fp16(frame.center + r);
         F step = unit, offset = splat(0.0f);
-        if (!layout.balanced()) {
+        if (!layout.keys_per_token()) {
             step = mul(to_float(load_u8(scales + r)), unit);
             offset = mul(to_float(load_s8(zeros + r)), splat(1.0f / kKeyZeroSteps));
         }
-        for (int t = 0; t < kChunk; ++t) {
+        for (int t = 0; t < kLowRecordTokens; ++t) {
             F number = add(to_float(load_u8(s.integers + t * d + r)), offset);
-            if (layout.balanced()) {
+            if (layout.keys_per_token()) {
                 number = mul(add(number, splat(token_zero[t])), splat(token_scale[t]));
             }
             store(key, fma(step, number, center));
@@ -224,35 +224,35 @@ inline void dequantize_keys(ChunkScratch& s, const LowLayout& layout, const KeyF
     }
 }
 
-// Reads a record back: keys and values into `s`, as `quantize_chunk` takes them.
-inline void dequantize_chunk(ChunkScratch& s, const LowLayout& layout, const KeyFrame& frame,
+// Reads a record back: keys and values into `s`, as `quantize_low_record` takes them.
+inline void dequantize_low_record(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
                              const uint8_t* record) {
-    const int d = layout.head_dim, num_tiles = kChunk * d / kLine;
+    const int d = layout.head_dim, num_tiles = kLowRecordTokens * d / kLine;
     unpack_keys(record, layout, s.tiles);
     for (int quad = 0; quad < d / 4; ++quad) {
-        for (int t = 0; t < kChunk; ++t) {
+        for (int t = 0; t < kLowRecordTokens; ++t) {
             copy4(s.integers + t * d + 4 * quad, s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4);
         }
     }
     dequantize_keys(s, layout, frame, record);
 
     unpack(record + layout.values, layout.value_bits, num_tiles, s.tiles);
-    for (int quad = 0; quad < kChunk / 4; ++quad) {
+    for (int quad = 0; quad < kLowRecordTokens / 4; ++quad) {
         for (int c = 0; c < d; ++c) {
-            copy4(s.integers + c * kChunk + 4 * quad,
+            copy4(s.integers + c * kLowRecordTokens + 4 * quad,
                   s.tiles + (quad * (d / 16) + c / 16) * kLine + c % 16 * 4);
         }
     }
     const int groups = LowLayout::value_groups(d), channels = d / groups;
-    for (int half = 0; half < kChunk; half += 16) {
+    for (int half = 0; half < kLowRecordTokens; half += 16) {
         for (int c = 0; c < d; ++c) {
-            const int at = c / channels * kChunk + half;
+            const int at = c / channels * kLowRecordTokens + half;
             const F scale = decode_scale(load_u8(record + layout.value_scales + at));
             const F zero = to_float(load_s8(record + layout.value_zeros + at));
-            const F integer = to_float(load_u8(s.integers + c * kChunk + half));
-            store(s.values + c * kChunk + half, mul(scale, add(integer, zero)));
+            const F integer = to_float(load_u8(s.integers + c * kLowRecordTokens + half));
+            store(s.values + c * kLowRecordTokens + half, mul(scale, add(integer, zero)));
         }
-        rotate_columns(s.values + half, d, kChunk);
+        rotate_columns(s.values + half, d, kLowRecordTokens);
     }
 }
 

@@ -94,13 +94,13 @@ struct Compressor {
     void write_header(const Head& h, int head) const {
         const int d = layer.head_dim;
         __builtin_memset(h.header, 0, kHeader);
-        low.balanced() ? balance(h, head) : rank(h, head);
+        low.keys_per_token() ? balance(h, head) : rank(h, head);
         Stream(cache, layer, head, job.tiered_table).write(0, header_lines(d), h.header);
     }
 
     // Header of balanced keys: the root of each channel's largest key by its largest query.
     void balance(const Head& h, int head) const {
-        const int d = layer.head_dim, shared = layer.group();
+        const int d = layer.head_dim, shared = layer.queries_per_kv_head();
         uint16_t* unit = reinterpret_cast<uint16_t*>(h.header) + d;
         for (int c = 0; c < d; c += 16) {
             F key = splat(0.0f), query = splat(1e-6f);
@@ -122,7 +122,7 @@ struct Compressor {
 
     // Row `row` of the last queries of all heads that share a KV head.
     const uint16_t* query(int head, int row) const {
-        const int shared = layer.group();
+        const int shared = layer.queries_per_kv_head();
         return job.queries.at(row / shared) +
                (head * shared + row % shared) * static_cast<int64_t>(layer.head_dim);
     }
@@ -152,7 +152,7 @@ struct Compressor {
     // How far low keys lie from the centre, and what rounding a channel costs: see key_cost in
     // tiers/codec.py. Without low keys, all keys and no cost.
     void measure(const Head& h, int head, float* far, float* cost) const {
-        const int d = layer.head_dim, num_low = job.low_chunks * kChunk;
+        const int d = layer.head_dim, num_low = job.low_records * kLowRecordTokens;
         const int count = num_low ? num_low : job.num_tokens;
         alignas(64) double energy[256], ranges[16];
         alignas(64) float range[16];
@@ -160,8 +160,8 @@ struct Compressor {
         for (int c = 0; c < d; c += 16) {
             F largest_distance = splat(0.0f);
             for (double& sum : ranges) sum = 0;
-            for (int first = 0; first < count; first += kChunk) {
-                const int last = first + kChunk < count ? first + kChunk : count;
+            for (int first = 0; first < count; first += kLowRecordTokens) {
+                const int last = first + kLowRecordTokens < count ? first + kLowRecordTokens : count;
                 F least = splat(0.0f), most = least;
                 for (int i = first; i < last; ++i) {
                     const int64_t token = num_low ? h.low[i] : i;
@@ -184,7 +184,7 @@ struct Compressor {
 
     // Sum of the squares of each channel's queries.
     void query_energy(int head, double* energy) const {
-        const int d = layer.head_dim, shared = layer.group();
+        const int d = layer.head_dim, shared = layer.queries_per_kv_head();
         alignas(64) float x[16];
         for (int c = 0; c < d; ++c) energy[c] = 0;
         for (int row = 0; row < job.num_queries * shared; ++row) {
@@ -196,11 +196,11 @@ struct Compressor {
         }
     }
 
-    void write_group(const Head& h, int head, int group, uint8_t* record) const {
-        const int d = layer.head_dim, first = group * kGroup;
-        const int rest = job.high_tokens - first, count = rest < kGroup ? rest : kGroup;
+    void write_high_record(const Head& h, int head, int group, uint8_t* record) const {
+        const int d = layer.head_dim, first = group * kHighRecordTokens;
+        const int rest = job.high_tokens - first, count = rest < kHighRecordTokens ? rest : kHighRecordTokens;
         const size_t bytes = static_cast<size_t>(high.num_lines) * kLine;
-        if (count < kGroup) __builtin_memset(record, 0, bytes);
+        if (count < kHighRecordTokens) __builtin_memset(record, 0, bytes);
         const HighSlot slots{high};
         for (int i = 0; i < count; ++i) {
             const int64_t token = h.high[first + i];
@@ -208,25 +208,25 @@ struct Compressor {
                         job.scores[head * job.score_stride + token], layer.dtype);
         }
         Stream(cache, layer, head, job.tiered_table)
-            .write(high.group_line(group), high.num_lines, record);
+            .write(high.high_record_line(group), high.num_lines, record);
     }
 
-    void write_chunk(const Head& h, int head, int chunk, ChunkScratch& s, uint8_t* record) const {
+    void write_low_record(const Head& h, int head, int chunk, LowRecordScratch& s, uint8_t* record) const {
         const int d = layer.head_dim;
-        const int32_t* tokens = h.low + chunk * kChunk;
+        const int32_t* tokens = h.low + chunk * kLowRecordTokens;
         alignas(64) float lanes[16];
-        for (int t = 0; t < kChunk; ++t) {
+        for (int t = 0; t < kLowRecordTokens; ++t) {
             const int64_t at = static_cast<int64_t>(tokens[t]) * d;
             for (int c = 0; c < d; c += 16) {
                 store(s.keys + t * d + c, load_half(h.keys + at + c, layer.dtype));
                 store(lanes, load_half(h.values + at + c, layer.dtype));
-                for (int i = 0; i < 16; ++i) s.values[(c + i) * kChunk + t] = lanes[i];
+                for (int i = 0; i < 16; ++i) s.values[(c + i) * kLowRecordTokens + t] = lanes[i];
             }
         }
         __builtin_memset(record, 0, static_cast<size_t>(low.num_lines) * kLine);
-        quantize_chunk(s, low, KeyFrame(h.header, d), record);
+        quantize_low_record(s, low, KeyFrame(h.header, d), record);
         Stream(cache, layer, head, job.tiered_table)
-            .write(job.low_end - (job.low_chunks - chunk) * low.num_lines, low.num_lines, record);
+            .write(job.low_end_line - (job.low_records - chunk) * low.num_lines, low.num_lines, record);
     }
 };
 
@@ -236,7 +236,7 @@ void compress(const Layer& layer, const Cache& cache, const Compression& job) {
     const int d = layer.head_dim, heads = layer.num_kv_heads;
     const int threads = omp_get_max_threads(), wave = threads < heads ? threads : heads;
     const int num_pages = (job.num_tokens + layer.block_size - 1) / layer.block_size;
-    const int groups = (job.high_tokens + kGroup - 1) / kGroup, records = groups + job.low_chunks;
+    const int groups = (job.high_tokens + kHighRecordTokens - 1) / kHighRecordTokens, records = groups + job.low_records;
     const Compressor c{layer,
                        cache,
                        job,
@@ -269,9 +269,9 @@ void compress(const Layer& layer, const Cache& cache, const Compression& job) {
                 const Head h = head_of(i / records);
                 const int record = i % records, head = first + i / records;
                 if (record < groups) {
-                    c.write_group(h, head, record, scratch->target);
+                    c.write_high_record(h, head, record, scratch->target);
                 } else {
-                    c.write_chunk(h, head, record - groups, scratch->chunk, scratch->target);
+                    c.write_low_record(h, head, record - groups, scratch->chunk, scratch->target);
                 }
             }
         }

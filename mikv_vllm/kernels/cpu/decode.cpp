@@ -20,7 +20,7 @@ struct Item {
     Stream stream;
     LowLayout low;
     Sizes sizes;  // after the changes
-    int groups() const { return (sizes.high_tokens + kGroup - 1) / kGroup; }
+    int groups() const { return (sizes.high_tokens + kHighRecordTokens - 1) / kHighRecordTokens; }
 };
 
 struct Step {
@@ -41,16 +41,16 @@ struct Step {
                 head,
                 Stream(cache, layer, head, table),
                 LowLayout(layer.head_dim, row->key_code, row->value_bits),
-                {row->high_tokens - kChunk * row->demoted_chunks + 1,
-                 row->low_chunks + row->demoted_chunks, row->low_end_after}};
+                {row->high_tokens - kLowRecordTokens * row->demoted_records + 1,
+                 row->low_records + row->demoted_records, row->low_end_line_after}};
     }
 
-    size_t weights_bytes() const { return static_cast<size_t>(layer.group() * stride) * 4; }
+    size_t weights_bytes() const { return static_cast<size_t>(layer.queries_per_kv_head() * stride) * 4; }
     size_t partial_bytes() const {
-        return static_cast<size_t>(layer.group()) * (layer.head_dim * 4 + 64);
+        return static_cast<size_t>(layer.queries_per_kv_head()) * (layer.head_dim * 4 + 64);
     }
     Partial partial(uint8_t* memory, int part) const {
-        const int group = layer.group();
+        const int group = layer.queries_per_kv_head();
         float* out = reinterpret_cast<float*>(memory + part * partial_bytes());
         float* top = out + group * layer.head_dim;
         return {out, top, top + group, top + 2 * group};
@@ -58,10 +58,10 @@ struct Step {
 
     void change(const Item& item, ChangeScratch& scratch) const {
         const Row& row = *item.row;
-        Sizes sizes{row.high_tokens, row.low_chunks, row.low_end};
-        move_chunks(item.stream, item.low, sizes, row.moved_chunks, row.low_end_after,
+        Sizes sizes{row.high_tokens, row.low_records, row.low_end_line};
+        move_low_records(item.stream, item.low, sizes, row.moved_records, row.low_end_line_after,
                     scratch.source);
-        for (int i = 0; i < row.demoted_chunks; ++i) {
+        for (int i = 0; i < row.demoted_records; ++i) {
             demote(layer, item.stream, high, item.low, sizes, scratch);
         }
         const int64_t at = static_cast<int64_t>(item.head) * layer.head_dim;
@@ -70,25 +70,25 @@ struct Step {
     }
 
     Part range(const Item& item, int part) const {
-        const int groups = item.groups(), chunks = item.sizes.low_chunks;
+        const int groups = item.groups(), chunks = item.sizes.low_records;
         return {groups * part / parts,
                 groups * (part + 1) / parts,
                 item.sizes.high_tokens,
                 chunks * part / parts,
                 chunks * (part + 1) / parts,
-                item.sizes.low_end - chunks * item.low.num_lines};
+                item.sizes.low_end_line - chunks * item.low.num_lines};
     }
 
     template <int D, int G>
     void attend_heads(const Item& item, int part, int first, float* weights, Partial partial,
                       uint8_t* scratch) const {
-        const int head = item.head * layer.group() + first;
+        const int head = item.head * layer.queries_per_kv_head() + first;
         const Part range = this->range(item, part);
         const float* sinks = layer.sinks && part == 0 ? layer.sinks + head : nullptr;
         Attention<D, G> attention(layer, item.stream, high, item.low,
                                   *reinterpret_cast<AttendScratch<D, G>*>(scratch));
         attention.run(tensors.q.at(item.row->token) + head * D, sinks, range,
-                      weights + first * stride + range.group_begin * kGroup, stride,
+                      weights + first * stride + range.high_record_begin * kHighRecordTokens, stride,
                       {partial.out + first * D, partial.top + first, partial.total + first,
                        partial.high_top + first});
     }
@@ -96,7 +96,7 @@ struct Step {
     template <int D>
     void attend(const Item& item, int part, float* weights, Partial partial,
                 uint8_t* scratch) const {
-        const int group = layer.group();
+        const int group = layer.queries_per_kv_head();
         for (int first = 0; first < group;) {
             // Even shares: 5 heads run as 3 + 2, not 4 + 1.
             const int runs = (group - first + kHeadsAtOnce - 1) / kHeadsAtOnce;
@@ -125,7 +125,7 @@ struct Step {
 
     // Merges the parts, writes the output and adds the normalized weights to the scores.
     void finish(const Item& item, const float* weights, uint8_t* partials) const {
-        const int group = layer.group(), d = layer.head_dim;
+        const int group = layer.queries_per_kv_head(), d = layer.head_dim;
         for (int g = 0; g < group; ++g) {
             float top = kNever, total = 0.0f;
             for (int p = 0; p < parts; ++p) {
@@ -154,13 +154,13 @@ struct Step {
         for (int p = 0; p < parts; ++p) {
             const Partial x = partial(partials, p);
             const Part range = this->range(item, p);
-            for (int at = range.group_begin; at < range.group_end; ++at) {
+            for (int at = range.high_record_begin; at < range.high_record_end; ++at) {
                 int rest;
                 float* scores = reinterpret_cast<float*>(
-                    item.stream.at(high.group_line(at) + high.num_lines - 1, &rest));
+                    item.stream.at(high.high_record_line(at) + high.num_lines - 1, &rest));
                 F score = mul(load(scores), splat(layer.decay));
                 for (int g = 0; g < group; ++g) {
-                    const F w = load(weights + g * stride + at * kGroup);
+                    const F w = load(weights + g * stride + at * kHighRecordTokens);
                     score = fma(w, splat(x.high_top[g]), score);
                 }
                 store(scores, score);
@@ -189,7 +189,7 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
     int max_high = 0, max_tokens = 0;
     for (int r = 0; r < batch.num_rows; ++r) {
         const Row& row = batch.rows[r];
-        const int tokens = row.high_tokens + kChunk * row.low_chunks;
+        const int tokens = row.high_tokens + kLowRecordTokens * row.low_records;
         max_high = row.high_tokens > max_high ? row.high_tokens : max_high;
         max_tokens = tokens > max_tokens ? tokens : max_tokens;
     }
@@ -206,7 +206,7 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
                     tensors,
                     HighLayout(layer.head_dim, layer.high_bits),
                     parts,
-                    (max_high + 1 + kGroup - 1) / kGroup * kGroup};
+                    (max_high + 1 + kHighRecordTokens - 1) / kHighRecordTokens * kHighRecordTokens};
 
     const size_t item_bytes = step.weights_bytes() + parts * step.partial_bytes();
     const size_t change_bytes = ChangeScratch::bytes(max_high);

@@ -16,7 +16,7 @@ template <int D> struct Shape {
     static constexpr int group_channels = D / value_groups;
     // Tokens that are worked on at once: their unpacked keys or values fit the first-level cache.
     static constexpr int block = D < 96 ? 256 : D < 256 ? 128 : 64;
-    static constexpr int block_chunks = block / kChunk, block_groups = block / kGroup;
+    static constexpr int block_low_records = block / kLowRecordTokens, block_high_records = block / kHighRecordTokens;
     // Tile products may read a few tiles behind the last one.
     static constexpr int tiles_bytes = block * D + 32 * kLine;
 };

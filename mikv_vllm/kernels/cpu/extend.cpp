@@ -40,8 +40,8 @@ void restore(const Layer& layer, const Cache& cache, const Tiers& tiers, const C
     const int d = layer.head_dim, threads = omp_get_max_threads();
     const HighLayout high(d, layer.high_bits);
     const LowLayout low(d, tiers.key_code, tiers.value_bits);
-    const int groups = (tiers.high_tokens + kGroup - 1) / kGroup;
-    const int records = groups + tiers.low_chunks;
+    const int groups = (tiers.high_tokens + kHighRecordTokens - 1) / kHighRecordTokens;
+    const int records = groups + tiers.low_records;
     const size_t bytes = (ChangeScratch::bytes(0) + 4095) / 4096 * 4096;
     uint8_t* memory = workspace(threads * bytes);
 
@@ -56,22 +56,22 @@ void restore(const Layer& layer, const Cache& cache, const Tiers& tiers, const C
             const Stream stream(cache, layer, head, tiers.table);
             const NativeWriter native{layer, target, head};
             if (record < groups) {
-                const int first = record * kGroup, rest = tiers.high_tokens - first;
-                stream.read(high.group_line(record), high.num_lines, s.source);
-                for (int slot = 0; slot < (rest < kGroup ? rest : kGroup); ++slot) {
+                const int first = record * kHighRecordTokens, rest = tiers.high_tokens - first;
+                stream.read(high.high_record_line(record), high.num_lines, s.source);
+                for (int slot = 0; slot < (rest < kHighRecordTokens ? rest : kHighRecordTokens); ++slot) {
                     HighSlot{high}.read(s.source, slot, s.chunk.keys, s.chunk.values, 1,
                                         layer.dtype);
                     native.write(first + slot, s.chunk.keys, s.chunk.values, 1);
                 }
                 continue;
             }
-            const int chunk = record - groups, first = tiers.high_tokens + chunk * kChunk;
+            const int chunk = record - groups, first = tiers.high_tokens + chunk * kLowRecordTokens;
             stream.read(0, header_lines(d), header);
-            stream.read(tiers.low_end - (tiers.low_chunks - chunk) * low.num_lines, low.num_lines,
+            stream.read(tiers.low_end_line - (tiers.low_records - chunk) * low.num_lines, low.num_lines,
                         s.source);
-            dequantize_chunk(s.chunk, low, KeyFrame(header, d), s.source);
-            for (int t = 0; t < kChunk; ++t) {
-                native.write(first + t, s.chunk.keys + t * d, s.chunk.values + t, kChunk);
+            dequantize_low_record(s.chunk, low, KeyFrame(header, d), s.source);
+            for (int t = 0; t < kLowRecordTokens; ++t) {
+                native.write(first + t, s.chunk.keys + t * d, s.chunk.values + t, kLowRecordTokens);
             }
         }
     }
@@ -92,25 +92,25 @@ struct Extender {
         return tensor.at(token) + static_cast<int64_t>(head) * layer.head_dim;
     }
 
-    // Chooses the least important of the high tokens and the new ones: job.demoted_chunks x 32.
+    // Chooses the least important of the high tokens and the new ones: job.demoted_records x 32.
     void choose(int high_tokens, ChangeScratch& s) const {
         const float* added = job.scores + head * job.score_stride;
         read_scores(stream, high, high_tokens, s.scores);
         for (int i = 0; i < high_tokens; ++i) s.scores[i] = job.keep * s.scores[i] + added[i];
-        added += high_tokens + kChunk * job.tiers.low_chunks;
+        added += high_tokens + kLowRecordTokens * job.tiers.low_records;
         const int all = high_tokens + job.num_tokens, candidates = all - layer.recent;
         for (int i = 0; i < job.num_tokens; ++i) s.scores[high_tokens + i] = added[i];
         __builtin_memset(s.chosen, 0, static_cast<size_t>(all));
-        if (job.demoted_chunks) {
-            select_least(s.scores, candidates, kChunk * job.demoted_chunks, s.keys, s.chosen);
+        if (job.demoted_records) {
+            select_least(s.scores, candidates, kLowRecordTokens * job.demoted_records, s.keys, s.chosen);
         }
     }
 
     void write_scores(int count, const float* scores) const {
-        for (int first = 0; first < count; first += kGroup) {
+        for (int first = 0; first < count; first += kHighRecordTokens) {
             int rest;
-            uint8_t* line = stream.at(high.group_line(first / kGroup) + high.num_lines - 1, &rest);
-            const int here = count - first < kGroup ? count - first : kGroup;
+            uint8_t* line = stream.at(high.high_record_line(first / kHighRecordTokens) + high.num_lines - 1, &rest);
+            const int here = count - first < kHighRecordTokens ? count - first : kHighRecordTokens;
             __builtin_memcpy(line, scores + first, static_cast<size_t>(here) * 4);
         }
     }
@@ -118,10 +118,10 @@ struct Extender {
     // `victims`: room for the key and value of every high token.
     void run(ChangeScratch& s, float* victims) const {
         const int d = layer.head_dim, before = job.tiers.high_tokens;
-        Sizes sizes{before, job.tiers.low_chunks, job.tiers.low_end};
+        Sizes sizes{before, job.tiers.low_records, job.tiers.low_end_line};
         choose(before, s);
         write_scores(before, s.scores);
-        move_chunks(stream, low, sizes, job.moved_chunks, job.low_end_after, s.source);
+        move_low_records(stream, low, sizes, job.moved_records, job.low_end_line_after, s.source);
         int leaving = 0;
         compact(stream, high, sizes, s, [&](const uint8_t* record, int slot) {
             float* to = victims + static_cast<int64_t>(2 * d) * leaving++;
@@ -130,15 +130,15 @@ struct Extender {
         alignas(64) uint8_t header[kHeader];
         stream.read(0, header_lines(d), header);
         const KeyFrame frame(header, d);
-        int in_chunk = 0;
+        int in_record = 0;
         const auto demote_token = [&](const float* key, const float* value) {
             for (int c = 0; c < d; ++c) {
-                s.chunk.keys[in_chunk * d + c] = key[c];
-                s.chunk.values[c * kChunk + in_chunk] = value[c];
+                s.chunk.keys[in_record * d + c] = key[c];
+                s.chunk.values[c * kLowRecordTokens + in_record] = value[c];
             }
-            if (++in_chunk == kChunk) {
-                add_chunk(stream, low, frame, sizes, s);
-                in_chunk = 0;
+            if (++in_record == kLowRecordTokens) {
+                add_low_record(stream, low, frame, sizes, s);
+                in_record = 0;
             }
         };
         for (int i = 0; i < leaving; ++i) {

@@ -8,21 +8,21 @@
 
 namespace mikv::MIKV_ISA {
 
-// Sizes of one request's tiers; `low_end` in lines.
+// Sizes of one request's tiers; `low_end_line` in lines.
 struct Sizes {
-    int high_tokens, low_chunks, low_end;
+    int high_tokens, low_records, low_end_line;
 };
 
 // Room for one item's changes. `max_high`: high tokens that it may meet.
 struct ChangeScratch {
-    ChunkScratch chunk;
+    LowRecordScratch chunk;
     uint8_t *source, *target;  // a record each, of either tier
     float* scores;
     uint64_t* keys;
     uint8_t* chosen;
 
     static size_t bytes(int max_high) {
-        return sizeof(ChunkScratch) + 2 * kRecord + static_cast<size_t>(max_high + 64) * 13 + 512;
+        return sizeof(LowRecordScratch) + 2 * kRecord + static_cast<size_t>(max_high + 64) * 13 + 512;
     }
     static ChangeScratch* make(Arena& arena, int max_high) {
         ChangeScratch* s = arena.take<ChangeScratch>(1);
@@ -33,7 +33,7 @@ struct ChangeScratch {
         s->chosen = arena.take<uint8_t>(max_high + 16);
         return s;
     }
-    static constexpr int kRecord = 2 * kGroup * 256 * 2 + 256;
+    static constexpr int kRecord = 2 * kHighRecordTokens * 256 * 2 + 256;
 };
 
 // One token of a high record. `keys` and `values` point at the record's parts.
@@ -111,16 +111,16 @@ struct HighSlot {
     }
 };
 
-// Moves the lowest-lying chunks behind the last one, into the pages that end at `low_end_after`.
-inline void move_chunks(const Stream& stream, const LowLayout& low, Sizes& sizes, int count,
-                        int low_end_after, uint8_t* buffer) {
-    if (count > sizes.low_chunks) count = sizes.low_chunks;
-    const int first = sizes.low_end - sizes.low_chunks * low.num_lines;
+// Moves the lowest-lying chunks behind the last one, into the pages that end at `low_end_line_after`.
+inline void move_low_records(const Stream& stream, const LowLayout& low, Sizes& sizes, int count,
+                        int low_end_line_after, uint8_t* buffer) {
+    if (count > sizes.low_records) count = sizes.low_records;
+    const int first = sizes.low_end_line - sizes.low_records * low.num_lines;
     for (int i = 0; i < count; ++i) {
         stream.read(first + i * low.num_lines, low.num_lines, buffer);
-        stream.write(low_end_after - (count - i) * low.num_lines, low.num_lines, buffer);
+        stream.write(low_end_line_after - (count - i) * low.num_lines, low.num_lines, buffer);
     }
-    sizes.low_end = low_end_after;
+    sizes.low_end_line = low_end_line_after;
 }
 
 // Removes the tokens that `s.chosen` marks from the high tier: later ones close the holes.
@@ -129,11 +129,11 @@ template <class Leave>
 void compact(const Stream& stream, const HighLayout& high, Sizes& sizes, ChangeScratch& s,
              const Leave& leave) {
     const HighSlot slots{high};
-    const int n = sizes.high_tokens, groups = (n + kGroup - 1) / kGroup;
+    const int n = sizes.high_tokens, groups = (n + kHighRecordTokens - 1) / kHighRecordTokens;
     int kept = 0;
     bool leaving = false;
     for (int g = 0; g < groups; ++g) {
-        const int first = g * kGroup, last = first + kGroup < n ? first + kGroup : n;
+        const int first = g * kHighRecordTokens, last = first + kHighRecordTokens < n ? first + kHighRecordTokens : n;
         const bool before = leaving;
         for (int t = first; t < last; ++t) leaving |= s.chosen[t];
         if (!leaving) {
@@ -141,7 +141,7 @@ void compact(const Stream& stream, const HighLayout& high, Sizes& sizes, ChangeS
             continue;
         }
         // A group is copied before anything is written over it.
-        stream.read(high.group_line(g), high.num_lines, s.source);
+        stream.read(high.high_record_line(g), high.num_lines, s.source);
         if (!before) __builtin_memcpy(s.target, s.source, static_cast<size_t>(high.num_lines) * kLine);
         for (int t = first; t < last; ++t) {
             const int slot = t - first;
@@ -149,33 +149,33 @@ void compact(const Stream& stream, const HighLayout& high, Sizes& sizes, ChangeS
                 leave(s.source, slot);
                 continue;
             }
-            slots.copy(s.source, slot, s.target, kept % kGroup);
-            if (++kept % kGroup == 0) {
-                stream.write(high.group_line(kept / kGroup - 1), high.num_lines, s.target);
+            slots.copy(s.source, slot, s.target, kept % kHighRecordTokens);
+            if (++kept % kHighRecordTokens == 0) {
+                stream.write(high.high_record_line(kept / kHighRecordTokens - 1), high.num_lines, s.target);
             }
         }
     }
-    if (leaving && kept % kGroup) {
-        stream.write(high.group_line(kept / kGroup), high.num_lines, s.target);
+    if (leaving && kept % kHighRecordTokens) {
+        stream.write(high.high_record_line(kept / kHighRecordTokens), high.num_lines, s.target);
     }
     sizes.high_tokens = kept;
 }
 
 // Scores of the high tier, with room for those of its last group that is not full.
 inline void read_scores(const Stream& stream, const HighLayout& high, int count, float* scores) {
-    for (int g = 0; g < (count + kGroup - 1) / kGroup; ++g) {
-        stream.read(high.group_line(g) + high.num_lines - 1, 1,
-                    reinterpret_cast<uint8_t*>(scores + g * kGroup));
+    for (int g = 0; g < (count + kHighRecordTokens - 1) / kHighRecordTokens; ++g) {
+        stream.read(high.high_record_line(g) + high.num_lines - 1, 1,
+                    reinterpret_cast<uint8_t*>(scores + g * kHighRecordTokens));
     }
 }
 
 // Writes the chunk in `s` as the new lowest one.
-inline void add_chunk(const Stream& stream, const LowLayout& low, const KeyFrame& frame,
+inline void add_low_record(const Stream& stream, const LowLayout& low, const KeyFrame& frame,
                       Sizes& sizes, ChangeScratch& s) {
     __builtin_memset(s.source, 0, static_cast<size_t>(low.num_lines) * kLine);
-    quantize_chunk(s.chunk, low, frame, s.source);
-    ++sizes.low_chunks;
-    stream.write(sizes.low_end - sizes.low_chunks * low.num_lines, low.num_lines, s.source);
+    quantize_low_record(s.chunk, low, frame, s.source);
+    ++sizes.low_records;
+    stream.write(sizes.low_end_line - sizes.low_records * low.num_lines, low.num_lines, s.source);
 }
 
 // Turns the 32 least important high tokens, the recent ones aside, into a new lowest chunk.
@@ -183,24 +183,24 @@ inline void demote(const Layer& layer, const Stream& stream, const HighLayout& h
                    const LowLayout& low, Sizes& sizes, ChangeScratch& s) {
     const int d = layer.head_dim, candidates = sizes.high_tokens - layer.recent;
     read_scores(stream, high, sizes.high_tokens, s.scores);
-    select_least(s.scores, candidates, kChunk, s.keys, s.chosen);
+    select_least(s.scores, candidates, kLowRecordTokens, s.keys, s.chosen);
     __builtin_memset(s.chosen + candidates, 0, static_cast<size_t>(layer.recent));
     alignas(64) uint8_t header[kHeader];
     stream.read(0, header_lines(d), header);
     int victim = 0;
     compact(stream, high, sizes, s, [&](const uint8_t* record, int slot) {
         HighSlot{high}.read(record, slot, s.chunk.keys + victim * d, s.chunk.values + victim,
-                            kChunk, layer.dtype);
+                            kLowRecordTokens, layer.dtype);
         ++victim;
     });
-    add_chunk(stream, low, KeyFrame(header, d), sizes, s);
+    add_low_record(stream, low, KeyFrame(header, d), sizes, s);
 }
 
 // Appends a token to the high tier.
 inline void append(const Layer& layer, const Stream& stream, const HighLayout& high, Sizes& sizes,
                    const uint16_t* key, const uint16_t* value, float score, uint8_t* buffer) {
-    const int group = sizes.high_tokens / kGroup, slot = sizes.high_tokens % kGroup;
-    const Editor record(stream, high.group_line(group), high.num_lines, buffer);
+    const int group = sizes.high_tokens / kHighRecordTokens, slot = sizes.high_tokens % kHighRecordTokens;
+    const Editor record(stream, high.high_record_line(group), high.num_lines, buffer);
     HighSlot{high}.write(record.data, slot, key, value, score, layer.dtype);
     ++sizes.high_tokens;
 }

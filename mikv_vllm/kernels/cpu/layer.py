@@ -8,7 +8,7 @@ import torch
 from mikv_vllm.kernels.cpu import _C
 from mikv_vllm.kernels.cpu.batch import DecodeBatch
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 128, 256)
 """Head sizes that the kernels are compiled for."""
@@ -21,12 +21,12 @@ def _place(cache: torch.Tensor) -> tuple[int, int, int]:
     return cache.data_ptr(), cache.stride(0) * size, cache.stride(1) * size
 
 
-def _sizes(state: TierState, low_format: LowFormat) -> tuple[int, int, int, int, int]:
+def _size_arguments(sizes: TierSizes, low_format: LowFormat) -> tuple[int, int, int, int, int]:
     """Sizes and format as the kernels take them; ends count in lines."""
     return (
-        state.high_tokens,
-        state.low_chunks,
-        state.low_end // LINE_BYTES,
+        sizes.high_tokens,
+        sizes.low_records,
+        sizes.low_end_bytes // LINE_BYTES,
         low_format.key_code,
         low_format.value_bits,
     )
@@ -160,7 +160,7 @@ class LayerOps:
         cache: torch.Tensor,
         native_table: Any,
         tiered_table: Any,
-        state: TierState,
+        sizes: TierSizes,
         low_format: LowFormat,
         scores: torch.Tensor,
         q: torch.Tensor,
@@ -169,8 +169,8 @@ class LayerOps:
 
         Args:
             native_table, tiered_table: page ids, integers; they may share pages.
-            state: sizes to reach.
-            scores: ``[kv_heads, >= state.num_tokens]``, float32, contiguous.
+            sizes: sizes to reach.
+            scores: ``[kv_heads, >= sizes.num_tokens]``, float32, contiguous.
             q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: the channels
                 of low keys whose rounding would cost these most get more bits.
         """
@@ -180,9 +180,9 @@ class LayerOps:
             *_place(cache),
             native.ctypes.data,
             tiered.ctypes.data,
-            state.num_tokens,
-            state.pages,
-            *_sizes(state, low_format),
+            sizes.num_tokens,
+            sizes.pages,
+            *_size_arguments(sizes, low_format),
             scores.data_ptr(),
             scores.stride(0),
             q.data_ptr(),
@@ -194,7 +194,7 @@ class LayerOps:
         self,
         cache: torch.Tensor,
         tiered_table: Any,
-        state: TierState,
+        sizes: TierSizes,
         low_format: LowFormat,
         native: torch.Tensor,
     ) -> None:
@@ -206,14 +206,14 @@ class LayerOps:
         """
         tiered = np.ascontiguousarray(tiered_table, np.int32)
         self._layer.restore(
-            *_place(cache), tiered.ctypes.data, *_sizes(state, low_format), *_place(native)
+            *_place(cache), tiered.ctypes.data, *_size_arguments(sizes, low_format), *_place(native)
         )
 
     def extend(
         self,
         cache: torch.Tensor,
         tiered_table: Any,
-        state: TierState,
+        sizes: TierSizes,
         step: AppendStep,
         low_format: LowFormat,
         k: torch.Tensor,
@@ -225,10 +225,10 @@ class LayerOps:
 
         Args:
             tiered_table: page ids, integers; the step's new ones included.
-            state: sizes before.
+            sizes: sizes before.
             step: what :meth:`~mikv_vllm.tiers.plan.TierPlanner.extend` planned.
             k, v: ``[tokens, kv_heads, head_dim]``; heads and channels contiguous.
-            scores: ``[kv_heads, state.num_tokens + tokens]``, float32, contiguous, in the order
+            scores: ``[kv_heads, sizes.num_tokens + tokens]``, float32, contiguous, in the order
                 of :meth:`restore`, the new tokens last.
             keep: factor on the high tokens' own scores, to which theirs are added.
         """
@@ -236,10 +236,10 @@ class LayerOps:
         self._layer.extend(
             *_place(cache),
             tiered.ctypes.data,
-            *_sizes(state, low_format),
-            step.moved_chunks,
-            step.demoted_chunks,
-            step.state.low_end // LINE_BYTES,
+            *_size_arguments(sizes, low_format),
+            step.moved_records,
+            step.demoted_records,
+            step.after.low_end_bytes // LINE_BYTES,
             k.data_ptr(),
             k.stride(0),
             v.data_ptr(),

@@ -7,8 +7,8 @@
 namespace mikv::MIKV_ISA {
 
 constexpr int kLine = 64;
-constexpr int kChunk = 32;  // tokens of a low record
-constexpr int kGroup = 16;  // tokens of a high record
+constexpr int kLowRecordTokens = 32;  // tokens of a low record
+constexpr int kHighRecordTokens = 16;  // tokens of a high record
 
 constexpr int lines(int num_bytes) { return (num_bytes + kLine - 1) / kLine; }
 
@@ -44,16 +44,16 @@ struct LowLayout {
         const int groups = value_groups(head_dim);
         values = 0;
         for (int band = 0; band < bands(); ++band) values += band_bits(band) * kLine;
-        key_scales = values + kChunk * head_dim * value_bits / 8;
-        const int key_slices = balanced() ? kChunk : head_dim;
+        key_scales = values + kLowRecordTokens * head_dim * value_bits / 8;
+        const int key_slices = keys_per_token() ? kLowRecordTokens : head_dim;
         key_zeros = key_scales + key_slices;
         value_scales = key_scales + lines(2 * key_slices) * kLine;
-        value_zeros = value_scales + kChunk * groups;
-        num_lines = lines(value_zeros + kChunk * groups);
+        value_zeros = value_scales + kLowRecordTokens * groups;
+        num_lines = lines(value_zeros + kLowRecordTokens * groups);
     }
     int bands() const { return head_dim / kBand; }
     // Keys have scales per token, in units of their channels, not per channel.
-    bool balanced() const { return key_code >> 16 & 1; }
+    bool keys_per_token() const { return key_code >> 16 & 1; }
     // A band of as many bits has as many lines.
     int band_bits(int band) const { return key_code >> 4 * (4 * band / bands()) & 15; }
     static constexpr int value_groups(int head_dim) { return head_dim < 64 ? 1 : head_dim / 64; }
@@ -65,14 +65,14 @@ struct HighLayout {
     int values, key_scales, value_scales, scores, num_lines;
 
     HighLayout(int head_dim, int bits) : head_dim(head_dim), bits(bits) {
-        values = kGroup * head_dim * bits / 8;
+        values = kHighRecordTokens * head_dim * bits / 8;
         key_scales = 2 * values;
-        value_scales = key_scales + (bits == 8 ? 2 * kGroup : 0);
-        scores = value_scales + (bits == 8 ? 2 * kGroup : 0);
-        num_lines = lines(scores + 4 * kGroup);
+        value_scales = key_scales + (bits == 8 ? 2 * kHighRecordTokens : 0);
+        scores = value_scales + (bits == 8 ? 2 * kHighRecordTokens : 0);
+        num_lines = lines(scores + 4 * kHighRecordTokens);
     }
     // First line of a group.
-    int group_line(int group) const { return header_lines(head_dim) + group * num_lines; }
+    int high_record_line(int group) const { return header_lines(head_dim) + group * num_lines; }
 };
 
 // The pages of one request in one layer and head, as one run of lines.

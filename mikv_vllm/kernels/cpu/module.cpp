@@ -136,37 +136,37 @@ class LayerHandle {
 
     void compress(uintptr_t cache, int64_t page_stride, int64_t head_stride,
                   uintptr_t native_table, uintptr_t tiered_table, int num_tokens,
-                  int tiered_pages, int high_tokens, int low_chunks, int low_end, int key_code,
+                  int tiered_pages, int high_tokens, int low_records, int low_end_line, int key_code,
                   int value_bits, uintptr_t scores, int64_t score_stride, uintptr_t queries,
                   int64_t query_stride, int num_queries) const {
         nb::gil_scoped_release unlocked;
         active->compress(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
                          {pointer<const int32_t>(native_table), pointer<const int32_t>(tiered_table),
-                          num_tokens, tiered_pages, high_tokens, low_chunks, low_end, key_code,
+                          num_tokens, tiered_pages, high_tokens, low_records, low_end_line, key_code,
                           value_bits, pointer<const float>(scores), score_stride,
                           rows(queries, query_stride), num_queries});
     }
 
     void restore(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
-                 int high_tokens, int low_chunks, int low_end, int key_code, int value_bits,
+                 int high_tokens, int low_records, int low_end_line, int key_code, int value_bits,
                  uintptr_t target, int64_t target_page_stride, int64_t target_head_stride) const {
         nb::gil_scoped_release unlocked;
         active->restore(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
-                        {pointer<const int32_t>(table), high_tokens, low_chunks, low_end, key_code,
+                        {pointer<const int32_t>(table), high_tokens, low_records, low_end_line, key_code,
                          value_bits},
                         {pointer<uint8_t>(target), target_page_stride, target_head_stride});
     }
 
     void extend(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
-                int high_tokens, int low_chunks, int low_end, int key_code, int value_bits,
-                int moved_chunks, int demoted_chunks, int low_end_after, uintptr_t k, int64_t k_stride,
+                int high_tokens, int low_records, int low_end_line, int key_code, int value_bits,
+                int moved_records, int demoted_records, int low_end_line_after, uintptr_t k, int64_t k_stride,
                 uintptr_t v, int64_t v_stride, int num_tokens, uintptr_t scores,
                 int64_t score_stride, float keep) const {
         nb::gil_scoped_release unlocked;
         active->extend(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
-                       {{pointer<const int32_t>(table), high_tokens, low_chunks, low_end, key_code,
+                       {{pointer<const int32_t>(table), high_tokens, low_records, low_end_line, key_code,
                          value_bits},
-                        moved_chunks, demoted_chunks, low_end_after, rows(k, k_stride),
+                        moved_records, demoted_records, low_end_line_after, rows(k, k_stride),
                         rows(v, v_stride), num_tokens, pointer<const float>(scores), score_stride,
                         keep});
     }

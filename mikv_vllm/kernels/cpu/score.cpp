@@ -27,7 +27,7 @@ struct Scoring {
     float* block;      // [rows_at_once][head_dim], scaled queries
     float *tops, *totals;  // [threads][rows_at_once][16]
 
-    int group() const { return layer.group(); }
+    int queries_per_kv_head() const { return layer.queries_per_kv_head(); }
 
     void gather(int head, int page) const {
         const int size = layer.block_size, d = layer.head_dim;
@@ -184,7 +184,7 @@ struct Scoring {
 
 void score(const Layer& layer, const Cache& cache, const int32_t* table, int num_tokens,
            Rows queries, int num_queries, float* scores, int64_t score_stride) {
-    const int threads = omp_get_max_threads(), rows = num_queries * layer.group();
+    const int threads = omp_get_max_threads(), rows = num_queries * layer.queries_per_kv_head();
     const int tiles = (num_tokens + kTile - 1) / kTile;
     const size_t row_bytes = static_cast<size_t>(tiles) * kTile * 4;
     int at_once = static_cast<int>(kLogitsBytes / row_bytes);

@@ -16,7 +16,7 @@ from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.quantize import decode_scale
 from mikv_vllm.kernels.triton.queries import load_queries, query_fold, query_parts
 from mikv_vllm.kernels.triton.row import load_row
-from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped, power_of_two, weigh
+from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped, exp2_int, weigh
 from mikv_vllm.kernels.triton.stream import (
     BAND,
     SUBNORMAL,
@@ -62,13 +62,13 @@ def splits_of(chunks, blocks, most):
 
 
 @triton.jit
-def add_parts(logits, L: tl.constexpr):
+def add_parts(logits, LAYER: tl.constexpr):
     """Logits ``[32, members]`` from those of both parts."""
-    return tl.sum(tl.reshape(logits, (32, 2, L.members)), 1)
+    return tl.sum(tl.reshape(logits, (32, 2, LAYER.members)), 1)
 
 
 @triton.jit
-def low_logits(record, per_unit, parts, L: tl.constexpr, C: tl.constexpr):
+def low_logits(record, per_unit, parts, LAYER: tl.constexpr, FORMAT: tl.constexpr):
     """Logits of a chunk, ``[32, members]``, but for the centres.
 
     A channel's scale goes into the queries, the scale of a balanced token into its logits.
@@ -77,31 +77,33 @@ def low_logits(record, per_unit, parts, L: tl.constexpr, C: tl.constexpr):
         per_unit: queries by key unit, float32 ``[padded, members]``, by rank in
             :func:`~stream.channel_order`; parts: :func:`~queries.query_parts` of them.
     """
-    if C.balanced:
+    if FORMAT.keys_per_token:
         token = token_order()
-        steps = decode_scale(load_bytes(record, C.key_scales, token))
-        zeros = load_bytes(record, C.key_scales, C.key_slices + token) ^ 0x80
+        steps = decode_scale(load_bytes(record, FORMAT.key_scales, token))
+        zeros = load_bytes(record, FORMAT.key_scales, FORMAT.key_slices + token) ^ 0x80
         zeros = zeros.to(tl.float32) - 128.0
-        logits = tl.dot(low_keys(record, 0, L.padded // BAND, C), parts)
-        logits = add_parts(logits * (key_row_factor(C) * steps)[:, None], L)
+        logits = tl.dot(low_keys(record, 0, LAYER.padded // BAND, FORMAT), parts)
+        logits = add_parts(logits * (key_row_factor(FORMAT) * steps)[:, None], LAYER)
         logits += tl.sum(per_unit, 0)[None, :] * (zeros * steps)[:, None]
     else:
-        rank = within(channel_order(L.padded), L.padded, L.head_dim)
-        scales = small_fp16(load_bytes(record, C.key_scales, rank))
-        zeros = small_fp16(load_bytes(record, C.key_scales, C.key_slices + rank) ^ 0x80)
+        rank = within(channel_order(LAYER.padded), LAYER.padded, LAYER.head_dim)
+        scales = small_fp16(load_bytes(record, FORMAT.key_scales, rank))
+        zeros = small_fp16(load_bytes(record, FORMAT.key_scales, FORMAT.key_slices + rank) ^ 0x80)
         zeros = (zeros.to(tl.float32) - 128.0) * (0.5 * scales.to(tl.float32))
-        logits = tl.dot(low_keys(record, 0, L.padded // BAND, C), parts * scales[:, None])
-        logits = add_parts(logits * key_row_factor(C)[:, None], L)
+        logits = tl.dot(low_keys(record, 0, LAYER.padded // BAND, FORMAT), parts * scales[:, None])
+        logits = add_parts(logits * key_row_factor(FORMAT)[:, None], LAYER)
         logits += tl.sum(per_unit * zeros[:, None], 0)[None, :]
     return logits
 
 
 @triton.jit
-def fill_columns(logits, L: tl.constexpr):
+def fill_columns(logits, LAYER: tl.constexpr):
     """Repeat ``[32, members]`` until it has ``heads`` columns, which a tensor core wants."""
-    if L.members < L.heads:
-        copies = tl.broadcast_to(logits[:, None, :], (32, L.heads // L.members, L.members))
-        logits = tl.reshape(copies, (32, L.heads))
+    if LAYER.members < LAYER.heads:
+        copies = tl.broadcast_to(
+            logits[:, None, :], (32, LAYER.heads // LAYER.members, LAYER.members)
+        )
+        logits = tl.reshape(copies, (32, LAYER.heads))
     return logits
 
 
@@ -113,7 +115,15 @@ def replaced(items, INDEX: tl.constexpr, item):
 
 @triton.jit
 def attend_low(
-    stream, q, first, last, low_line, scale, SOFTCAP: tl.constexpr, L: tl.constexpr, C: tl.constexpr
+    stream,
+    q,
+    first,
+    last,
+    low_line,
+    scale,
+    SOFTCAP: tl.constexpr,
+    LAYER: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Attention over low chunks ``first`` to ``last``.
 
@@ -126,63 +136,63 @@ def attend_low(
         Maximum and sum of the weights, ``[heads]``, and for each value group its channels of the
         output, not rotated back, ``[channels, heads]`` in :func:`~stream.value_channel_order`.
     """
-    GROUPS: tl.constexpr = C.value_groups
-    CHANNELS: tl.constexpr = L.padded // GROUPS
-    top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.full([L.heads], 0, tl.float32)
+    GROUPS: tl.constexpr = FORMAT.value_groups
+    CHANNELS: tl.constexpr = LAYER.padded // GROUPS
+    top = tl.full([LAYER.heads], NEVER, tl.float32)
+    total = tl.full([LAYER.heads], 0, tl.float32)
     exponent = 0
-    sums = (tl.full([CHANNELS, L.heads], 0, tl.float32),) * GROUPS
-    offsets = (tl.full([32, L.heads], 0, tl.float32),) * GROUPS
+    sums = (tl.full([CHANNELS, LAYER.heads], 0, tl.float32),) * GROUPS
+    offsets = (tl.full([32, LAYER.heads], 0, tl.float32),) * GROUPS
 
-    rank = within(channel_order(L.padded), L.padded, L.head_dim)
-    header = record_at(stream, low_line * 0, L.header_lines, L)
-    channel = load_bytes(header, 0, 4 * L.head_dim + rank)
+    rank = within(channel_order(LAYER.padded), LAYER.padded, LAYER.head_dim)
+    header = record_at(stream, low_line * 0, LAYER.header_lines, LAYER)
+    channel = load_bytes(header, 0, 4 * LAYER.head_dim + rank)
     # Ranks beyond the last repeat it, but weigh nothing.
-    channel = tl.where(channel_order(L.padded) < L.head_dim, channel, L.head_dim)
-    q = load_queries(q, channel, tl.arange(0, L.members), L).to(tl.float32) * scale
+    channel = tl.where(channel_order(LAYER.padded) < LAYER.head_dim, channel, LAYER.head_dim)
+    q = load_queries(q, channel, tl.arange(0, LAYER.members), LAYER).to(tl.float32) * scale
     base = tl.sum(q * load_fp16(header, 2 * rank)[:, None], 0)
-    per_unit = q * load_fp16(header, 2 * (L.head_dim + rank))[:, None]
+    per_unit = q * load_fp16(header, 2 * (LAYER.head_dim + rank))[:, None]
     fold, unfold = query_fold(per_unit)
     per_unit *= fold[None, :]
-    parts = query_parts(per_unit, L)
+    parts = query_parts(per_unit, LAYER)
     token = tl.arange(0, 32 * GROUPS)
     order = token_order()
     for chunk in tl.range(first, last, num_stages=STAGES):
-        record = record_at(stream, low_line + chunk * C.count, C.count, L)
-        logits = low_logits(record, per_unit, parts, L, C)
+        record = record_at(stream, low_line + chunk * FORMAT.count, FORMAT.count, LAYER)
+        logits = low_logits(record, per_unit, parts, LAYER, FORMAT)
         logits = capped(logits * unfold[None, :] + base[None, :], SOFTCAP)
-        logits = fill_columns(logits, L)
+        logits = fill_columns(logits, LAYER)
         weights, top, total, older = weigh(logits, top, total)
 
-        largest = tl.max(load_bytes(record, C.value_scales, token), 0) // 8
+        largest = tl.max(load_bytes(record, FORMAT.value_scales, token), 0) // 8
         largest = tl.maximum(exponent, largest)
-        older *= power_of_two(exponent - largest)
+        older *= exp2_int(exponent - largest)
         exponent = largest
         for g in tl.static_range(GROUPS):
-            code = load_bytes(record, C.value_scales, 32 * g + order)
+            code = load_bytes(record, FORMAT.value_scales, 32 * g + order)
             bits = (code - 8 * exponent + 8 * 127) << 20
             scaled = weights * bits.to(tl.float32, bitcast=True)[:, None]
-            values = low_values(record, 4 * g, CHANNELS, L, C)
+            values = low_values(record, 4 * g, CHANNELS, LAYER, FORMAT)
             group = tl.dot(values, scaled.to(tl.float16), sums[g] * older[None, :])
             sums = replaced(sums, g, group)
-            zeros = load_bytes(record, C.value_scales, 32 * (GROUPS + g) + order) ^ 0x80
+            zeros = load_bytes(record, FORMAT.value_scales, 32 * (GROUPS + g) + order) ^ 0x80
             zeros = zeros.to(tl.float32) - 128.0
             offset = offsets[g] * older[None, :] + scaled * zeros[:, None]
             offsets = replaced(offsets, g, offset)
-    unit = power_of_two(exponent - 22)
+    unit = exp2_int(exponent - 22)
     for g in tl.static_range(GROUPS):
-        group = sums[g] * value_row_factor(CHANNELS, C)[:, None]
+        group = sums[g] * value_row_factor(CHANNELS, FORMAT)[:, None]
         group = (group + tl.sum(offsets[g], 0)[None, :]) * unit
         sums = replaced(sums, g, group)
     return top, total, sums
 
 
 @triton.jit
-def store_high_logits(logits_out, logits_stride, logits, tokens, valid, L: tl.constexpr):
+def store_high_logits(logits_out, logits_stride, logits, tokens, valid, LAYER: tl.constexpr):
     """Keep logits ``[32, heads]`` of high tokens for the importance update."""
-    member = tl.arange(0, L.heads)
+    member = tl.arange(0, LAYER.heads)
     at = logits_out + member[None, :] * logits_stride + tokens[:, None]
-    tl.store(at, logits, mask=valid[:, None] & (member < L.group)[None, :])
+    tl.store(at, logits, mask=valid[:, None] & (member < LAYER.queries_per_kv_head)[None, :])
 
 
 @triton.jit
@@ -196,7 +206,7 @@ def attend_high(
     logits_stride,
     scale,
     SOFTCAP: tl.constexpr,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Attention over blocks ``first`` to ``last`` of 32 high tokens of 8 bits.
 
@@ -207,11 +217,11 @@ def attend_high(
     Returns:
         As :func:`attend_low`, the output as one tensor.
     """
-    top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.full([L.heads], 0, tl.float32)
+    top = tl.full([LAYER.heads], NEVER, tl.float32)
+    total = tl.full([LAYER.heads], 0, tl.float32)
     exponent = 0
-    out = tl.full([L.padded, L.heads], 0, tl.float32)
-    offset = tl.full([32, L.heads], 0, tl.float32)
+    out = tl.full([LAYER.padded, LAYER.heads], 0, tl.float32)
+    offset = tl.full([32, LAYER.heads], 0, tl.float32)
     # The cache's dtype fits fp16, but for its range.
     fold, unfold = query_fold(q)
     unfold *= scale
@@ -223,33 +233,36 @@ def attend_high(
     for block in tl.range(first, last, num_stages=STAGES):
         tokens = 32 * block + order
         valid = tokens < high_tokens
-        line = L.header_lines + 2 * block * L.group_lines
-        group = record_at(stream, line, L.group_lines, L)
+        line = LAYER.header_lines + 2 * block * LAYER.high_record_lines
+        group = record_at(stream, line, LAYER.high_record_lines, LAYER)
         # The other half of an odd last group is read in its place, and weighs nothing.
-        line = L.header_lines + tl.minimum(2 * block + 1, last_group) * L.group_lines
-        next_group = record_at(stream, line, L.group_lines, L)
-        groups = either(group, next_group, half)
-        scales = either(group, next_group, order // 16)
-        key_scales = load_fp16(scales, L.high_key_scales + 2 * (order % 16))
-        value_scales = load_fp16(scales, L.high_value_scales + 2 * (order % 16))
+        line = LAYER.header_lines + tl.minimum(2 * block + 1, last_group) * LAYER.high_record_lines
+        next_high_record = record_at(stream, line, LAYER.high_record_lines, LAYER)
+        groups = either(group, next_high_record, half)
+        scales = either(group, next_high_record, order // 16)
+        key_scales = load_fp16(scales, LAYER.high_key_scales + 2 * (order % 16))
+        value_scales = load_fp16(scales, LAYER.high_value_scales + 2 * (order % 16))
         value_scales = tl.where(valid, value_scales, 0.0)
 
-        logits = tl.dot(high_keys(groups, 0, L.padded // 16, L), folded) * SUBNORMAL - zero[None, :]
+        logits = (
+            tl.dot(high_keys(groups, 0, LAYER.padded // 16, LAYER), folded) * SUBNORMAL
+            - zero[None, :]
+        )
         logits *= key_scales[:, None] * unfold[None, :]
         logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
-        store_high_logits(logits_out, logits_stride, logits, tokens, valid, L)
+        store_high_logits(logits_out, logits_stride, logits, tokens, valid, LAYER)
         weights, top, total, older = weigh(logits, top, total)
 
         bits = value_scales.to(tl.int32, bitcast=True)
         largest = tl.maximum(exponent, tl.max((bits >> 23) - HIGH_EXPONENT, 0))
-        older *= power_of_two(exponent - largest)
+        older *= exp2_int(exponent - largest)
         exponent = largest
-        scaled = weights * (value_scales * power_of_two(22 - exponent))[:, None]
-        values = high_values(groups, 0, L.padded // 16, L)
+        scaled = weights * (value_scales * exp2_int(22 - exponent))[:, None]
+        values = high_values(groups, 0, LAYER.padded // 16, LAYER)
         out = tl.dot(values, scaled.to(tl.float16), out * older[None, :])
         offset = offset * older[None, :] + scaled.to(tl.float16).to(tl.float32)
     out = out * SUBNORMAL - HIGH_ZERO * tl.sum(offset, 0)[None, :]
-    return top, total, out * power_of_two(exponent - 22)
+    return top, total, out * exp2_int(exponent - 22)
 
 
 @triton.jit
@@ -263,33 +276,35 @@ def attend_high_16(
     logits_stride,
     scale,
     SOFTCAP: tl.constexpr,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """As :func:`attend_high`, with 16-bit tokens; channels in their own order.
 
     Args:
         q: ``[padded, heads]`` in the cache's dtype, not scaled.
     """
-    top = tl.full([L.heads], NEVER, tl.float32)
-    total = tl.full([L.heads], 0, tl.float32)
-    out = tl.full([L.padded, L.heads], 0, tl.float32)
-    channel = tl.arange(0, L.padded)
+    top = tl.full([LAYER.heads], NEVER, tl.float32)
+    total = tl.full([LAYER.heads], 0, tl.float32)
+    out = tl.full([LAYER.padded, LAYER.heads], 0, tl.float32)
+    channel = tl.arange(0, LAYER.padded)
     slot = tl.arange(0, 32)
-    inside = channel < L.head_dim
+    inside = channel < LAYER.head_dim
     for block in range(first, last):
         tokens = 32 * block + slot
         valid = tokens < high_tokens
-        start = L.header_lines + tl.minimum(tokens, high_tokens - 1) // 16 * L.group_lines
-        byte = 2 * L.head_dim * (slot % 16)
-        at = byte_pointer(stream, start[:, None], byte[:, None] + 2 * channel[None, :], L)
+        start = (
+            LAYER.header_lines + tl.minimum(tokens, high_tokens - 1) // 16 * LAYER.high_record_lines
+        )
+        byte = 2 * LAYER.head_dim * (slot % 16)
+        at = byte_pointer(stream, start[:, None], byte[:, None] + 2 * channel[None, :], LAYER)
         mask = valid[:, None] & inside[None, :]
         keys = tl.load(at.to(tl.pointer_type(q.dtype)), mask=mask, other=0.0)
-        logits = dot(keys, q, tl.full([32, L.heads], 0, tl.float32)) * scale
+        logits = dot(keys, q, tl.full([32, LAYER.heads], 0, tl.float32)) * scale
         logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
-        store_high_logits(logits_out, logits_stride, logits, tokens, valid, L)
+        store_high_logits(logits_out, logits_stride, logits, tokens, valid, LAYER)
         weights, top, total, older = weigh(logits, top, total)
-        byte = L.high_values + byte[None, :] + 2 * channel[:, None]
-        at = byte_pointer(stream, start[None, :], byte, L)
+        byte = LAYER.high_values + byte[None, :] + 2 * channel[:, None]
+        at = byte_pointer(stream, start[None, :], byte, LAYER)
         mask = inside[:, None] & valid[None, :]
         values = tl.load(at.to(tl.pointer_type(q.dtype)), mask=mask, other=0.0)
         # Two parts keep twice the bits of a weight.
@@ -316,8 +331,8 @@ def attend_kernel(
     logits_stride,
     scale,
     SOFTCAP: tl.constexpr,
-    L: tl.constexpr,
-    C: tl.constexpr,
+    LAYER: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Write one split's unnormalized output, softmax maximum and sum, and high tokens' logits.
 
@@ -335,46 +350,50 @@ def attend_kernel(
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = load_row(rows, index)
-    if (row.token < 0) | (row.key_bits != C.key_code) | (row.value_bits != C.value_bits):
+    if (row.token < 0) | (row.key_code != FORMAT.key_code) | (row.value_bits != FORMAT.value_bits):
         return
     blocks = tl.cdiv(row.high_tokens, 32)
-    splits, low_splits = splits_of(row.low_chunks, blocks, tl.num_programs(0))
+    splits, low_splits = splits_of(row.low_records, blocks, tl.num_programs(0))
     if split >= splits:
         return
     kv_heads = tl.num_programs(1)
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
-    column = tl.arange(0, L.heads)
-    q += row.token.to(tl.int64) * q_stride + head * L.group * L.head_dim
+    column = tl.arange(0, LAYER.heads)
+    q += row.token.to(tl.int64) * q_stride + head * LAYER.queries_per_kv_head * LAYER.head_dim
     part = (index * kv_heads + head).to(tl.int64) * tl.num_programs(0) + split
-    partial_sums += part * 2 * L.heads + column
-    partial_out += part * L.heads * L.padded + column[None, :] * L.padded
+    partial_sums += part * 2 * LAYER.heads + column
+    partial_out += part * LAYER.heads * LAYER.padded + column[None, :] * LAYER.padded
     scale *= LOG2E
     if split < low_splits:
-        first = row.low_chunks * split // low_splits
-        last = row.low_chunks * (split + 1) // low_splits
-        low_line = row.low_end - row.low_chunks * C.count
-        top, total, sums = attend_low(stream, q, first, last, low_line, scale, SOFTCAP, L, C)
-        GROUPS: tl.constexpr = C.value_groups
-        CHANNELS: tl.constexpr = L.padded // GROUPS
+        first = row.low_records * split // low_splits
+        last = row.low_records * (split + 1) // low_splits
+        low_line = row.low_end_line - row.low_records * FORMAT.count
+        top, total, sums = attend_low(
+            stream, q, first, last, low_line, scale, SOFTCAP, LAYER, FORMAT
+        )
+        GROUPS: tl.constexpr = FORMAT.value_groups
+        CHANNELS: tl.constexpr = LAYER.padded // GROUPS
         for g in tl.static_range(GROUPS):
             rotated = CHANNELS * g + value_channel_order(CHANNELS)
             tl.store(partial_out + rotated[:, None], sums[g])
         tl.store(partial_sums, top)
-        tl.store(partial_sums + L.heads, total)
+        tl.store(partial_sums + LAYER.heads, total)
     else:
         first = blocks * (split - low_splits) // (splits - low_splits)
         last = blocks * (split - low_splits + 1) // (splits - low_splits)
-        high_logits += head.to(tl.int64) * L.group * logits_stride + tl.load(starts + index)
+        high_logits += head.to(tl.int64) * LAYER.queries_per_kv_head * logits_stride + tl.load(
+            starts + index
+        )
         high = row.high_tokens
-        if L.high_bits == 8:
-            to = value_channel_order(L.padded)
-            raw = load_queries(q, channel_order(L.padded), column, L).to(tl.float32)
+        if LAYER.high_bits == 8:
+            to = value_channel_order(LAYER.padded)
+            raw = load_queries(q, channel_order(LAYER.padded), column, LAYER).to(tl.float32)
             top, total, out = attend_high(
-                stream, raw, first, last, high, high_logits, logits_stride, scale, SOFTCAP, L
+                stream, raw, first, last, high, high_logits, logits_stride, scale, SOFTCAP, LAYER
             )
         else:
-            to = tl.arange(0, L.padded)
-            raw = load_queries(q, to, column, L)
+            to = tl.arange(0, LAYER.padded)
+            raw = load_queries(q, to, column, LAYER)
             top, total, out = attend_high_16(
                 stream,
                 raw,
@@ -385,8 +404,8 @@ def attend_kernel(
                 logits_stride,
                 scale,
                 SOFTCAP,
-                L,
+                LAYER,
             )
         tl.store(partial_out + to[:, None], out)
         tl.store(partial_sums, top)
-        tl.store(partial_sums + L.heads, total)
+        tl.store(partial_sums + LAYER.heads, total)

@@ -16,12 +16,12 @@ from mikv_vllm.kernels.batch import (
     DecodeRow,
     describe_rows,
 )
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, LowFormat
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, LowFormat
 
 
 def _high_room(numbers: np.ndarray) -> np.ndarray:
     """Whole chunks of high tokens, in tokens, before each row's step demotes any."""
-    return -(-(numbers[:, HIGH] + 1) // CHUNK_TOKENS) * CHUNK_TOKENS
+    return -(-(numbers[:, HIGH] + 1) // LOW_RECORD_TOKENS) * LOW_RECORD_TOKENS
 
 
 def high_starts(numbers: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ class DecodeBatch:
         """A batch without requests, with room for as many high tokens in every row."""
         rows = torch.full((capacity, ROW_FIELDS), -1, dtype=torch.int32, device=device)
         tables = torch.zeros(capacity, max_pages, dtype=torch.int32, device=device)
-        each = -(-max_high // CHUNK_TOKENS) * CHUNK_TOKENS
+        each = -(-max_high // LOW_RECORD_TOKENS) * LOW_RECORD_TOKENS
         starts = torch.arange(0, capacity * each, each, dtype=torch.int32, device=device)
         return cls(rows, tables, starts, capacity * each, tuple(low_formats))
 
@@ -105,7 +105,7 @@ class DecodeBatch:
             ValueError: more or larger rows than there is room for, or another low format.
         """
         numbers, tables = describe_rows(rows)
-        high = max((max(row[2].high_tokens, row[3].state.high_tokens) for row in rows), default=0)
+        high = max((max(row[2].high_tokens, row[3].after.high_tokens) for row in rows), default=0)
         for what, value, most in (
             ("rows", len(rows), len(self.rows)),
             ("pages", tables.shape[1], self.tables.shape[1]),

@@ -7,7 +7,7 @@ from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import compact, read_high, score_pointers, store_high
 from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.low_tier import write_chunk
+from mikv_vllm.kernels.triton.low_tier import write_low_record
 from mikv_vllm.kernels.triton.row import CHUNK, load_row
 from mikv_vllm.kernels.triton.select import split_tokens
 from mikv_vllm.kernels.triton.stream import line_pointer, load_frame
@@ -16,15 +16,15 @@ COPY_LINES = tl.constexpr(64)
 
 
 @triton.jit
-def copy_lines(stream, source, to, count, L: tl.constexpr):
+def copy_lines(stream, source, to, count, LAYER: tl.constexpr):
     """Copy ``count`` lines of the stream to lines that do not overlap them."""
     word = tl.arange(0, 16)[None, :]
     for start in range(0, count, COPY_LINES):
         line = start + tl.arange(0, COPY_LINES)[:, None]
         mask = (line < count) & (word < 16)
         line = tl.minimum(line, count - 1)
-        words = tl.load(line_pointer(stream, source + line, L) + word, mask=mask)
-        tl.store(line_pointer(stream, to + line, L) + word, words, mask=mask)
+        words = tl.load(line_pointer(stream, source + line, LAYER) + word, mask=mask)
+        tl.store(line_pointer(stream, to + line, LAYER) + word, words, mask=mask)
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def demote(
     victims,
     integers,
     DTYPE: tl.constexpr,
-    L: tl.constexpr,
-    C: tl.constexpr,
+    LAYER: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Turn the 32 high tokens with the lowest scores into a chunk below the others.
 
@@ -52,25 +52,25 @@ def demote(
     lane = tl.arange(0, 256)
     for start in range(0, high, 256):
         token = start + lane
-        at = score_pointers(stream, tl.minimum(token, high - 1), L)
+        at = score_pointers(stream, tl.minimum(token, high - 1), LAYER)
         tl.store(scores + token, tl.load(at), mask=token < high)
     tl.debug_barrier()
     split_tokens(scores, high, high - recent, CHUNK, victims, kept, False)
     tl.debug_barrier()
 
     token = tl.load(victims + tl.arange(0, 32))
-    channel = tl.arange(0, L.padded)
-    center, unit, key_channel = load_frame(stream, L)
-    keys, values = read_high(stream, token, key_channel, DTYPE, L)
-    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
+    channel = tl.arange(0, LAYER.padded)
+    center, unit, key_channel = load_frame(stream, LAYER)
+    keys, values = read_high(stream, token, key_channel, DTYPE, LAYER)
+    signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
     rotated = dot_signs(values, signs) * hadamard_scale
     tl.debug_barrier()
 
     first = tl.load(victims)
     # It makes room for the chunk, whose keys and values are in registers.
-    compact(stream, kept, first, high - CHUNK, DTYPE, L)
-    line = row.low_end - row.low_chunks * C.count
-    write_chunk(stream, line, keys, center, unit, rotated, integers, L, C)
+    compact(stream, kept, first, high - CHUNK, DTYPE, LAYER)
+    line = row.low_end_line - row.low_records * FORMAT.count
+    write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)
 
 
 @Kernel
@@ -90,8 +90,8 @@ def change_kernel(
     scratch_stride,
     integers,
     DTYPE: tl.constexpr,
-    L: tl.constexpr,
-    C: tl.constexpr,
+    LAYER: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Move chunks and demote, where the plan says so.
 
@@ -106,14 +106,20 @@ def change_kernel(
     """
     head, index = tl.program_id(0), tl.program_id(1)
     row = load_row(rows, index)
-    if (row.token < 0) | (row.key_bits != C.key_code) | (row.value_bits != C.value_bits):
+    if (row.token < 0) | (row.key_code != FORMAT.key_code) | (row.value_bits != FORMAT.value_bits):
         return
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     slot = (index * tl.num_programs(0) + head).to(tl.int64)
-    for i in range(row.moved_chunks):
-        source = row.low_end_before + (i - row.chunks_before) * C.count
-        copy_lines(stream, source, row.low_end - (row.moved_chunks - i) * C.count, C.count, L)
-    if row.demoted_chunks > 0:
+    for i in range(row.moved_records):
+        source = row.low_end_line_before + (i - row.low_records_before) * FORMAT.count
+        copy_lines(
+            stream,
+            source,
+            row.low_end_line - (row.moved_records - i) * FORMAT.count,
+            FORMAT.count,
+            LAYER,
+        )
+    if row.demoted_records > 0:
         tl.debug_barrier()
         place = head.to(tl.int64) * scratch_stride + tl.load(starts + index) + index * CHUNK
         victims = order + place
@@ -126,10 +132,10 @@ def change_kernel(
             scores + place,
             victims + CHUNK,
             victims,
-            integers + slot * 64 * L.head_dim,
+            integers + slot * 64 * LAYER.head_dim,
             DTYPE,
-            L,
-            C,
+            LAYER,
+            FORMAT,
         )
 
 
@@ -145,7 +151,7 @@ def append_kernel(
     k_stride,
     v,
     v_stride,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Store the new token as the last high one. Grid ``(kv_heads, rows)``.
 
@@ -157,10 +163,10 @@ def append_kernel(
     if row.token < 0:
         return
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
-    channel = tl.arange(0, L.padded)[None, :]
-    inside = channel < L.head_dim
-    at = head * L.head_dim + channel
+    channel = tl.arange(0, LAYER.padded)[None, :]
+    inside = channel < LAYER.head_dim
+    at = head * LAYER.head_dim + channel
     key = tl.load(k + row.token.to(tl.int64) * k_stride + at, mask=inside, other=0.0)
     value = tl.load(v + row.token.to(tl.int64) * v_stride + at, mask=inside, other=0.0)
     token = row.high_tokens - 1 + tl.arange(0, 1)
-    store_high(stream, key, value, tl.zeros([1], tl.float32), token, token >= 0, L)
+    store_high(stream, key, value, tl.zeros([1], tl.float32), token, token >= 0, LAYER)

@@ -17,7 +17,7 @@ from mikv_vllm.kernels.triton.high_tier import (
 )
 from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.low_tier import write_chunk
+from mikv_vllm.kernels.triton.low_tier import write_low_record
 from mikv_vllm.kernels.triton.row import CHUNK
 from mikv_vllm.kernels.triton.select import BLOCK, split_tokens
 from mikv_vllm.kernels.triton.stream import load_frame
@@ -39,7 +39,7 @@ def choose_kernel(
     num_leaving,
     merged,
     order,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Choose each head's least important of its high tokens and the new ones. Grid ``(kv_heads,)``.
 
@@ -62,7 +62,7 @@ def choose_kernel(
     for start in range(0, num_tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
         is_new = token >= num_high
-        at = score_pointers(stream, tl.minimum(token, num_high - 1), L)
+        at = score_pointers(stream, tl.minimum(token, num_high - 1), LAYER)
         own = tl.load(at, mask=token < num_high, other=0.0) * keep
         place = tl.where(is_new, token - num_high + num_restored, token)
         added = tl.load(scores + place, mask=token < num_tokens)
@@ -74,7 +74,7 @@ def choose_kernel(
 
 @Kernel
 def move_kernel(
-    pages, page_stride, head_stride, tiered_table, source, to, num_lines, L: tl.constexpr
+    pages, page_stride, head_stride, tiered_table, source, to, num_lines, LAYER: tl.constexpr
 ):
     """Move chunks of ``num_lines`` from line ``source`` on to line ``to``, where nothing lies yet.
 
@@ -83,11 +83,11 @@ def move_kernel(
     head = tl.program_id(1)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
     line = tl.program_id(0) * num_lines
-    copy_lines(stream, source + line, to + line, num_lines, L)
+    copy_lines(stream, source + line, to + line, num_lines, LAYER)
 
 
 @triton.jit
-def load_new(data, stride, tokens, channel, mask, L: tl.constexpr):
+def load_new(data, stride, tokens, channel, mask, LAYER: tl.constexpr):
     """Keys or values of new ``tokens [n]`` at ``channel [c]``: ``[n, c]``, 0 where ``mask [n]`` is
     not.
 
@@ -95,7 +95,7 @@ def load_new(data, stride, tokens, channel, mask, L: tl.constexpr):
         data: pointer to the head's, ``stride`` from a token to the next.
     """
     at = data + tokens.to(tl.int64)[:, None] * stride + channel[None, :]
-    return tl.load(at, mask=mask[:, None] & (channel < L.head_dim)[None, :], other=0.0)
+    return tl.load(at, mask=mask[:, None] & (channel < LAYER.head_dim)[None, :], other=0.0)
 
 
 @Kernel
@@ -117,7 +117,7 @@ def extend_high_kernel(
     num_high,
     num_tokens,
     num_leaving,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Write a high group: old tokens as they were stored, then new ones.
 
@@ -139,14 +139,14 @@ def extend_high_kernel(
     is_new = token >= num_high
     moves = mask & ~is_new & (token != place)
     old = tl.minimum(token, num_high - 1)
-    stored = load_stored(before, old, moves, k.dtype.element_ty, L)
-    store_stored(stream, stored, place, moves, k.dtype.element_ty, L)
-    tl.store(score_pointers(stream, place, L), score, mask=mask)
-    channel = tl.arange(0, L.padded)
+    stored = load_stored(before, old, moves, k.dtype.element_ty, LAYER)
+    store_stored(stream, stored, place, moves, k.dtype.element_ty, LAYER)
+    tl.store(score_pointers(stream, place, LAYER), score, mask=mask)
+    channel = tl.arange(0, LAYER.padded)
     mask &= is_new
-    key = load_new(k + head * L.head_dim, k_stride, token - num_high, channel, mask, L)
-    value = load_new(v + head * L.head_dim, v_stride, token - num_high, channel, mask, L)
-    store_high(stream, key, value, score, place, mask, L)
+    key = load_new(k + head * LAYER.head_dim, k_stride, token - num_high, channel, mask, LAYER)
+    value = load_new(v + head * LAYER.head_dim, v_stride, token - num_high, channel, mask, LAYER)
+    store_high(stream, key, value, score, place, mask, LAYER)
 
 
 @Kernel
@@ -170,8 +170,8 @@ def extend_low_kernel(
     integers,
     hadamard,
     hadamard_scale,
-    L: tl.constexpr,
-    C: tl.constexpr,
+    LAYER: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Quantize 32 of the chosen tokens and write them, each chunk below the one before.
 
@@ -185,19 +185,21 @@ def extend_low_kernel(
     chunk, head = tl.program_id(0), tl.program_id(1)
     before = Stream(copied + head * copied_head_stride, copied_page_stride, copied_table)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    integers += (head * tl.num_programs(0) + chunk).to(tl.int64) * 64 * L.head_dim
+    integers += (head * tl.num_programs(0) + chunk).to(tl.int64) * 64 * LAYER.head_dim
     token = tl.load(order + head * num_tokens + chunk * CHUNK + tl.arange(0, 32))
     is_new = token >= num_high
     new = token - num_high
-    channel = tl.arange(0, L.padded)
-    center, unit, key_channel = load_frame(stream, L)
+    channel = tl.arange(0, LAYER.padded)
+    center, unit, key_channel = load_frame(stream, LAYER)
     old = tl.minimum(token, num_high - 1)
-    keys, values = read_high(before, old, key_channel, k.dtype.element_ty, L)
-    k = load_new(k + head * L.head_dim, k_stride, new, key_channel, is_new, L).to(tl.float32)
-    v = load_new(v + head * L.head_dim, v_stride, new, channel, is_new, L).to(tl.float32)
+    keys, values = read_high(before, old, key_channel, k.dtype.element_ty, LAYER)
+    k = load_new(k + head * LAYER.head_dim, k_stride, new, key_channel, is_new, LAYER).to(
+        tl.float32
+    )
+    v = load_new(v + head * LAYER.head_dim, v_stride, new, channel, is_new, LAYER).to(tl.float32)
     keys = tl.where(is_new[:, None], k, keys)
     values = tl.where(is_new[:, None], v, values)
-    signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
+    signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
     rotated = dot_signs(values, signs) * hadamard_scale
-    line = low_line - (chunk + 1) * C.count
-    write_chunk(stream, line, keys, center, unit, rotated, integers, L, C)
+    line = low_line - (chunk + 1) * FORMAT.count
+    write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)

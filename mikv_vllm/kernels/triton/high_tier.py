@@ -8,58 +8,60 @@ from mikv_vllm.kernels.triton.stream import LINE_BYTES, byte_pointer
 
 
 @triton.jit
-def high_pointers(stream, tokens, channel, DTYPE: tl.constexpr, L: tl.constexpr):
+def high_pointers(stream, tokens, channel, DTYPE: tl.constexpr, LAYER: tl.constexpr):
     """Keys' and values' numbers of tokens ``[n]`` at channels ``[1, c]``: bytes, or ``DTYPE``."""
-    line = (L.header_lines + tokens // 16 * L.group_lines)[:, None]
+    line = (LAYER.header_lines + tokens // 16 * LAYER.high_record_lines)[:, None]
     slot = tokens[:, None] % 16
-    if L.high_bits == 16:
-        byte = 2 * (L.head_dim * slot + channel)
-        keys = byte_pointer(stream, line, byte, L).to(tl.pointer_type(DTYPE))
-        values = byte_pointer(stream, line, L.high_values + byte, L).to(tl.pointer_type(DTYPE))
+    if LAYER.high_bits == 16:
+        byte = 2 * (LAYER.head_dim * slot + channel)
+        keys = byte_pointer(stream, line, byte, LAYER).to(tl.pointer_type(DTYPE))
+        values = byte_pointer(stream, line, LAYER.high_values + byte, LAYER).to(
+            tl.pointer_type(DTYPE)
+        )
     else:
         byte = channel // 4 * LINE_BYTES + slot * 4 + channel % 4
-        keys = byte_pointer(stream, line, byte, L)
-        tile = slot // 4 * (L.head_dim // 16) + channel // 16
-        byte = L.high_values + tile * LINE_BYTES + channel % 16 * 4 + slot % 4
-        values = byte_pointer(stream, line, byte, L)
+        keys = byte_pointer(stream, line, byte, LAYER)
+        tile = slot // 4 * (LAYER.head_dim // 16) + channel // 16
+        byte = LAYER.high_values + tile * LINE_BYTES + channel % 16 * 4 + slot % 4
+        values = byte_pointer(stream, line, byte, LAYER)
     return keys, values
 
 
 @triton.jit
-def scale_pointers(stream, tokens, L: tl.constexpr):
+def scale_pointers(stream, tokens, LAYER: tl.constexpr):
     """fp16 scales of 8-bit tokens' keys and values."""
-    line = L.header_lines + tokens // 16 * L.group_lines
+    line = LAYER.header_lines + tokens // 16 * LAYER.high_record_lines
     byte = 2 * (tokens % 16)
-    keys = byte_pointer(stream, line, L.high_key_scales + byte, L)
-    values = byte_pointer(stream, line, L.high_value_scales + byte, L)
+    keys = byte_pointer(stream, line, LAYER.high_key_scales + byte, LAYER)
+    values = byte_pointer(stream, line, LAYER.high_value_scales + byte, LAYER)
     return keys.to(tl.pointer_type(tl.float16)), values.to(tl.pointer_type(tl.float16))
 
 
 @triton.jit
-def score_pointers(stream, tokens, L: tl.constexpr):
+def score_pointers(stream, tokens, LAYER: tl.constexpr):
     """float32 scores of high tokens."""
-    line = L.header_lines + tokens // 16 * L.group_lines
-    at = byte_pointer(stream, line, L.high_scores + 4 * (tokens % 16), L)
+    line = LAYER.header_lines + tokens // 16 * LAYER.high_record_lines
+    at = byte_pointer(stream, line, LAYER.high_scores + 4 * (tokens % 16), LAYER)
     return at.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
-def read_high(stream, tokens, key_channel, DTYPE: tl.constexpr, L: tl.constexpr):
+def read_high(stream, tokens, key_channel, DTYPE: tl.constexpr, LAYER: tl.constexpr):
     """Keys and values of tokens ``[n]``, dequantized, float32 ``[n, padded]``; 0 beyond the
     channels.
 
     Args:
         key_channel: which channels of the keys, ``[padded]``.
     """
-    channel = tl.arange(0, L.padded)[None, :]
-    inside = (channel < L.head_dim) & (tokens[:, None] >= 0)
-    keys, _ = high_pointers(stream, tokens, key_channel[None, :], DTYPE, L)
-    _, values = high_pointers(stream, tokens, channel, DTYPE, L)
-    if L.high_bits == 16:
+    channel = tl.arange(0, LAYER.padded)[None, :]
+    inside = (channel < LAYER.head_dim) & (tokens[:, None] >= 0)
+    keys, _ = high_pointers(stream, tokens, key_channel[None, :], DTYPE, LAYER)
+    _, values = high_pointers(stream, tokens, channel, DTYPE, LAYER)
+    if LAYER.high_bits == 16:
         k = tl.load(keys, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(values, mask=inside, other=0.0).to(tl.float32)
     else:
-        key_scales, value_scales = scale_pointers(stream, tokens, L)
+        key_scales, value_scales = scale_pointers(stream, tokens, LAYER)
         k = tl.load(keys, mask=inside, other=HIGH_OFFSET).to(tl.float32) - HIGH_OFFSET
         k *= tl.load(key_scales).to(tl.float32)[:, None]
         v = tl.load(values, mask=inside, other=HIGH_OFFSET).to(tl.float32) - HIGH_OFFSET
@@ -68,7 +70,7 @@ def read_high(stream, tokens, key_channel, DTYPE: tl.constexpr, L: tl.constexpr)
 
 
 @triton.jit
-def store_high(stream, keys, values, scores, tokens, mask, L: tl.constexpr):
+def store_high(stream, keys, values, scores, tokens, mask, LAYER: tl.constexpr):
     """Store high tokens.
 
     Args:
@@ -76,52 +78,52 @@ def store_high(stream, keys, values, scores, tokens, mask, L: tl.constexpr):
         scores: float32 ``[n]``; tokens: their places in the tier, ``[n]``.
         mask: which of them exist, ``[n]``.
     """
-    channel = tl.arange(0, L.padded)[None, :]
-    inside = mask[:, None] & (channel < L.head_dim)
-    key_at, value_at = high_pointers(stream, tokens, channel, keys.dtype, L)
-    if L.high_bits == 16:
+    channel = tl.arange(0, LAYER.padded)[None, :]
+    inside = mask[:, None] & (channel < LAYER.head_dim)
+    key_at, value_at = high_pointers(stream, tokens, channel, keys.dtype, LAYER)
+    if LAYER.high_bits == 16:
         tl.store(key_at, keys, mask=inside)
         tl.store(value_at, values, mask=inside)
     else:
-        key_scale_at, value_scale_at = scale_pointers(stream, tokens, L)
+        key_scale_at, value_scale_at = scale_pointers(stream, tokens, LAYER)
         integers, scales = quantize_high(keys.to(tl.float32))
         tl.store(key_at, integers.to(tl.uint8), mask=inside)
         tl.store(key_scale_at, scales, mask=mask)
         integers, scales = quantize_high(values.to(tl.float32))
         tl.store(value_at, integers.to(tl.uint8), mask=inside)
         tl.store(value_scale_at, scales, mask=mask)
-    tl.store(score_pointers(stream, tokens, L), scores, mask=mask)
+    tl.store(score_pointers(stream, tokens, LAYER), scores, mask=mask)
 
 
 @triton.jit
-def load_stored(stream, tokens, mask, DTYPE: tl.constexpr, L: tl.constexpr):
+def load_stored(stream, tokens, mask, DTYPE: tl.constexpr, LAYER: tl.constexpr):
     """Numbers of tokens ``[n]`` as they are stored, for :func:`store_stored`."""
-    channel = tl.arange(0, L.padded)[None, :]
-    inside = mask[:, None] & (channel < L.head_dim)
-    keys, values = high_pointers(stream, tokens, channel, DTYPE, L)
+    channel = tl.arange(0, LAYER.padded)[None, :]
+    inside = mask[:, None] & (channel < LAYER.head_dim)
+    keys, values = high_pointers(stream, tokens, channel, DTYPE, LAYER)
     k, v = tl.load(keys, mask=inside), tl.load(values, mask=inside)
-    if L.high_bits == 16:
+    if LAYER.high_bits == 16:
         return k, v
-    key_scales, value_scales = scale_pointers(stream, tokens, L)
+    key_scales, value_scales = scale_pointers(stream, tokens, LAYER)
     return k, v, tl.load(key_scales, mask=mask), tl.load(value_scales, mask=mask)
 
 
 @triton.jit
-def store_stored(stream, stored, tokens, mask, DTYPE: tl.constexpr, L: tl.constexpr):
+def store_stored(stream, stored, tokens, mask, DTYPE: tl.constexpr, LAYER: tl.constexpr):
     """Store numbers of :func:`load_stored` as other tokens: nothing is quantized again."""
-    channel = tl.arange(0, L.padded)[None, :]
-    inside = mask[:, None] & (channel < L.head_dim)
-    keys, values = high_pointers(stream, tokens, channel, DTYPE, L)
+    channel = tl.arange(0, LAYER.padded)[None, :]
+    inside = mask[:, None] & (channel < LAYER.head_dim)
+    keys, values = high_pointers(stream, tokens, channel, DTYPE, LAYER)
     tl.store(keys, stored[0], mask=inside)
     tl.store(values, stored[1], mask=inside)
-    if L.high_bits == 8:
-        key_scales, value_scales = scale_pointers(stream, tokens, L)
+    if LAYER.high_bits == 8:
+        key_scales, value_scales = scale_pointers(stream, tokens, LAYER)
         tl.store(key_scales, stored[2], mask=mask)
         tl.store(value_scales, stored[3], mask=mask)
 
 
 @triton.jit
-def compact(stream, kept, first, count, DTYPE: tl.constexpr, L: tl.constexpr):
+def compact(stream, kept, first, count, DTYPE: tl.constexpr, LAYER: tl.constexpr):
     """Close the holes of the high tier.
 
     Args:
@@ -132,9 +134,9 @@ def compact(stream, kept, first, count, DTYPE: tl.constexpr, L: tl.constexpr):
         to = start + tl.arange(0, 16)
         mask = to < count
         source = tl.load(kept + to, mask=mask, other=0)
-        stored = load_stored(stream, source, mask, DTYPE, L)
-        score = tl.load(score_pointers(stream, source, L), mask=mask)
+        stored = load_stored(stream, source, mask, DTYPE, LAYER)
+        score = tl.load(score_pointers(stream, source, LAYER), mask=mask)
         tl.debug_barrier()
-        store_stored(stream, stored, to, mask, DTYPE, L)
-        tl.store(score_pointers(stream, to, L), score, mask=mask)
+        store_stored(stream, stored, to, mask, DTYPE, LAYER)
+        tl.store(score_pointers(stream, to, LAYER), score, mask=mask)
         tl.debug_barrier()

@@ -11,7 +11,7 @@ from triton.runtime import driver
 COUNTS = frozenset(
     {
         *("num_tokens", "num_high", "first_low", "recent"),
-        *("num_queries", "num_chunks", "low_end", "order_stride", "score_stride"),
+        *("num_queries", "num_low_records", "low_end_line", "order_stride", "score_stride"),
         *("num_restored", "num_leaving", "source", "to", "num_lines", "low_line"),
         "table_stride",
     }

@@ -22,18 +22,18 @@ from mikv_vllm.kernels.triton.extend import (
     extend_low_kernel,
     move_kernel,
 )
-from mikv_vllm.kernels.triton.layout import Layout, LowLines, power_of_two
+from mikv_vllm.kernels.triton.layout import Layout, LowLines, next_power_of_two
 from mikv_vllm.kernels.triton.merge import MOST_SPLITS, merge_kernel
 from mikv_vllm.kernels.triton.restore import (
-    CHUNKS_AT_ONCE,
+    RECORDS_AT_ONCE,
     restore_high_kernel,
     restore_low_kernel,
 )
 from mikv_vllm.kernels.triton.score import KEYS, prompt_scores_kernel, prompt_sums_kernel
 from mikv_vllm.kernels.triton.scratch import Scratch
 from mikv_vllm.tiers import codec
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 OPTIONS = {
@@ -65,7 +65,7 @@ PARTS = 32
 def hadamard_signs(head_dim: int) -> torch.Tensor:
     """Signs of the block rotation, bf16, padded with zeros to a power of two."""
     size = codec.hadamard_size(head_dim)
-    padded = power_of_two(head_dim)
+    padded = next_power_of_two(head_dim)
     signs = torch.zeros(padded, padded, dtype=torch.bfloat16)
     block = codec.rotate(torch.eye(size)).sign()
     for start in range(0, head_dim, size):
@@ -169,7 +169,7 @@ class LayerOps:
             k.stride(0),
             v,
             v.stride(0),
-            L=self._layout,
+            LAYER=self._layout,
             **OPTIONS["append"],
         )
         self.attend(cache, batch, q, out)
@@ -180,10 +180,10 @@ class LayerOps:
     def change(self, cache: torch.Tensor, batch: DecodeBatch, dtype: torch.dtype) -> None:
         """Move chunks and demote, in rows whose step says so; ``dtype`` of 16-bit high tokens."""
         heads, rows = self._kv_heads, len(batch.rows)
-        take, room = self._scratch.take, batch.num_high + rows * CHUNK_TOKENS
+        take, room = self._scratch.take, batch.num_high + rows * LOW_RECORD_TOKENS
         scores = take("scores", (heads, room), torch.float32)
         order = take("order", (heads, room), torch.int32)
-        shape = (rows, heads, 2, CHUNK_TOKENS, self._layout.head_dim)
+        shape = (rows, heads, 2, LOW_RECORD_TOKENS, self._layout.head_dim)
         integers = take("integers", shape, torch.uint8)
         for low_format in batch.low_formats:
             change_kernel[(heads, rows)](
@@ -197,8 +197,8 @@ class LayerOps:
                 room,
                 integers,
                 DTYPE=DTYPES[dtype],
-                L=self._layout,
-                C=LowLines(self._layout.head_dim, low_format),
+                LAYER=self._layout,
+                FORMAT=LowLines(self._layout.head_dim, low_format),
                 **OPTIONS["change"],
             )
 
@@ -214,7 +214,7 @@ class LayerOps:
         partial_out = take("partial_out", shape, torch.float32)
         shape = (rows, heads, splits, 2, layout.heads)
         partial_sums = take("partial_sums", shape, torch.float32)
-        logits = take("logits", (heads, layout.group, batch.num_high), torch.float32)
+        logits = take("logits", (heads, layout.queries_per_kv_head, batch.num_high), torch.float32)
         partials = (partial_out, partial_sums, logits, batch.starts, batch.num_high)
         for low_format in batch.low_formats:
             attend_kernel[(splits, heads, rows)](
@@ -224,8 +224,8 @@ class LayerOps:
                 *partials,
                 self._scale,
                 SOFTCAP=self._softcap,
-                L=layout,
-                C=LowLines(layout.head_dim, low_format),
+                LAYER=layout,
+                FORMAT=LowLines(layout.head_dim, low_format),
                 num_warps=layout.warps,
                 **OPTIONS["attend"],
             )
@@ -239,7 +239,7 @@ class LayerOps:
             self._sinks,
             self._decay,
             HAS_SINKS=self._sinks is not None,
-            L=layout,
+            LAYER=layout,
         )
 
     def score(
@@ -258,7 +258,7 @@ class LayerOps:
             scores: ``[kv_heads, >= num_tokens]``, float32.
         """
         layout, heads = self._layout, self._kv_heads
-        rows = len(q) * layout.group
+        rows = len(q) * layout.queries_per_kv_head
         sums = self._scratch.take("sums", (heads, PARTS, 2, rows), torch.float32)
         prompt_sums_kernel[(triton.cdiv(rows, SCORE_ROWS), PARTS, heads)](
             key_cache,
@@ -273,7 +273,7 @@ class LayerOps:
             SOFTCAP=self._softcap,
             PARTS=PARTS,
             ROWS=SCORE_ROWS,
-            L=layout,
+            LAYER=layout,
         )
         prompt_scores_kernel[(triton.cdiv(num_tokens, KEYS.value), heads)](
             key_cache,
@@ -292,7 +292,7 @@ class LayerOps:
             HAS_SINKS=self._sinks is not None,
             PARTS=PARTS,
             ROWS=SCORE_ROWS,
-            L=layout,
+            LAYER=layout,
         )
 
     def compress(
@@ -302,7 +302,7 @@ class LayerOps:
         native_table: torch.Tensor,
         cache: torch.Tensor,
         tiered_table: torch.Tensor,
-        state: TierState,
+        sizes: TierSizes,
         low_format: LowFormat,
         scores: torch.Tensor,
         q: torch.Tensor,
@@ -312,18 +312,18 @@ class LayerOps:
         Args:
             native_table, tiered_table: page ids, int32; they share no page, unless
                 ``key_cache`` and ``value_cache`` are copies.
-            state: sizes to reach.
-            scores: ``[kv_heads, >= state.num_tokens]``, float32.
+            sizes: sizes to reach.
+            scores: ``[kv_heads, >= sizes.num_tokens]``, float32.
             q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: key channels
                 that they weigh most get more bits.
         """
         assert key_cache.stride() == value_cache.stride(), "keys and values need equal strides"
-        layout, heads, tokens = self._layout, self._kv_heads, state.num_tokens
+        layout, heads, tokens = self._layout, self._kv_heads, sizes.num_tokens
         native = (key_cache, value_cache, *key_cache.stride()[:3], native_table)
         tiered = (*_words(cache), tiered_table)
         take = self._scratch.take
         order = take("order", (heads, tokens), torch.int32)
-        high = state.high_tokens
+        high = sizes.high_tokens
         select_kernel[(heads,)](
             scores,
             scores.stride(0),
@@ -335,8 +335,8 @@ class LayerOps:
             **OPTIONS["select"],
         )
         low = LowLines(layout.head_dim, low_format)
-        self._write_frame((key_cache, *native[2:]), tiered, order, state, low, q)
-        write_high_kernel[(triton.cdiv(high, GROUP_TOKENS), heads)](
+        self._write_frame((key_cache, *native[2:]), tiered, order, sizes, low, q)
+        write_high_kernel[(triton.cdiv(high, HIGH_RECORD_TOKENS), heads)](
             *native,
             *tiered,
             scores,
@@ -344,26 +344,26 @@ class LayerOps:
             order,
             tokens,
             high,
-            L=layout,
+            LAYER=layout,
             **OPTIONS["write_high"],
         )
-        if not state.low_chunks:
+        if not sizes.low_records:
             return
-        shape = (heads, state.low_chunks, 2, CHUNK_TOKENS, layout.head_dim)
+        shape = (heads, sizes.low_records, 2, LOW_RECORD_TOKENS, layout.head_dim)
         integers = take("tokens", shape, torch.uint8)
-        write_low_kernel[(state.low_chunks, heads)](
+        write_low_kernel[(sizes.low_records, heads)](
             *native,
             *tiered,
             order,
             tokens,
             high,
-            state.low_chunks,
-            state.low_end // LINE_BYTES,
+            sizes.low_records,
+            sizes.low_end_bytes // LINE_BYTES,
             integers,
             self._hadamard,
             self._hadamard_scale,
-            L=layout,
-            C=low,
+            LAYER=layout,
+            FORMAT=low,
             **OPTIONS["write_low"],
         )
 
@@ -372,7 +372,7 @@ class LayerOps:
         keys: tuple[Any, ...],
         tiered: tuple[Any, ...],
         order: torch.Tensor,
-        state: TierState,
+        sizes: TierSizes,
         low: LowLines,
         q: torch.Tensor,
     ) -> None:
@@ -382,12 +382,12 @@ class LayerOps:
             keys: key cache, its strides and its block table; tiered: the same of the tiers.
             order: of ``select_kernel``.
         """
-        layout, heads, tokens = self._layout, self._kv_heads, state.num_tokens
+        layout, heads, tokens = self._layout, self._kv_heads, sizes.num_tokens
         take = self._scratch.take
         partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
         ranges = take("ranges", (heads, PARTS, layout.padded), torch.float64)
-        ranked = state.low_chunks > 0 and not low.balanced
-        first_low = state.high_tokens if ranked else 0
+        ranked = sizes.low_records > 0 and not low.keys_per_token
+        first_low = sizes.high_tokens if ranked else 0
         measure_kernel[(PARTS, heads)](
             *keys,
             order,
@@ -397,7 +397,7 @@ class LayerOps:
             partial,
             ranges,
             PARTS=PARTS,
-            L=layout,
+            LAYER=layout,
             **OPTIONS["measure"],
         )
         shared = q.unflatten(1, (heads, -1))
@@ -407,16 +407,16 @@ class LayerOps:
             channels = cost.argsort(dim=-1, descending=True, stable=True)
         else:
             channels = torch.arange(layout.head_dim, device=q.device).repeat(heads, 1)
-        largest = shared.abs().amax((0, 2)).float() if low.balanced else None
+        largest = shared.abs().amax((0, 2)).float() if low.keys_per_token else None
         frame_kernel[(heads,)](
-            *tiered, partial, channels, largest, tokens, PARTS=PARTS, L=layout, C=low
+            *tiered, partial, channels, largest, tokens, PARTS=PARTS, LAYER=layout, FORMAT=low
         )
 
     def restore(
         self,
         cache: torch.Tensor,
         tiered_table: torch.Tensor,
-        state: TierState,
+        sizes: TierSizes,
         low_format: LowFormat,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
@@ -425,27 +425,27 @@ class LayerOps:
 
         Args:
             tiered_table: page ids, int32.
-            state: its sizes.
+            sizes: its sizes.
             key_cache, value_cache: the pages to write, from the first on.
         """
         assert key_cache.stride() == value_cache.stride(), "keys and values need equal strides"
         layout, heads = self._layout, self._kv_heads
         places = (key_cache, value_cache, *key_cache.stride()[:3], *_words(cache), tiered_table)
-        high, chunks = state.high_tokens, state.low_chunks
+        high, chunks = sizes.high_tokens, sizes.low_records
         restore_high_kernel[(triton.cdiv(high, 32), heads)](
-            *places, high, L=layout, **OPTIONS["restore_high"]
+            *places, high, LAYER=layout, **OPTIONS["restore_high"]
         )
         if not chunks:
             return
-        restore_low_kernel[(triton.cdiv(chunks, CHUNKS_AT_ONCE.value), heads)](
+        restore_low_kernel[(triton.cdiv(chunks, RECORDS_AT_ONCE.value), heads)](
             *places,
             high,
             chunks,
-            state.low_end // LINE_BYTES,
+            sizes.low_end_bytes // LINE_BYTES,
             self._hadamard,
             self._hadamard_scale,
-            L=layout,
-            C=LowLines(layout.head_dim, low_format),
+            LAYER=layout,
+            FORMAT=LowLines(layout.head_dim, low_format),
             **OPTIONS["restore_low"],
         )
 
@@ -453,7 +453,7 @@ class LayerOps:
         self,
         cache: torch.Tensor,
         tiered_table: torch.Tensor,
-        state: TierState,
+        sizes: TierSizes,
         step: AppendStep,
         low_format: LowFormat,
         k: torch.Tensor,
@@ -465,18 +465,18 @@ class LayerOps:
 
         Args:
             tiered_table: page ids, int32; the step's new ones included.
-            state: sizes before; at least one token is high.
+            sizes: sizes before; at least one token is high.
             step: what :meth:`~mikv_vllm.tiers.plan.TierPlanner.extend` planned.
             k, v: ``[tokens, kv_heads, head_dim]``; heads and channels contiguous.
-            scores: ``[kv_heads, >= state.num_tokens + tokens]``, float32, in the order of
+            scores: ``[kv_heads, >= sizes.num_tokens + tokens]``, float32, in the order of
                 :meth:`restore`, the new tokens last.
             keep: factor on the high tokens' own scores, to which theirs are added.
         """
         layout, heads, take = self._layout, self._kv_heads, self._scratch.take
         low = LowLines(layout.head_dim, low_format)
         tiered = (*_words(cache), tiered_table)
-        high = state.high_tokens
-        count, leaving = high + len(k), CHUNK_TOKENS * step.demoted_chunks
+        high = sizes.high_tokens
+        count, leaving = high + len(k), LOW_RECORD_TOKENS * step.demoted_records
         copied = self._copy_high(tiered[0], tiered_table, high)
         merged = take("scores", (heads, count), torch.float32)
         order = take("order", (heads, count), torch.int32)
@@ -486,38 +486,38 @@ class LayerOps:
             scores.stride(0),
             keep,
             high,
-            state.num_tokens,
+            sizes.num_tokens,
             count,
             self._recent,
             leaving,
             merged,
             order,
-            L=layout,
+            LAYER=layout,
         )
-        first = state.low_end // LINE_BYTES - state.low_chunks * low.count
-        low_end, moved = step.state.low_end // LINE_BYTES, step.moved_chunks
+        first = sizes.low_end_bytes // LINE_BYTES - sizes.low_records * low.count
+        low_end_line, moved = step.after.low_end_bytes // LINE_BYTES, step.moved_records
         if moved:
-            to = low_end - moved * low.count
-            move_kernel[(moved, heads)](*tiered, first, to, low.count, L=layout)
+            to = low_end_line - moved * low.count
+            move_kernel[(moved, heads)](*tiered, first, to, low.count, LAYER=layout)
         tokens = (*copied, *tiered, k, k.stride(0), v, v.stride(0))
-        extend_high_kernel[(triton.cdiv(step.state.high_tokens, GROUP_TOKENS), heads)](
-            *tokens, merged, order, high, count, leaving, L=layout, **OPTIONS["extend_high"]
+        extend_high_kernel[(triton.cdiv(step.after.high_tokens, HIGH_RECORD_TOKENS), heads)](
+            *tokens, merged, order, high, count, leaving, LAYER=layout, **OPTIONS["extend_high"]
         )
         if not leaving:
             return
-        shape = (heads, step.demoted_chunks, 2, CHUNK_TOKENS, layout.head_dim)
+        shape = (heads, step.demoted_records, 2, LOW_RECORD_TOKENS, layout.head_dim)
         integers = take("integers", shape, torch.uint8)
-        extend_low_kernel[(step.demoted_chunks, heads)](
+        extend_low_kernel[(step.demoted_records, heads)](
             *tokens,
             order,
             high,
             count,
-            low_end - state.low_chunks * low.count,
+            low_end_line - sizes.low_records * low.count,
             integers,
             self._hadamard,
             self._hadamard_scale,
-            L=layout,
-            C=low,
+            LAYER=layout,
+            FORMAT=low,
             **OPTIONS["extend_low"],
         )
 

@@ -17,7 +17,7 @@ SMALLEST_TILE = 8
 """Least query heads in a tensor core's tile: fewer are padded."""
 
 
-def power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
     """The least power of two that is not below ``n``."""
     return 1 << (n - 1).bit_length()
 
@@ -27,7 +27,7 @@ class Layout:
     """A model's layer, as one compile-time argument."""
 
     head_dim: int
-    group: int
+    queries_per_kv_head: int
     """Query heads of a KV head."""
     block_size: int
     high_bits: int
@@ -39,17 +39,17 @@ class Layout:
     @property
     def padded(self) -> int:
         """Channels rounded up to a power of two."""
-        return power_of_two(self.head_dim)
+        return next_power_of_two(self.head_dim)
 
     @property
     def heads(self) -> int:
         """Query heads of a KV head, padded to a tile."""
-        return max(SMALLEST_TILE, power_of_two(self.group))
+        return max(SMALLEST_TILE, next_power_of_two(self.queries_per_kv_head))
 
     @property
     def members(self) -> int:
         """Columns of queries: in two parts they fill a tile, if ``group`` leaves half of it."""
-        return max(SMALLEST_TILE // 2, power_of_two(self.group))
+        return max(SMALLEST_TILE // 2, next_power_of_two(self.queries_per_kv_head))
 
     @property
     def warps(self) -> int:
@@ -70,7 +70,7 @@ class Layout:
         return self.head_dim // BAND_CHANNELS
 
     @property
-    def group_lines(self) -> int:
+    def high_record_lines(self) -> int:
         """Lines of a high group."""
         return self.geometry.high.num_bytes // LINE_BYTES
 
@@ -104,8 +104,8 @@ class LowLines:
         return LowLayout(self.head_dim, self.low_format)
 
     @property
-    def balanced(self) -> bool:
-        return self.low_format.balanced
+    def keys_per_token(self) -> bool:
+        return self.low_format.keys_per_token
 
     @property
     def key_code(self) -> int:
@@ -146,7 +146,7 @@ class LowLines:
     def band_bits(self) -> tuple[int, ...]:
         """Bits of each band of keys; up to a power of two, bands of 0 bits follow."""
         bits = self.low_format.band_bits(self.head_dim)
-        return (*bits, *[0] * (power_of_two(len(bits)) - len(bits)))
+        return (*bits, *[0] * (next_power_of_two(len(bits)) - len(bits)))
 
     @property
     def band_lines(self) -> tuple[int, ...]:

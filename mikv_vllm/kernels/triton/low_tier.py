@@ -8,15 +8,15 @@ from mikv_vllm.kernels.triton.stream import byte_pointer
 
 
 @triton.jit
-def store_signed(stream, line, byte, numbers, mask, L: tl.constexpr):
+def store_signed(stream, line, byte, numbers, mask, LAYER: tl.constexpr):
     """Store numbers -128 to 127, float32, ``byte`` bytes behind ``line``."""
-    at = byte_pointer(stream, line, byte, L)
+    at = byte_pointer(stream, line, byte, LAYER)
     tl.store(at, numbers.to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
 
 
 @triton.jit
-def write_chunk(
-    stream, line, keys, center, unit, values, integers, L: tl.constexpr, C: tl.constexpr
+def write_low_record(
+    stream, line, keys, center, unit, values, integers, LAYER: tl.constexpr, FORMAT: tl.constexpr
 ):
     """Quantize 32 tokens into the chunk at ``line``.
 
@@ -26,58 +26,60 @@ def write_chunk(
         integers: scratch, uint8 ``[2, 32, head_dim]``.
     """
     row = tl.arange(0, 32)[:, None]
-    channel = tl.arange(0, L.padded)
-    inside = channel < L.head_dim
-    place = integers + row * L.head_dim + channel[None, :]
+    channel = tl.arange(0, LAYER.padded)
+    inside = channel < LAYER.head_dim
+    place = integers + row * LAYER.head_dim + channel[None, :]
 
     x = keys.to(tl.float32) - center[None, :]
-    numbers, scales, zeros = quantize_keys(x, unit, L, C)
+    numbers, scales, zeros = quantize_keys(x, unit, LAYER, FORMAT)
     tl.store(place, numbers.to(tl.uint8), mask=inside[None, :])
     entry = tl.arange(0, scales.shape[0])
-    exists = entry < C.key_slices
-    at = byte_pointer(stream, line + C.key_scales, entry, L)
+    exists = entry < FORMAT.key_slices
+    at = byte_pointer(stream, line + FORMAT.key_scales, entry, LAYER)
     tl.store(at, scales.to(tl.uint8), mask=exists)
-    store_signed(stream, line + C.key_scales, C.key_slices + entry, zeros, exists, L)
+    store_signed(stream, line + FORMAT.key_scales, FORMAT.key_slices + entry, zeros, exists, LAYER)
 
-    numbers, codes, zeros = quantize_tokens(values, inside, C.value_groups, C.value_bits)
-    tl.store(place + 32 * L.head_dim, numbers.to(tl.uint8), mask=inside[None, :])
-    byte = 32 * tl.arange(0, C.value_groups)[None, :] + row
-    tl.store(byte_pointer(stream, line + C.value_scales, byte, L), codes.to(tl.uint8))
-    store_signed(stream, line + C.value_scales, 32 * C.value_groups + byte, zeros, byte >= 0, L)
+    numbers, codes, zeros = quantize_tokens(values, inside, FORMAT.value_groups, FORMAT.value_bits)
+    tl.store(place + 32 * LAYER.head_dim, numbers.to(tl.uint8), mask=inside[None, :])
+    byte = 32 * tl.arange(0, FORMAT.value_groups)[None, :] + row
+    tl.store(byte_pointer(stream, line + FORMAT.value_scales, byte, LAYER), codes.to(tl.uint8))
+    store_signed(
+        stream, line + FORMAT.value_scales, 32 * FORMAT.value_groups + byte, zeros, byte >= 0, LAYER
+    )
 
     tl.debug_barrier()
-    for run in tl.static_range(len(C.band_runs)):
-        pack_keys(stream, line, integers, run, L, C)
-    pack_values(stream, line + C.values, integers + 32 * L.head_dim, L, C)
+    for run in tl.static_range(len(FORMAT.band_runs)):
+        pack_keys(stream, line, integers, run, LAYER, FORMAT)
+    pack_values(stream, line + FORMAT.values, integers + 32 * LAYER.head_dim, LAYER, FORMAT)
 
 
 @triton.jit
-def pack_keys(stream, line, integers, RUN: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+def pack_keys(stream, line, integers, RUN: tl.constexpr, LAYER: tl.constexpr, FORMAT: tl.constexpr):
     """Write a run of bands of the chunk at ``line``.
 
     Args:
         integers: uint8 pointer to ``[32, head_dim]``.
     """
-    FIRST: tl.constexpr = C.band_runs[RUN][0]
-    COUNT: tl.constexpr = C.band_runs[RUN][1]
-    MAIN: tl.constexpr = C.band_mains[FIRST]
-    BITS: tl.constexpr = C.band_bits[FIRST]
-    line += C.band_lines[FIRST]
-    pack_plane(stream, line, integers, 0, MAIN, FIRST, COUNT, BITS, True, L)
+    FIRST: tl.constexpr = FORMAT.band_runs[RUN][0]
+    COUNT: tl.constexpr = FORMAT.band_runs[RUN][1]
+    MAIN: tl.constexpr = FORMAT.band_mains[FIRST]
+    BITS: tl.constexpr = FORMAT.band_bits[FIRST]
+    line += FORMAT.band_lines[FIRST]
+    pack_plane(stream, line, integers, 0, MAIN, FIRST, COUNT, BITS, True, LAYER)
     if BITS > MAIN:
         extra = line + MAIN
-        pack_plane(stream, extra, integers, MAIN, BITS - MAIN, FIRST, COUNT, BITS, True, L)
+        pack_plane(stream, extra, integers, MAIN, BITS - MAIN, FIRST, COUNT, BITS, True, LAYER)
 
 
 @triton.jit
-def pack_values(stream, line, integers, L: tl.constexpr, C: tl.constexpr):
+def pack_values(stream, line, integers, LAYER: tl.constexpr, FORMAT: tl.constexpr):
     """Write a chunk's values from ``line`` on; integers as in :func:`pack_keys`."""
-    MAIN: tl.constexpr = C.value_main
-    BITS: tl.constexpr = C.value_bits
-    pack_plane(stream, line, integers, 0, MAIN, 0, 1, 0, False, L)
+    MAIN: tl.constexpr = FORMAT.value_main
+    BITS: tl.constexpr = FORMAT.value_bits
+    pack_plane(stream, line, integers, 0, MAIN, 0, 1, 0, False, LAYER)
     if BITS > MAIN:
-        extra = line + L.head_dim * MAIN // 16
-        pack_plane(stream, extra, integers, MAIN, BITS - MAIN, 0, 1, 0, False, L)
+        extra = line + LAYER.head_dim * MAIN // 16
+        pack_plane(stream, extra, integers, MAIN, BITS - MAIN, 0, 1, 0, False, LAYER)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def pack_plane(
     BANDS: tl.constexpr,
     STRIDE: tl.constexpr,
     IS_KEY: tl.constexpr,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Write bits ``SHIFT`` to ``SHIFT + BITS`` of some bands' integers as planes.
 
@@ -103,7 +105,7 @@ def pack_plane(
         BANDS: how many bands.
         STRIDE: lines from a band's plane to the next one's.
     """
-    TILES: tl.constexpr = 8 if IS_KEY else L.head_dim // 2
+    TILES: tl.constexpr = 8 if IS_KEY else LAYER.head_dim // 2
     LINES: tl.constexpr = TILES * BITS // 8
     PADDED: tl.constexpr = triton.next_power_of_2(BANDS * LINES)
     i = tl.arange(0, PADDED)[:, None]
@@ -114,12 +116,12 @@ def pack_plane(
         tile = FIRST * TILES + i * (8 // BITS) + n
         for byte in tl.static_range(4):
             if IS_KEY:
-                place = (tile % 2 * 16 + word) * L.head_dim + tile // 2 * 4 + byte
+                place = (tile % 2 * 16 + word) * LAYER.head_dim + tile // 2 * 4 + byte
             else:
-                token = tile // (L.head_dim // 16) * 4 + byte
-                place = token * L.head_dim + tile % (L.head_dim // 16) * 16 + word
+                token = tile // (LAYER.head_dim // 16) * 4 + byte
+                place = token * LAYER.head_dim + tile % (LAYER.head_dim // 16) * 16 + word
             number = tl.load(integers + place, mask=inside, other=0).to(tl.int32)
             words |= (number >> SHIFT & ((1 << BITS) - 1)) << (8 * byte + BITS * n)
     to = line + i // LINES * STRIDE + i % LINES
-    at = byte_pointer(stream, to, 4 * word, L).to(tl.pointer_type(tl.int32))
+    at = byte_pointer(stream, to, 4 * word, LAYER).to(tl.pointer_type(tl.int32))
     tl.store(at, words, mask=inside)

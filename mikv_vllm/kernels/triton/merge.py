@@ -18,7 +18,7 @@ TOKENS_AT_ONCE = tl.constexpr(128)
 
 @triton.jit
 def merge_output(
-    sums, outputs, splits, low_splits, g, top, hadamard, hadamard_scale, L: tl.constexpr
+    sums, outputs, splits, low_splits, g, top, hadamard, hadamard_scale, LAYER: tl.constexpr
 ):
     """Output of one query head over all splits, ``[padded]``, not yet divided by the weights' sum.
 
@@ -26,27 +26,27 @@ def merge_output(
         sums, outputs: of split 0, as ``attend_kernel`` writes them.
         top: the head's maximum.
     """
-    channel = tl.arange(0, L.padded)
-    low = tl.full([L.padded], 0, tl.float32)
-    high = tl.full([L.padded], 0, tl.float32)
+    channel = tl.arange(0, LAYER.padded)
+    low = tl.full([LAYER.padded], 0, tl.float32)
+    high = tl.full([LAYER.padded], 0, tl.float32)
     for start in range(0, splits, PARTS_AT_ONCE):
         part = start + tl.arange(0, PARTS_AT_ONCE)
         mask = part < splits
-        factor = tl.exp2(tl.load(sums + part * 2 * L.heads + g, mask=mask, other=NEVER) - top)
-        at = outputs + ((part * L.heads + g) * L.padded)[:, None] + channel[None, :]
+        factor = tl.exp2(tl.load(sums + part * 2 * LAYER.heads + g, mask=mask, other=NEVER) - top)
+        at = outputs + ((part * LAYER.heads + g) * LAYER.padded)[:, None] + channel[None, :]
         weighted = tl.load(at, mask=mask[:, None], other=0.0) * factor[:, None]
         is_low = (part < low_splits)[:, None]
         low += tl.sum(tl.where(is_low, weighted, 0.0), 0)
         high += tl.sum(tl.where(is_low, 0.0, weighted), 0)
     if low_splits > 0:
-        signs = tl.load(hadamard + channel[:, None] * L.padded + channel[None, :])
+        signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
         high += tl.sum(signs.to(tl.float32) * low[None, :], 1) * hadamard_scale
     return high
 
 
 @triton.jit
 def add_importance(
-    stream, logits, logits_stride, first, last, high_tokens, top, total, decay, L: tl.constexpr
+    stream, logits, logits_stride, first, last, high_tokens, top, total, decay, LAYER: tl.constexpr
 ):
     """Let scores of high tokens decay, and add their weights.
 
@@ -54,13 +54,13 @@ def add_importance(
         first, last: blocks of ``TOKENS_AT_ONCE`` tokens.
         logits: ``[group, logits_stride]``; top, total: of each head's softmax, ``[heads]``.
     """
-    member = tl.arange(0, L.heads)
+    member = tl.arange(0, LAYER.heads)
     for block in range(first, last):
         token = TOKENS_AT_ONCE * block + tl.arange(0, TOKENS_AT_ONCE)
         valid = token < high_tokens
-        at = score_pointers(stream, tl.minimum(token, high_tokens - 1), L)
+        at = score_pointers(stream, tl.minimum(token, high_tokens - 1), LAYER)
         score = tl.load(at, mask=valid, other=0.0) * decay
-        mask = valid[:, None] & (member < L.group)[None, :]
+        mask = valid[:, None] & (member < LAYER.queries_per_kv_head)[None, :]
         place = logits + member[None, :] * logits_stride + token[:, None]
         weights = tl.exp2(tl.load(place, mask=mask, other=NEVER) - top[None, :]) / total[None, :]
         tl.store(at, score + tl.sum(tl.where(mask, weights, 0.0), 1), mask=valid)
@@ -86,7 +86,7 @@ def merge_kernel(
     sinks,
     decay,
     HAS_SINKS: tl.constexpr,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Write the output of some query heads and update the scores of some high tokens.
 
@@ -103,27 +103,31 @@ def merge_kernel(
     if row.token < 0:
         return
     blocks = tl.cdiv(row.high_tokens, 32)
-    splits, low_splits = splits_of(row.low_chunks, blocks, tl.num_programs(0))
+    splits, low_splits = splits_of(row.low_records, blocks, tl.num_programs(0))
     if split >= splits:
         return
     kv_heads = tl.num_programs(1)
-    member = tl.arange(0, L.heads)
+    member = tl.arange(0, LAYER.heads)
     part = tl.arange(0, MOST_SPLITS)
     first_part = (index * kv_heads + head).to(tl.int64) * tl.num_programs(0)
-    sums = partial_sums + first_part * 2 * L.heads
-    tops_at = sums + (part * 2 * L.heads)[:, None] + member[None, :]
+    sums = partial_sums + first_part * 2 * LAYER.heads
+    tops_at = sums + (part * 2 * LAYER.heads)[:, None] + member[None, :]
     written = (part < splits)[:, None]
     tops = tl.load(tops_at, mask=written, other=NEVER)
-    totals = tl.load(tops_at + L.heads, mask=written, other=0.0)
+    totals = tl.load(tops_at + LAYER.heads, mask=written, other=0.0)
     top = tl.max(tops, 0)
     total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
     if HAS_SINKS:
-        sink = tl.load(sinks + head * L.group + member, mask=member < L.group, other=0.0)
+        sink = tl.load(
+            sinks + head * LAYER.queries_per_kv_head + member,
+            mask=member < LAYER.queries_per_kv_head,
+            other=0.0,
+        )
         total += tl.exp2(sink * LOG2E - top)
 
-    outputs = partial_out + first_part * L.heads * L.padded
-    channel = tl.arange(0, L.padded)
-    for g in range(split, L.group, splits):
+    outputs = partial_out + first_part * LAYER.heads * LAYER.padded
+    channel = tl.arange(0, LAYER.padded)
+    for g in range(split, LAYER.queries_per_kv_head, splits):
         mine = member == g
         result = merge_output(
             sums,
@@ -134,17 +138,23 @@ def merge_kernel(
             tl.sum(tl.where(mine, top, 0.0), 0),
             hadamard,
             hadamard_scale,
-            L,
+            LAYER,
         )
         result /= tl.sum(tl.where(mine, total, 0.0), 0)
-        to = out + row.token.to(tl.int64) * out_stride + (head * L.group + g) * L.head_dim
-        tl.store(to + channel, result.to(out.dtype.element_ty), mask=channel < L.head_dim)
+        to = (
+            out
+            + row.token.to(tl.int64) * out_stride
+            + (head * LAYER.queries_per_kv_head + g) * LAYER.head_dim
+        )
+        tl.store(to + channel, result.to(out.dtype.element_ty), mask=channel < LAYER.head_dim)
 
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     blocks = tl.cdiv(row.high_tokens, TOKENS_AT_ONCE)
     add_importance(
         stream,
-        high_logits + head.to(tl.int64) * L.group * logits_stride + tl.load(starts + index),
+        high_logits
+        + head.to(tl.int64) * LAYER.queries_per_kv_head * logits_stride
+        + tl.load(starts + index),
         logits_stride,
         blocks * split // splits,
         blocks * (split + 1) // splits,
@@ -152,5 +162,5 @@ def merge_kernel(
         top,
         total,
         decay,
-        L,
+        LAYER,
     )

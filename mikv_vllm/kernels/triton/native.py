@@ -16,20 +16,20 @@ class NativePages(NamedTuple):
 
 
 @triton.jit
-def load_native(data, native, tokens, channel, mask, L: tl.constexpr):
+def load_native(data, native, tokens, channel, mask, LAYER: tl.constexpr):
     """Keys or values of ``tokens [n]`` at ``channel [c]``: ``[n, c]``, 0 where ``mask [n]`` is not.
 
     Args:
         data: pointer to the head's keys or values.
     """
-    page = tl.load(native.table + tokens // L.block_size).to(tl.int64)
-    token = page * native.page_stride + tokens % L.block_size * native.token_stride
-    inside = mask[:, None] & (channel < L.head_dim)[None, :]
+    page = tl.load(native.table + tokens // LAYER.block_size).to(tl.int64)
+    token = page * native.page_stride + tokens % LAYER.block_size * native.token_stride
+    inside = mask[:, None] & (channel < LAYER.head_dim)[None, :]
     return tl.load(data + token[:, None] + channel[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_native(data, strides, tokens, channel, numbers, mask, L: tl.constexpr):
+def store_native(data, strides, tokens, channel, numbers, mask, LAYER: tl.constexpr):
     """Store keys or values ``[n, c]`` as ``tokens [n]`` of pages 0, 1, … at ``channel [c]``.
 
     Channels from ``head_dim`` on are not stored.
@@ -38,8 +38,8 @@ def store_native(data, strides, tokens, channel, numbers, mask, L: tl.constexpr)
         data: pointer to the head's keys or values.
         strides: from a page and from a token to the next, in elements.
     """
-    page = (tokens // L.block_size).to(tl.int64)
-    at = page * strides[0] + tokens % L.block_size * strides[1]
-    inside = mask[:, None] & (channel < L.head_dim)[None, :]
+    page = (tokens // LAYER.block_size).to(tl.int64)
+    at = page * strides[0] + tokens % LAYER.block_size * strides[1]
+    inside = mask[:, None] & (channel < LAYER.head_dim)[None, :]
     numbers = numbers.to(data.dtype.element_ty)
     tl.store(data + at[:, None] + channel[None, :], numbers, mask=inside)

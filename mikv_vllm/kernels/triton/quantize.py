@@ -26,10 +26,10 @@ def clamp(x, low, high):
 
 
 @triton.jit
-def key_tops(rank, L: tl.constexpr, C: tl.constexpr):
+def key_tops(rank, LAYER: tl.constexpr, FORMAT: tl.constexpr):
     """Largest integers of key channels, float32; those of the last quarter beyond the last rank."""
-    quarter = tl.minimum(4 * (rank // BAND) // L.key_bands, 3)
-    bits = C.key_code >> 4 * quarter & 0xF
+    quarter = tl.minimum(4 * (rank // BAND) // LAYER.key_bands, 3)
+    bits = FORMAT.key_code >> 4 * quarter & 0xF
     return ((1 << bits) - 1).to(tl.float32)
 
 
@@ -55,7 +55,7 @@ def round_keys(x, steps, zeros, tops):
 
 
 @triton.jit
-def quantize_keys(x, unit, L: tl.constexpr, C: tl.constexpr):
+def quantize_keys(x, unit, LAYER: tl.constexpr, FORMAT: tl.constexpr):
     """Quantize a chunk's keys per channel; balanced ones per token, in units of their channels.
 
     Args:
@@ -64,13 +64,13 @@ def quantize_keys(x, unit, L: tl.constexpr, C: tl.constexpr):
     Returns:
         Integers as ``x``; scales as stored, and zero points: ``[padded]``, or ``[32]``.
     """
-    rank = tl.arange(0, L.padded)
-    if C.balanced:
+    rank = tl.arange(0, LAYER.padded)
+    if FORMAT.keys_per_token:
         x = tl.div_rn(x, unit[None, :])
-        integers, scales, zeros = quantize_tokens(x, rank < L.head_dim, 1, C.band_bits[0])
+        integers, scales, zeros = quantize_tokens(x, rank < LAYER.head_dim, 1, FORMAT.band_bits[0])
         scales, zeros = tl.reshape(scales, [32]), tl.reshape(zeros, [32])
     else:
-        tops = key_tops(rank, L, C)
+        tops = key_tops(rank, LAYER, FORMAT)
         scales, steps, zeros = key_steps(tl.min(x, 0), tl.max(x, 0), unit, tops)
         integers = round_keys(x, steps[None, :], zeros[None, :], tops[None, :])
     return integers, scales, zeros

@@ -26,7 +26,7 @@ from mikv_vllm.kernels.triton.stream import (
     within,
 )
 
-CHUNKS_AT_ONCE = tl.constexpr(4)
+RECORDS_AT_ONCE = tl.constexpr(4)
 """Low chunks of a program, which reads the header and the signs once."""
 
 
@@ -42,23 +42,23 @@ def restore_high_kernel(
     head_stride,
     tiered_table,
     num_high,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Write 32 high tokens to native pages 0, 1, …. Grid ``(cdiv(num_high, 32), kv_heads)``."""
     block, head = tl.program_id(0), tl.program_id(1)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    channel = tl.arange(0, L.padded)
+    channel = tl.arange(0, LAYER.padded)
     token = block * 32 + tl.arange(0, 32)
     mask = token < num_high
     stored = tl.minimum(token, num_high - 1)
-    k, v = read_high(stream, stored, channel, keys.dtype.element_ty, L)
+    k, v = read_high(stream, stored, channel, keys.dtype.element_ty, LAYER)
     strides = (native_page_stride, native_token_stride)
-    store_native(keys + head * native_head_stride, strides, token, channel, k, mask, L)
-    store_native(values + head * native_head_stride, strides, token, channel, v, mask, L)
+    store_native(keys + head * native_head_stride, strides, token, channel, k, mask, LAYER)
+    store_native(values + head * native_head_stride, strides, token, channel, v, mask, LAYER)
 
 
 @triton.jit
-def chunk_keys(record, center, unit, rank, L: tl.constexpr, C: tl.constexpr):
+def chunk_keys(record, center, unit, rank, LAYER: tl.constexpr, FORMAT: tl.constexpr):
     """Keys of a chunk, float32 ``[32, padded]``.
 
     Rows are in :func:`~stream.token_order`, columns in :func:`~stream.channel_order`.
@@ -66,38 +66,41 @@ def chunk_keys(record, center, unit, rank, L: tl.constexpr, C: tl.constexpr):
     Args:
         rank: of each column; center, unit: of the header, float32, for these ranks.
     """
-    numbers = low_keys(record, 0, L.padded // BAND, C).to(tl.float32) * key_row_factor(C)[:, None]
-    if C.balanced:
+    numbers = (
+        low_keys(record, 0, LAYER.padded // BAND, FORMAT).to(tl.float32)
+        * key_row_factor(FORMAT)[:, None]
+    )
+    if FORMAT.keys_per_token:
         token = token_order()
-        steps = decode_scale(load_bytes(record, C.key_scales, token))
-        zeros = load_signed(record, C.key_scales, C.key_slices + token)
+        steps = decode_scale(load_bytes(record, FORMAT.key_scales, token))
+        zeros = load_signed(record, FORMAT.key_scales, FORMAT.key_slices + token)
         keys = (numbers + zeros[:, None]) * steps[:, None] * unit[None, :]
     else:
-        steps = load_bytes(record, C.key_scales, rank).to(tl.float32) * unit
-        zeros = load_signed(record, C.key_scales, C.key_slices + rank) / KEY_ZERO_STEPS
+        steps = load_bytes(record, FORMAT.key_scales, rank).to(tl.float32) * unit
+        zeros = load_signed(record, FORMAT.key_scales, FORMAT.key_slices + rank) / KEY_ZERO_STEPS
         keys = (numbers + zeros[None, :]) * steps[None, :] + center[None, :]
     return keys
 
 
 @triton.jit
-def chunk_values(record, hadamard, hadamard_scale, L: tl.constexpr, C: tl.constexpr):
+def chunk_values(record, hadamard, hadamard_scale, LAYER: tl.constexpr, FORMAT: tl.constexpr):
     """Values of a chunk, rotated back, float32 ``[32, padded]``.
 
     Rows are in :func:`~stream.token_order`.
     """
-    GROUPS: tl.constexpr = C.value_groups
-    CHANNELS: tl.constexpr = L.padded // GROUPS
-    channel = tl.arange(0, L.padded)
+    GROUPS: tl.constexpr = FORMAT.value_groups
+    CHANNELS: tl.constexpr = LAYER.padded // GROUPS
+    channel = tl.arange(0, LAYER.padded)
     token = token_order()
-    out = tl.full([32, L.padded], 0, tl.float32)
+    out = tl.full([32, LAYER.padded], 0, tl.float32)
     for g in tl.static_range(GROUPS):
-        numbers = low_values(record, 4 * g, CHANNELS, L, C).to(tl.float32)
-        numbers *= value_row_factor(CHANNELS, C)[:, None]
-        steps = decode_scale(load_bytes(record, C.value_scales, 32 * g + token))
-        zeros = load_signed(record, C.value_scales, 32 * (GROUPS + g) + token)
+        numbers = low_values(record, 4 * g, CHANNELS, LAYER, FORMAT).to(tl.float32)
+        numbers *= value_row_factor(CHANNELS, FORMAT)[:, None]
+        steps = decode_scale(load_bytes(record, FORMAT.value_scales, 32 * g + token))
+        zeros = load_signed(record, FORMAT.value_scales, 32 * (GROUPS + g) + token)
         rotated = (numbers + zeros[None, :]) * steps[None, :]
         row = CHANNELS * g + value_channel_order(CHANNELS)
-        signs = tl.load(hadamard + row[:, None] * L.padded + channel[None, :])
+        signs = tl.load(hadamard + row[:, None] * LAYER.padded + channel[None, :])
         out += dot_signs(tl.trans(rotated), signs)
     return out * hadamard_scale
 
@@ -114,36 +117,41 @@ def restore_low_kernel(
     head_stride,
     tiered_table,
     num_high,
-    num_chunks,
-    low_end,
+    num_low_records,
+    low_end_line,
     hadamard,
     hadamard_scale,
-    L: tl.constexpr,
-    C: tl.constexpr,
+    LAYER: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Write low chunks to native pages, behind the high tokens.
 
-    Grid ``(cdiv(num_chunks, CHUNKS_AT_ONCE), kv_heads)``; arguments as in ``write_low_kernel``.
+    Grid ``(cdiv(num_low_records, RECORDS_AT_ONCE), kv_heads)``;
+    arguments as in ``write_low_kernel``.
     """
     head = tl.program_id(1)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
     keys += head * native_head_stride
     values += head * native_head_stride
     strides = (native_page_stride, native_token_stride)
-    channel = tl.arange(0, L.padded)
-    rank = within(channel_order(L.padded), L.padded, L.head_dim)
-    header = record_at(stream, low_end * 0, L.header_lines, L)
+    channel = tl.arange(0, LAYER.padded)
+    rank = within(channel_order(LAYER.padded), LAYER.padded, LAYER.head_dim)
+    header = record_at(stream, low_end_line * 0, LAYER.header_lines, LAYER)
     center = load_fp16(header, 2 * rank)
-    unit = load_fp16(header, 2 * (L.head_dim + rank))
-    key_channel = load_bytes(header, 0, 4 * L.head_dim + rank)
+    unit = load_fp16(header, 2 * (LAYER.head_dim + rank))
+    key_channel = load_bytes(header, 0, 4 * LAYER.head_dim + rank)
     # Ranks beyond the last repeat it, and are not stored.
-    key_channel = tl.where(channel_order(L.padded) < L.head_dim, key_channel, L.head_dim)
-    first = tl.program_id(0) * CHUNKS_AT_ONCE
-    for chunk in range(first, tl.minimum(first + CHUNKS_AT_ONCE, num_chunks)):
-        record = record_at(stream, low_end - (num_chunks - chunk) * C.count, C.count, L)
+    key_channel = tl.where(
+        channel_order(LAYER.padded) < LAYER.head_dim, key_channel, LAYER.head_dim
+    )
+    first = tl.program_id(0) * RECORDS_AT_ONCE
+    for chunk in range(first, tl.minimum(first + RECORDS_AT_ONCE, num_low_records)):
+        record = record_at(
+            stream, low_end_line - (num_low_records - chunk) * FORMAT.count, FORMAT.count, LAYER
+        )
         token = num_high + chunk * CHUNK + token_order()
         every = token >= 0
-        k = chunk_keys(record, center, unit, rank, L, C)
-        store_native(keys, strides, token, key_channel, k, every, L)
-        v = chunk_values(record, hadamard, hadamard_scale, L, C)
-        store_native(values, strides, token, channel, v, every, L)
+        k = chunk_keys(record, center, unit, rank, LAYER, FORMAT)
+        store_native(keys, strides, token, key_channel, k, every, LAYER)
+        v = chunk_values(record, hadamard, hadamard_scale, LAYER, FORMAT)
+        store_native(values, strides, token, channel, v, every, LAYER)

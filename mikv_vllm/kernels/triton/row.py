@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.batch import ROW_FIELDS as _ROW_FIELDS
-from mikv_vllm.tiers.formats import CHUNK_TOKENS as _CHUNK_TOKENS
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS as _LOW_RECORD_TOKENS
 
 ROW_FIELDS = tl.constexpr(_ROW_FIELDS)
-CHUNK = tl.constexpr(_CHUNK_TOKENS)
+CHUNK = tl.constexpr(_LOW_RECORD_TOKENS)
 
 
 class Row(NamedTuple):
@@ -18,14 +18,14 @@ class Row(NamedTuple):
     token: object
     """Row of q, k, v and out; negative where there is no request."""
     high_before: object
-    chunks_before: object
-    low_end_before: object
-    moved_chunks: object
-    demoted_chunks: object
+    low_records_before: object
+    low_end_line_before: object
+    moved_records: object
+    demoted_records: object
     high_tokens: object
-    low_chunks: object
-    low_end: object
-    key_bits: object
+    low_records: object
+    low_end_line: object
+    key_code: object
     value_bits: object
 
 

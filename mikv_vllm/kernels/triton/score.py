@@ -26,17 +26,21 @@ def prompt_logits(
     scale,
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Causal logits to base 2, ``[ROWS, KEYS]``; a row is a query and one of its heads."""
     row = first_row + tl.arange(0, ROWS)
-    query, member = row // L.group, row % L.group
-    channel = tl.arange(0, L.padded)
-    at = query.to(tl.int64)[:, None] * q_stride + member[:, None] * L.head_dim + channel[None, :]
-    inside = (row < num_rows)[:, None] & (channel < L.head_dim)[None, :]
+    query, member = row // LAYER.queries_per_kv_head, row % LAYER.queries_per_kv_head
+    channel = tl.arange(0, LAYER.padded)
+    at = (
+        query.to(tl.int64)[:, None] * q_stride + member[:, None] * LAYER.head_dim + channel[None, :]
+    )
+    inside = (row < num_rows)[:, None] & (channel < LAYER.head_dim)[None, :]
     queries = tl.load(q + at, mask=inside, other=0.0)
     token = first_key + tl.arange(0, KEYS)
-    k = load_native(keys, native, tl.minimum(token, num_tokens - 1), channel, token < num_tokens, L)
+    k = load_native(
+        keys, native, tl.minimum(token, num_tokens - 1), channel, token < num_tokens, LAYER
+    )
     logits = dot(queries, tl.trans(k), tl.zeros([ROWS, KEYS], tl.float32))
     logits = capped(logits * (scale * LOG2E), SOFTCAP)
     seen = token[None, :] <= (num_tokens - num_queries + query)[:, None]
@@ -59,7 +63,7 @@ def prompt_sums_kernel(
     SOFTCAP: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Softmax maximum and sum of some rows over a part of the keys.
 
@@ -72,8 +76,8 @@ def prompt_sums_kernel(
     block, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     native = NativePages(native_page_stride, native_token_stride, native_table)
     keys += head * native_head_stride
-    q += head * L.group * L.head_dim
-    num_rows = num_queries * L.group
+    q += head * LAYER.queries_per_kv_head * LAYER.head_dim
+    num_rows = num_queries * LAYER.queries_per_kv_head
     top = tl.full([ROWS], NEVER, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     share = tl.cdiv(tl.cdiv(num_tokens, PARTS), KEYS) * KEYS
@@ -91,7 +95,7 @@ def prompt_sums_kernel(
             scale,
             SOFTCAP,
             ROWS,
-            L,
+            LAYER,
         )
         new_top = tl.maximum(top, tl.max(logits, 1))
         weights = tl.where(logits > NEVER, tl.exp2(logits - new_top[:, None]), 0.0)
@@ -123,7 +127,7 @@ def prompt_scores_kernel(
     HAS_SINKS: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
-    L: tl.constexpr,
+    LAYER: tl.constexpr,
 ):
     """Add the weights of all rows to the scores of some tokens.
 
@@ -137,8 +141,8 @@ def prompt_scores_kernel(
     block, head = tl.program_id(0), tl.program_id(1)
     native = NativePages(native_page_stride, native_token_stride, native_table)
     keys += head * native_head_stride
-    q += head * L.group * L.head_dim
-    num_rows = num_queries * L.group
+    q += head * LAYER.queries_per_kv_head * LAYER.head_dim
+    num_rows = num_queries * LAYER.queries_per_kv_head
     part = tl.arange(0, PARTS)[:, None]
     added = tl.zeros([KEYS], tl.float32)
     for start in range(0, num_rows, ROWS):
@@ -150,7 +154,10 @@ def prompt_scores_kernel(
         top = tl.where(inside, tl.max(tops, 0), 0.0)
         total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
         if HAS_SINKS:
-            sink = tl.load(sinks + head * L.group + row % L.group) * LOG2E
+            sink = (
+                tl.load(sinks + head * LAYER.queries_per_kv_head + row % LAYER.queries_per_kv_head)
+                * LOG2E
+            )
             total += tl.exp2(sink - top)
         total = tl.where(inside, total, 1.0)
         logits = prompt_logits(
@@ -166,7 +173,7 @@ def prompt_scores_kernel(
             scale,
             SOFTCAP,
             ROWS,
-            L,
+            LAYER,
         )
         weights = tl.exp2(logits - top[:, None]) / total[:, None]
         added += tl.sum(tl.where(logits > NEVER, weights, 0.0), 0)

@@ -31,6 +31,6 @@ def weigh(logits, top, total):
 
 
 @triton.jit
-def power_of_two(exponent):
+def exp2_int(exponent):
     """``2 ** exponent`` of an int32 from -126 to 127, float32."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)

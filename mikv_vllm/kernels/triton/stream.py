@@ -21,39 +21,40 @@ SUBNORMAL = tl.constexpr(2.0**24)
 
 
 @triton.jit
-def line_pointer(stream, line, L: tl.constexpr):
+def line_pointer(stream, line, LAYER: tl.constexpr):
     """Pointer to the first word of each stream line.
 
     Args:
         stream: a :class:`~mikv_vllm.kernels.triton.layout.Stream`.
         line: stream lines, of any shape.
     """
-    page = tl.load(stream.table + line // L.page_lines).to(tl.int64)
-    return stream.pages + page * stream.page_stride + (line % L.page_lines) * LINE_WORDS
+    page = tl.load(stream.table + line // LAYER.page_lines).to(tl.int64)
+    return stream.pages + page * stream.page_stride + (line % LAYER.page_lines) * LINE_WORDS
 
 
 @triton.jit
-def byte_pointer(stream, line, byte, L: tl.constexpr):
+def byte_pointer(stream, line, byte, LAYER: tl.constexpr):
     """uint8 pointer to a byte that lies ``byte`` bytes behind the start of ``line``."""
-    start = line_pointer(stream, line + byte // LINE_BYTES, L)
+    start = line_pointer(stream, line + byte // LINE_BYTES, LAYER)
     return start.to(tl.pointer_type(tl.uint8)) + byte % LINE_BYTES
 
 
 @triton.jit
-def frame_pointers(stream, rank, L: tl.constexpr):
+def frame_pointers(stream, rank, LAYER: tl.constexpr):
     """Where the header keeps key centres and units (fp16) and channels (uint8) of some ranks."""
     half = tl.pointer_type(tl.float16)
-    center = byte_pointer(stream, 0, 2 * rank, L).to(half)
-    unit = byte_pointer(stream, 0, 2 * (L.head_dim + rank), L).to(half)
-    return center, unit, byte_pointer(stream, 0, 4 * L.head_dim + rank, L)
+    center = byte_pointer(stream, 0, 2 * rank, LAYER).to(half)
+    unit = byte_pointer(stream, 0, 2 * (LAYER.head_dim + rank), LAYER).to(half)
+    return center, unit, byte_pointer(stream, 0, 4 * LAYER.head_dim + rank, LAYER)
 
 
 @triton.jit
-def load_frame(stream, L: tl.constexpr):
-    """Key centres and units, float32, and channels by rank, ``[L.padded]``; the last rank's beyond
+def load_frame(stream, LAYER: tl.constexpr):
+    """Key centres and units, float32, and channels by rank, ``[LAYER.padded]``; the last rank's
+    beyond
     it."""
-    rank = within(tl.arange(0, L.padded), L.padded, L.head_dim)
-    center, unit, channel = frame_pointers(stream, rank, L)
+    rank = within(tl.arange(0, LAYER.padded), LAYER.padded, LAYER.head_dim)
+    center, unit, channel = frame_pointers(stream, rank, LAYER)
     channel = tl.load(channel).to(tl.int32)
     return tl.load(center).to(tl.float32), tl.load(unit).to(tl.float32), channel
 
@@ -75,15 +76,15 @@ class Record(NamedTuple):
 
 
 @triton.jit
-def record_at(stream, line, COUNT: tl.constexpr, L: tl.constexpr):
+def record_at(stream, line, COUNT: tl.constexpr, LAYER: tl.constexpr):
     """The record of ``COUNT`` lines at ``line``."""
     line = line.to(tl.uint32)
-    first = (line % L.page_lines).to(tl.int32)
-    page = tl.load(stream.table + line // L.page_lines)
-    last_page = tl.load(stream.table + (line + (COUNT - 1)) // L.page_lines)
+    first = (line % LAYER.page_lines).to(tl.int32)
+    page = tl.load(stream.table + line // LAYER.page_lines)
+    last_page = tl.load(stream.table + (line + (COUNT - 1)) // LAYER.page_lines)
     stride = stream.page_stride // LINE_WORDS
-    jump = (last_page - page) * stride - L.page_lines
-    return Record(stream.pages, page * stride + first, L.page_lines - first, jump)
+    jump = (last_page - page) * stride - LAYER.page_lines
+    return Record(stream.pages, page * stride + first, LAYER.page_lines - first, jump)
 
 
 @triton.jit
@@ -204,26 +205,26 @@ def key_words(record, line, row, quad, pair, BITS: tl.constexpr):
 
 
 @triton.jit
-def run_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
+def run_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
     """:func:`low_keys` of bands that have the same bits."""
-    MAIN: tl.constexpr = C.band_mains[FIRST]
-    BITS: tl.constexpr = C.band_bits[FIRST]
+    MAIN: tl.constexpr = FORMAT.band_mains[FIRST]
+    BITS: tl.constexpr = FORMAT.band_bits[FIRST]
     step = tl.arange(0, COUNT)[:, None, None, None]
     row = tl.arange(0, 8)[None, :, None, None]
     quad = tl.arange(0, 4)[None, None, :, None]
     pair = tl.arange(0, 2)[None, None, None, :]
     half = tl.arange(0, 2)[:, None, None, None, None]
-    line = C.band_lines[FIRST] + step * BITS
+    line = FORMAT.band_lines[FIRST] + step * BITS
     words = key_words(record, line, row, quad, pair, MAIN)
     extra = words
     if BITS > MAIN:
         extra = key_words(record, line + MAIN, row, quad, pair, BITS - MAIN)
-    numbers = unpack_words(words[None], extra[None], half, MAIN, BITS, C.key_gap)
+    numbers = unpack_words(words[None], extra[None], half, MAIN, BITS, FORMAT.key_gap)
     return tl.reshape(tl.permute(numbers, (0, 4, 2, 1, 5, 3, 6)), (32, BAND * COUNT))
 
 
 @triton.jit
-def low_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
+def low_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
     """Keys of a chunk's bands ``FIRST`` to ``FIRST + COUNT`` as the left operand of a dot: fp16
     ``[32, BAND * COUNT]``.
 
@@ -233,45 +234,47 @@ def low_keys(record, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
     the operands' inputs is an 8-bit load. Bands that do not exist repeat others.
     """
     # Prefetched words lie in shared memory by thread: up to 16 bytes each, banks do not collide.
-    if COUNT <= 2 and C.band_bits[FIRST] == C.band_bits[FIRST + COUNT - 1]:
-        keys = run_keys(record, FIRST, COUNT, C)
+    if COUNT <= 2 and FORMAT.band_bits[FIRST] == FORMAT.band_bits[FIRST + COUNT - 1]:
+        keys = run_keys(record, FIRST, COUNT, FORMAT)
     else:
         HALF: tl.constexpr = COUNT // 2
-        lower = low_keys(record, FIRST, HALF, C)
+        lower = low_keys(record, FIRST, HALF, FORMAT)
         upper = lower
-        if C.band_bits[FIRST + HALF] > 0:
-            upper = low_keys(record, FIRST + HALF, HALF, C)
+        if FORMAT.band_bits[FIRST + HALF] > 0:
+            upper = low_keys(record, FIRST + HALF, HALF, FORMAT)
         keys = beside(lower, upper)
     return keys
 
 
 @triton.jit
-def low_values(record, first_tile, CHANNELS: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+def low_values(
+    record, first_tile, CHANNELS: tl.constexpr, LAYER: tl.constexpr, FORMAT: tl.constexpr
+):
     """Values of a chunk as the left operand of a dot: fp16 ``[CHANNELS, 32]``.
 
     Rows are to be multiplied by :func:`value_row_factor`.
     Channels start at ``16 * first_tile``; row ``16a + 8b + c`` is channel ``16a + 2c + b`` from
     there, and columns are in the order of :func:`low_keys`'s rows.
     """
-    MAIN: tl.constexpr = C.value_main
-    TILES: tl.constexpr = L.head_dim // 16
-    TAKEN: tl.constexpr = C.value_tiles_taken
+    MAIN: tl.constexpr = FORMAT.value_main
+    TILES: tl.constexpr = LAYER.head_dim // 16
+    TAKEN: tl.constexpr = FORMAT.value_tiles_taken
     step = tl.arange(0, 2)[:, None, None, None, None]
     block = tl.arange(0, CHANNELS // 16 // TAKEN)[None, :, None, None, None]
     row = tl.arange(0, 8)[None, None, :, None, None]
     quad = tl.arange(0, 4)[None, None, None, :, None]
     pair = tl.arange(0, 2)[None, None, None, None, :]
     taken = tl.arange(0, TAKEN)[:, None, None, None, None, None]
-    block = within(first_tile + block * TAKEN, L.padded // 16, TILES)
+    block = within(first_tile + block * TAKEN, LAYER.padded // 16, TILES)
     tile = (step * 4 + quad) * TILES + block
-    words = tl.load(record_words(record, C.values + tile * MAIN // 8, row * 2 + pair))
+    words = tl.load(record_words(record, FORMAT.values + tile * MAIN // 8, row * 2 + pair))
     if TAKEN < 8 // MAIN:
         words = words >> (tile % (8 // MAIN) * MAIN)
     extra = words
-    if C.value_bits > MAIN:
-        line = C.values + L.head_dim * MAIN // 16 + tile // 8
+    if FORMAT.value_bits > MAIN:
+        line = FORMAT.values + LAYER.head_dim * MAIN // 16 + tile // 8
         extra = tl.load(record_words(record, line, row * 2 + pair)) >> (tile % 8)
-    numbers = unpack_words(words[None], extra[None], taken, MAIN, C.value_bits, MAIN)
+    numbers = unpack_words(words[None], extra[None], taken, MAIN, FORMAT.value_bits, MAIN)
     return tl.reshape(tl.permute(numbers, (2, 0, 5, 3, 1, 6, 4, 7)), (CHANNELS, 32))
 
 
@@ -292,7 +295,7 @@ def above(upper, lower):
 
 
 @triton.jit
-def high_keys(records, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
+def high_keys(records, FIRST: tl.constexpr, COUNT: tl.constexpr, LAYER: tl.constexpr):
     """8-bit keys of two groups, channels ``16 * FIRST`` and ``16 * COUNT`` from there: fp16
     ``[32, 16 * COUNT]``.
 
@@ -304,12 +307,14 @@ def high_keys(records, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr
     # 16 channels at a time, as in low_keys.
     if COUNT > 1:
         HALF: tl.constexpr = COUNT // 2
-        keys = beside(high_keys(records, FIRST, HALF, L), high_keys(records, FIRST + HALF, HALF, L))
+        keys = beside(
+            high_keys(records, FIRST, HALF, LAYER), high_keys(records, FIRST + HALF, HALF, LAYER)
+        )
     else:
         row = tl.arange(0, 8)[None, :, None, None]
         quad = tl.arange(0, 4)[None, None, :, None]
         pair = tl.arange(0, 2)[None, None, None, :]
-        tile = within(FIRST * 4 + quad, L.padded // 4, L.head_dim // 4)
+        tile = within(FIRST * 4 + quad, LAYER.padded // 4, LAYER.head_dim // 4)
         words = tl.load(record_words(records, tile, row * 2 + pair))
         numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
         keys = tl.reshape(tl.permute(numbers, (0, 3, 1, 4, 2, 5)), (32, 16))
@@ -317,19 +322,19 @@ def high_keys(records, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr
 
 
 @triton.jit
-def high_values(records, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
+def high_values(records, FIRST: tl.constexpr, COUNT: tl.constexpr, LAYER: tl.constexpr):
     """As :func:`high_keys`, values ``[16 * COUNT, 32]``, channels and tokens in the order of
     :func:`low_values`."""
     if COUNT > 1:
         HALF: tl.constexpr = COUNT // 2
-        upper = high_values(records, FIRST, HALF, L)
-        values = above(upper, high_values(records, FIRST + HALF, HALF, L))
+        upper = high_values(records, FIRST, HALF, LAYER)
+        values = above(upper, high_values(records, FIRST + HALF, HALF, LAYER))
     else:
-        TILES: tl.constexpr = L.head_dim // 16
+        TILES: tl.constexpr = LAYER.head_dim // 16
         row = tl.arange(0, 8)[None, :, None, None]
         quad = tl.arange(0, 4)[None, None, :, None]
         pair = tl.arange(0, 2)[None, None, None, :]
-        tile = L.head_dim // 4 + quad * TILES + within(FIRST, L.padded // 16, TILES)
+        tile = LAYER.head_dim // 4 + quad * TILES + within(FIRST, LAYER.padded // 16, TILES)
         words = tl.load(record_words(records, tile, row * 2 + pair))
         numbers = unpack_words(words, words, tl.zeros_like(words), 8, 8, 8)
         values = tl.reshape(tl.permute(numbers, (3, 1, 0, 4, 2, 5)), (16, 32))
@@ -337,16 +342,16 @@ def high_values(records, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constex
 
 
 @triton.jit
-def key_row_factor(C: tl.constexpr):
+def key_row_factor(FORMAT: tl.constexpr):
     """What makes rows of :func:`low_keys` the integers stored, ``[32]``."""
-    return tl.where(tl.arange(0, 32) < 16, 1.0, 1.0 / (1 << C.key_gap)) * SUBNORMAL
+    return tl.where(tl.arange(0, 32) < 16, 1.0, 1.0 / (1 << FORMAT.key_gap)) * SUBNORMAL
 
 
 @triton.jit
-def value_row_factor(CHANNELS: tl.constexpr, C: tl.constexpr):
+def value_row_factor(CHANNELS: tl.constexpr, FORMAT: tl.constexpr):
     """What makes rows of :func:`low_values` the integers stored, ``[CHANNELS]``."""
-    step = tl.arange(0, CHANNELS) // 16 % C.value_tiles_taken
-    return 1.0 / (1 << (C.value_main * step)).to(tl.float32) * SUBNORMAL
+    step = tl.arange(0, CHANNELS) // 16 % FORMAT.value_tiles_taken
+    return 1.0 / (1 << (FORMAT.value_main * step)).to(tl.float32) * SUBNORMAL
 
 
 @triton.jit

@@ -6,8 +6,8 @@ import torch
 
 from mikv_vllm.kernels.triton.batch import DecodeBatch
 from mikv_vllm.kernels.triton.layer import LayerOps
-from mikv_vllm.tiers.formats import CHUNK_TOKENS, GROUP_TOKENS, LowFormat, TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierState
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat, TierGeometry
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 
 def warm_up(
@@ -24,7 +24,7 @@ def warm_up(
         kv_cache: ``[pages, kv_heads, block_size, 2 * head_dim]``; only its shape, dtype and device
             are looked at.
     """
-    high, low, chunk = 2 * CHUNK_TOKENS, CHUNK_TOKENS, GROUP_TOKENS
+    high, low, chunk = 2 * LOW_RECORD_TOKENS, LOW_RECORD_TOKENS, HIGH_RECORD_TOKENS
     pages = -(-2 * (high + low + chunk) // geometry.block_size)
     cache = kv_cache.new_zeros(2 * pages, *kv_cache.shape[1:])
     keys, values = cache.transpose(1, 2).split(geometry.head_dim, -1)
@@ -34,9 +34,11 @@ def warm_up(
     new = cache.new_zeros(chunk, kv_heads, geometry.head_dim)
     scores = torch.zeros(kv_heads, high + low + chunk + 1, device=device)
     end = pages * geometry.page_bytes
-    before = TierState(pages, high, 1, end)
-    demoting = AppendStep(0, 0, 1, TierState(pages, high - CHUNK_TOKENS + 1, 2, end))
-    extending = AppendStep(0, 1, 1, TierState(pages, high - CHUNK_TOKENS + chunk, 2, end))
+    before = TierSizes(pages, high, 1, end)
+    demoting = AppendStep(1, 0, 0, 1, TierSizes(pages, high - LOW_RECORD_TOKENS + 1, 2, end))
+    extending = AppendStep(
+        chunk, 0, 1, 1, TierSizes(pages, high - LOW_RECORD_TOKENS + chunk, 2, end)
+    )
     ops.score(keys, native, before.num_tokens, queries, scores)
     for low_format in low_formats:
         ops.compress(keys, values, native, cache, tiered, before, low_format, scores, queries)
