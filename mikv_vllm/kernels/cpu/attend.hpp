@@ -388,7 +388,7 @@ template <int D, int G> class Attention {
         F scales[vectors], most = splat(0.0f);
         for (int i = 0; i < vectors; ++i) {
             scales[i] = load(s_.unit + 16 * i);
-            if (!balanced_) {
+            if (!keys_per_token_) {
                 scales[i] = mul(scales[i], to_float(load_u8(record + low_.key_scales + 16 * i)));
             }
             most = vmax(most, mul(load(s_.magnitude + 16 * i), scales[i]));
@@ -512,7 +512,7 @@ template <int D, int G> class Attention {
     const Stream& stream_;
     const HighLayout& high_;
     const LowLayout& low_;
-    const bool balanced_;
+    const bool keys_per_token_;
     S& s_;
 };
 

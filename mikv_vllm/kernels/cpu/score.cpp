@@ -49,8 +49,8 @@ struct Scoring {
         for (int r = 0; r < rows_at_once; ++r) {
             float* to = block + r * d;
             const int row = first + r;
-            const uint16_t* from = queries.at(row / group()) +
-                                   (head * group() + row % group()) * static_cast<int64_t>(d);
+            const uint16_t* from = queries.at(row / queries_per_kv_head()) +
+                                   (head * queries_per_kv_head() + row % queries_per_kv_head()) * static_cast<int64_t>(d);
             for (int c = 0; c < d; c += 16) {
                 store(to + c, r < count ? mul(load_half(from + c, layer.dtype), splat(layer.scale))
                                         : splat(0.0f));
@@ -58,7 +58,7 @@ struct Scoring {
         }
     }
 
-    int position(int row) const { return num_tokens - num_queries + row / group(); }
+    int position(int row) const { return num_tokens - num_queries + row / queries_per_kv_head(); }
 
     // Logits of a tile, and the largest of each row.
     void products(int tile, int first, int count, float* top) const {
@@ -156,7 +156,7 @@ struct Scoring {
             }
             most[r] = largest(x);
             if (layer.sinks) {
-                const float sink = layer.sinks[head * group() + (first + r) % group()];
+                const float sink = layer.sinks[head * queries_per_kv_head() + (first + r) % queries_per_kv_head()];
                 most[r] = sink > most[r] ? sink : most[r];
             }
         }
@@ -169,7 +169,7 @@ struct Scoring {
             }
             float all = sum(x);
             if (layer.sinks) {
-                all += __builtin_expf(layer.sinks[head * group() + (first + r) % group()] - most[r]);
+                all += __builtin_expf(layer.sinks[head * queries_per_kv_head() + (first + r) % queries_per_kv_head()] - most[r]);
             }
             share[r] = 1.0f / all;
         }
