@@ -1,1 +1,1 @@
-"""The two tiers in plain Python and torch: no vLLM import below this package."""
+"""The two tiers in plain Python and torch. This package does not import vLLM."""

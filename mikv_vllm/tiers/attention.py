@@ -1,4 +1,4 @@
-"""Attention and the importance scores that it yields, in plain torch: the kernels' oracle."""
+"""Attention and importance scores in plain torch: the oracle for the kernels."""
 
 import torch
 
@@ -11,7 +11,16 @@ def attention_weights(
     sinks: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax weights ``[queries, keys]``, float32; sinks ``[queries]`` take their share."""
+    """Compute softmax weights ``[queries, keys]``, float32.
+
+    Args:
+        queries: ``[queries, head_dim]``.
+        keys: ``[keys, head_dim]``.
+        scale: factor on the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off.
+        sinks: ``[queries]``, logits that only join the denominator of the softmax, or None.
+        mask: bool ``[queries, keys]``; False excludes a key. None includes all keys.
+    """
     logits = queries.float() @ keys.float().T * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -30,26 +39,26 @@ def score_prompt(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Importance of a prompt's tokens: attention that its last queries paid to each.
+    """Score the tokens of a prompt by the attention weights that the last queries give them.
 
     Args:
-        queries: ``[n, heads, head_dim]``, of the last ``n`` tokens, causal.
+        queries: ``[n, heads, head_dim]``, of the last ``n`` tokens; attention is causal.
         keys: ``[tokens, kv_heads, head_dim]``.
         sinks: ``[heads]`` or None.
 
     Returns:
-        ``[kv_heads, tokens]``: weights summed over queries and over the query heads of a KV head.
+        Scores ``[kv_heads, tokens]``, float32: sums of weights over the queries and over the query
+        heads of a KV head.
     """
     num_queries, num_heads, _ = queries.shape
     tokens, kv_heads, _ = keys.shape
-    group = num_heads // kv_heads
+    queries_per_kv_head = num_heads // kv_heads
     positions = torch.arange(tokens - num_queries, tokens)
     mask = torch.arange(tokens)[None] <= positions[:, None]
     scores = torch.zeros(kv_heads, tokens)
     for head in range(num_heads):
         sink = None if sinks is None else sinks[head].expand(num_queries)
-        weights = attention_weights(
-            queries[:, head], keys[:, head // group], scale, softcap, sink, mask
-        )
-        scores[head // group] += weights.sum(0)
+        kv_head = head // queries_per_kv_head
+        weights = attention_weights(queries[:, head], keys[:, kv_head], scale, softcap, sink, mask)
+        scores[kv_head] += weights.sum(0)
     return scores

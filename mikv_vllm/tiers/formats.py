@@ -1,8 +1,18 @@
-"""Byte layouts of the tiers: the one definition that oracle and kernels share.
+"""Byte layout of tiered pages.
 
-The pages of one compressed request form, for each layer and KV head, one *stream* of bytes (see
-:class:`TierGeometry`). Records in it are multiples of a 64-byte line, and so are pages: a record
-may cross from one page into the next, a line never does.
+The tiered pages of one request, in block-table order, form one *stream* of bytes for each layer and
+KV head::
+
+    0                                                              low_end_bytes    end of pages
+    | header | high record 0 | 1 | ... |  free  | low record 0 | 1 | ... |   free   |
+
+High records grow upwards, low records grow downwards: a new low record becomes record 0. All parts
+are multiples of a 64-byte line, and so are pages. A record may cross a page boundary, a line never
+does.
+
+The oracle and the Triton kernels take their offsets from here. The C++ kernels repeat them in
+``kernels/cpu/layout.hpp``, which ``tests/kernels/test_cpu_layout.py`` compares with this module.
+This module does not import torch.
 """
 
 import re
@@ -16,13 +26,15 @@ LOW_RECORD_TOKENS = 32
 HIGH_RECORD_TOKENS = 16
 """Tokens of one high-tier record."""
 BAND_CHANNELS = 16
-"""Key channels, neighbours by rank, that share their bits in the low tier."""
+"""Key channels of neighbouring rank that are stored with the same bits in the low tier."""
 VALUE_GROUP = 64
-"""Channels that share a token's value scale in the low tier."""
+"""Value channels that share one scale per token in the low tier."""
 KEY_ZERO_STEPS = 2
-"""A key's zero point is stored in units of its scale divided by this."""
+"""A key zero point counts in units of its scale divided by this, with codec ``channel``."""
 NATIVE_BYTES = 2
 """Bytes per number of an uncompressed cache (bf16 or fp16)."""
+KEYS_PER_TOKEN_BIT = 16
+"""Bit of :attr:`LowFormat.key_code` that is set if keys have one scale per token."""
 
 
 def lines(num_bytes: int) -> int:
@@ -33,14 +45,43 @@ def lines(num_bytes: int) -> int:
 Codec = Literal["channel", "balanced"]
 
 
+@dataclass(frozen=True)
+class KeyScales:
+    """What the codec of the keys decides about names and bytes of a low format.
+
+    ``prefix``: first letter of the names. ``widths``: how many numbers of bits the names list, for
+    equal parts of the channels. ``per_token``: whether keys have one scale per token, or one per
+    channel and record.
+    """
+
+    prefix: str
+    widths: int
+    per_token: bool
+
+    def count(self, head_dim: int) -> int:
+        """Number of key scales in a low record; it has as many key zero points."""
+        return LOW_RECORD_TOKENS if self.per_token else head_dim
+
+
+KEY_SCALES: dict[Codec, KeyScales] = {
+    "channel": KeyScales("K", 4, per_token=False),
+    "balanced": KeyScales("B", 1, per_token=True),
+}
+"""By codec. How each codec quantizes is in :mod:`mikv_vllm.tiers.key_codecs`."""
+
+
 @dataclass(frozen=True, order=True)
 class LowFormat:
-    """Bits of the low tier, and how keys are quantized; values are per token.
+    """Bits of the low tier, and the codec of its keys. Values are quantized per token.
 
-    ``key_bits``: of each quarter of a head's channels, those first whose errors cost attention most
-    (:func:`~mikv_vllm.tiers.codec.key_frame`).
-    ``codec``: ``channel``, keys per channel over a chunk; or ``balanced``, the paper's: keys per
-    token, after its channel balancer (arXiv:2402.18096, section 3.3), all channels alike.
+    ``key_bits``: for each quarter of the key channels, ordered by rank, that is, by falling cost of
+    rounding a channel (:func:`~mikv_vllm.tiers.key_codecs.key_cost`).
+    ``codec``: ``channel`` quantizes keys per channel of a low record. ``balanced`` quantizes them
+    per token after the channel balancer of the MiKV paper (arXiv:2402.18096, section 3.3), all
+    channels with the same bits.
+
+    Raises:
+        ValueError: bits that the tiers cannot store.
     """
 
     key_bits: tuple[int, int, int, int]
@@ -50,53 +91,65 @@ class LowFormat:
     def __post_init__(self) -> None:
         falling = sorted(self.key_bits, reverse=True) == list(self.key_bits)
         if not (falling and set(self.key_bits) <= {2, 3, 4, 5, 6} and len(self.key_bits) == 4):
-            raise ValueError(f"{self.name}: keys take 2 to 6 bits in each quarter, falling")
-        if self.keys_per_token and len(set(self.key_bits)) > 1:
-            raise ValueError(f"{self.name}: balanced keys have all channels alike")
+            raise ValueError(
+                f"low format {self.name}: the key bits of the four quarters must be from 2 to 6,"
+                " each at most the one before"
+            )
+        if len(set(self.key_bits)) > self.key_scales.widths:
+            raise ValueError(
+                f"low format {self.name}: codec {self.codec} needs equal key bits in all quarters"
+            )
         if self.value_bits not in {2, 3, 4, 5}:
-            raise ValueError(f"{self.name}: values take 2 to 5 bits")
+            raise ValueError(f"low format {self.name}: the value bits must be from 2 to 5")
 
     @property
-    def name(self) -> str:
-        """All bits: ``K6433V3`` has 6, 4, 3, 3 for the quarters of a key, and 3 for a value.
-
-        ``B4V3`` is balanced, with 4 for a key and 3 for a value.
-        """
-        if self.keys_per_token:
-            return f"B{self.key_bits[0]}V{self.value_bits}"
-        return f"K{''.join(map(str, self.key_bits))}V{self.value_bits}"
+    def key_scales(self) -> KeyScales:
+        """What the codec decides about names and bytes."""
+        return KEY_SCALES[self.codec]
 
     @property
     def keys_per_token(self) -> bool:
-        return self.codec == "balanced"
+        """Whether keys have one scale per token."""
+        return self.key_scales.per_token
+
+    @property
+    def name(self) -> str:
+        """Prefix and bits: ``K6433V3`` or ``B4V3``.
+
+        ``K6433V3`` (codec ``channel``) has 6, 4, 3 and 3 bits for the quarters of a key, and 3 bits
+        for a value. ``B4V3`` (codec ``balanced``) has 4 bits for a key and 3 bits for a value.
+        """
+        scales = self.key_scales
+        widths = "".join(str(bits) for bits in self.key_bits[: scales.widths])
+        return f"{scales.prefix}{widths}V{self.value_bits}"
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The format of a :attr:`name`.
+        """Return the format with this :attr:`name`.
 
         Raises:
-            ValueError: it is no name of a format.
+            ValueError: the name is not valid.
         """
-        if found := re.fullmatch(r"B(\d)V(\d)", name):
-            bits = int(found[1])
-            return cls((bits, bits, bits, bits), int(found[2]), "balanced")
-        if not (found := re.fullmatch(r"K(\d{4})V(\d)", name)):
-            raise ValueError(f"{name!r} is no low format such as K6433V3 or B4V3")
-        return cls(tuple(map(int, found[1])), int(found[2]))  # type: ignore[arg-type]
+        for codec, scales in KEY_SCALES.items():
+            found = re.fullmatch(rf"{scales.prefix}(\d{{{scales.widths}}})V(\d)", name)
+            if found:
+                key_bits = tuple(int(bits) for bits in found[1] for _ in range(4 // scales.widths))
+                return cls(key_bits, int(found[2]), codec)  # type: ignore[arg-type]
+        raise ValueError(f"{name!r} is not a low format; valid names look like K6433V3 or B4V3")
 
     @property
     def key_code(self) -> int:
-        """``key_bits`` as one number for kernels, 4 bits each, the first in the lowest.
+        """The key bits as one integer, for kernels.
 
-        Bit 16 is set if they are balanced.
+        Bits 0 to 15: ``key_bits``, 4 bits each, the first quarter lowest.
+        Bit :data:`KEYS_PER_TOKEN_BIT`: :attr:`keys_per_token`.
         """
-        return (
-            sum(bits << 4 * i for i, bits in enumerate(self.key_bits)) | self.keys_per_token << 16
-        )
+        bits = sum(bits << 4 * i for i, bits in enumerate(self.key_bits))
+        return bits | self.keys_per_token << KEYS_PER_TOKEN_BIT
 
     @property
     def token_bits(self) -> float:
-        """Bits of a key's number and a value's, mean over channels."""
+        """Bits of one key number plus bits of one value number, mean over channels."""
         return sum(self.key_bits) / 4 + self.value_bits
 
     def band_bits(self, head_dim: int) -> list[int]:
@@ -116,27 +169,30 @@ LADDER = tuple(
         *("K5332V3", "K4322V3", "K4322V2", "K3222V2"),
     )
 )
-"""The low formats that a ratio can choose, richest first: what `mikv-eval calibrate` found on the
+"""Low formats that a ratio can choose, richest first, as `mikv-eval calibrate` chose them for the
 embedded model (docs/quality.md)."""
-
 
 LADDERS: dict[Codec, tuple[LowFormat, ...]] = {
     "channel": LADDER,
     "balanced": tuple(LowFormat.parse(f"B{bits}V{bits}") for bits in (5, 4, 3, 2)),
 }
-"""The same by codec."""
+"""Low formats that a ratio can choose, by codec."""
 
 
 @dataclass(frozen=True)
 class LowLayout:
-    """Byte offsets in a low-tier record of one head: 32 tokens.
+    """Byte offsets in a low record: 32 tokens of one KV head.
 
-    ``keys``: by band of 16 channels in rank order, per bit plane, tiles of 4 channels x 16 tokens
-    (:func:`~mikv_vllm.tiers.packing.key_tiles`);
-    ``values``: per bit plane, tiles of 4 tokens x 16 channels;
-    ``key_scales``, ``key_zeros``: one byte per channel, in rank order; per token if balanced;
-    ``value_scales``, ``value_zeros``: one byte per token, for each group of channels
-    ``[value_groups, 32]``.
+    ``keys``: for each band of 16 channels in rank order, for each bit plane, tiles of 4 channels x
+    16 tokens (:func:`~mikv_vllm.tiers.packing.key_tiles`).
+    ``values``: for each bit plane, tiles of 4 tokens x 16 channels.
+    ``key_scales``, ``key_zeros``: uint8 and int8, one per channel in rank order, or one per token
+    (:meth:`KeyScales.count`).
+    ``value_scales``, ``value_zeros``: uint8 and int8 ``[value_groups, 32]``.
+
+    Example: ``K6433V3`` and a head size of 64. Keys take 64 x 32 x 4 bits = 1024 bytes, values
+    64 x 32 x 3 bits = 768 bytes, key scales and zero points 64 bytes each, value scales and zero
+    points 32 bytes each: 1984 bytes for 32 tokens.
     """
 
     head_dim: int
@@ -144,7 +200,7 @@ class LowLayout:
 
     @property
     def value_groups(self) -> int:
-        """Groups of channels with a value scale each."""
+        """Number of value groups."""
         return max(1, self.head_dim // VALUE_GROUP)
 
     @property
@@ -161,9 +217,7 @@ class LowLayout:
 
     @cached_property
     def key_zeros(self) -> int:
-        return self.key_scales + (
-            LOW_RECORD_TOKENS if self.low_format.keys_per_token else self.head_dim
-        )
+        return self.key_scales + self.low_format.key_scales.count(self.head_dim)
 
     @cached_property
     def value_scales(self) -> int:
@@ -181,11 +235,12 @@ class LowLayout:
 
 @dataclass(frozen=True)
 class HighLayout:
-    """Byte offsets in a high-tier record of one head: 16 tokens.
+    """Byte offsets in a high record: 16 tokens of one KV head.
 
-    8 bits: keys and values as ``int8 + 128`` in tiles as in the low tier, one fp16 scale a token
-    each. 16 bits: keys, then values, ``[16, head_dim]`` in the cache's dtype, and no scales.
-    Scores are float32.
+    With 8 bits, keys and values are ``int8 + 128`` in tiles as in the low tier, with one fp16 scale
+    per token for the key and one for the value. With 16 bits, keys and values are
+    ``[16, head_dim]`` in the dtype of the cache, without scales. Importance scores are float32
+    ``[16]``.
     """
 
     head_dim: int
@@ -218,14 +273,38 @@ class HighLayout:
 
 
 @dataclass(frozen=True)
-class TierGeometry:
-    """Sizes of one model's tiers, per layer and KV head.
+class HeaderLayout:
+    """Byte offsets in the header of a stream. All arrays are ``[head_dim]``, by rank.
 
-    A compressed request's pages, in block-table order, are one stream per layer and head. It
-    starts with the ``header``, all by rank of the key channels: their centres and the units of
-    their scales (or of balanced keys themselves), fp16, and which channels they are, uint8. High
-    groups follow it upwards; low chunks lie at the other end and grow downwards. Free space is the
-    gap between them.
+    ``centers``, ``units``: fp16, of the key channels. ``order``: uint8, the channel at each rank.
+    See :class:`~mikv_vllm.tiers.key_codecs.KeyFrame`.
+    """
+
+    head_dim: int
+
+    @property
+    def centers(self) -> int:
+        return 0
+
+    @cached_property
+    def units(self) -> int:
+        return 2 * self.head_dim
+
+    @cached_property
+    def order(self) -> int:
+        return self.units + 2 * self.head_dim
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of the whole header."""
+        return lines(self.order + self.head_dim)
+
+
+@dataclass(frozen=True)
+class TierGeometry:
+    """Sizes of the tiers of one model, per layer and KV head.
+
+    ``block_size``: tokens of a native page. ``high_bits``: 8 or 16, per number of the high tier.
     """
 
     head_dim: int
@@ -235,7 +314,7 @@ class TierGeometry:
     @cached_property
     def page_bytes(self) -> int:
         """Bytes of a page per layer and KV head."""
-        return self.block_size * 2 * self.head_dim * NATIVE_BYTES
+        return self.block_size * self.token_bytes
 
     @cached_property
     def token_bytes(self) -> int:
@@ -243,8 +322,12 @@ class TierGeometry:
         return 2 * self.head_dim * NATIVE_BYTES
 
     @cached_property
+    def header(self) -> HeaderLayout:
+        return HeaderLayout(self.head_dim)
+
+    @property
     def header_bytes(self) -> int:
-        return lines(5 * self.head_dim)
+        return self.header.num_bytes
 
     @cached_property
     def high(self) -> HighLayout:
@@ -255,5 +338,5 @@ class TierGeometry:
 
     def high_bytes(self, num_tokens: int) -> int:
         """Bytes of the header and the high tier with ``num_tokens`` tokens."""
-        groups = -(-num_tokens // HIGH_RECORD_TOKENS)
-        return self.header_bytes + groups * self.high.num_bytes
+        records = -(-num_tokens // HIGH_RECORD_TOKENS)
+        return self.header_bytes + records * self.high.num_bytes

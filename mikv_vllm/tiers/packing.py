@@ -1,11 +1,14 @@
-"""Tiles and bit planes: how integers of a record lie in its lines.
+"""Packing of integers into the lines of a record: tiles and bit planes.
 
-A *tile* is one 64-byte line of 16 x 4 small integers, shaped for a byte dot product over its last
-axis: keys take 16 tokens x 4 channels, values 16 channels x 4 tokens. Tiles are stored in *bit
-planes*: a plane of ``p`` bits keeps ``8 // p`` consecutive tiles in one line, tile ``j`` in bits
-``[p*j, p*(j+1))`` of every byte. 2 and 4 bits are one plane; 3 and 5 bits are that plane of
-the low bits, then a 1-bit plane of the high bit; 6 bits are a 4-bit and a 2-bit plane; 8 bits are
-the tiles themselves. A low record's keys are packed band by band, 8 tiles each.
+A *tile* is 16 x 4 small integers, in the order that a byte dot product over the last axis reads
+them: 16 tokens x 4 channels of keys, or 16 channels x 4 tokens of values. Unpacked, with one byte
+per integer, it is one 64-byte line.
+
+A *bit plane* of ``p`` bits stores ``p`` bits of every integer. One line of it holds ``8 // p``
+consecutive tiles: tile ``j`` in bits ``p * j`` to ``p * (j + 1) - 1`` of every byte. The planes of
+an integer are stored one after the other, low bits first (:data:`PLANES`): 3 bits, for example, are
+a plane of 2 bits and a plane of 1 bit. The keys of a low record are packed band by band, each band
+of 8 tiles with its own bits.
 """
 
 import torch
@@ -13,13 +16,14 @@ import torch
 from mikv_vllm.tiers.formats import LINE_BYTES
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-"""Bits per number -> bits of its planes, low bits first."""
+"""Bits of an integer -> bits of its planes, low bits first."""
 
 
 def key_tiles(integers: torch.Tensor) -> torch.Tensor:
     """Arrange keys ``[..., tokens, head_dim]`` as tiles ``[..., tiles, 64]``.
 
-    Tile ``i`` covers channels ``4 * (i // halves)`` and token half ``i % halves`` of 16 tokens.
+    Tile ``i`` has the 4 channels from ``4 * (i // halves)`` and the 16 tokens from
+    ``16 * (i % halves)``, where ``halves`` is ``tokens / 16``.
     """
     *lead, tokens, head_dim = integers.shape
     split = integers.reshape(*lead, tokens // 16, 16, head_dim // 4, 4)
@@ -36,7 +40,7 @@ def key_tiles_inverse(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
 def value_tiles(integers: torch.Tensor) -> torch.Tensor:
     """Arrange values ``[..., tokens, head_dim]`` as tiles ``[..., tiles, 64]``.
 
-    Tile ``i`` covers tokens ``4 * (i // (head_dim // 16))`` and channels
+    Tile ``i`` has the 4 tokens from ``4 * (i // (head_dim // 16))`` and the 16 channels from
     ``16 * (i % (head_dim // 16))``.
     """
     *lead, tokens, head_dim = integers.shape
@@ -52,7 +56,7 @@ def value_tiles_inverse(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def pack_bands(tiles: torch.Tensor, band_bits: list[int]) -> torch.Tensor:
-    """Pack key tiles ``[tiles, 64]``, each band of 8 at its own bits, into bytes ``[n]``, uint8."""
+    """Pack key tiles ``[tiles, 64]``, 8 per band with the bits of the band; uint8 ``[n]``."""
     bands = tiles.reshape(len(band_bits), -1, LINE_BYTES)
     return torch.cat([pack(band, bits) for band, bits in zip(bands, band_bits, strict=True)])
 
@@ -65,7 +69,7 @@ def unpack_bands(packed: torch.Tensor, band_bits: list[int]) -> torch.Tensor:
 
 
 def pack(tiles: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack integer tiles ``[..., tiles, 64]`` below ``2**bits`` into bytes ``[..., n]``, uint8."""
+    """Pack tiles ``[..., tiles, 64]`` of integers below ``2**bits``; uint8 ``[..., n]``."""
     values = tiles.to(torch.int32)
     planes = []
     shift = 0

@@ -17,7 +17,7 @@ from mikv_vllm.evaluation.methods import (
     every_method,
 )
 from mikv_vllm.evaluation.methods.uniform import lloyd_max
-from mikv_vllm.tiers import reference
+from mikv_vllm.tiers import records, reference
 from mikv_vllm.tiers.formats import LADDERS, TierGeometry
 from mikv_vllm.tiers.plan import TierPlanner
 
@@ -114,14 +114,14 @@ def test_ours_is_what_the_oracle_writes(cache, ratio, codec):
         cache.queries[:, None],
         16,
     )
-    stream = reference.Stream(pages, table, 0)
-    keys, values, _ = reference.read_high(stream, geometry, state.high_tokens, torch.float32)
+    stream = records.Stream(pages, table, 0)
+    keys, values, _ = records.read_high(stream, geometry, state.high_tokens, torch.float32)
     chunks = [
-        reference.read_low_record(
+        records.read_low_record(
             stream,
             geometry,
             planner.low_format,
-            reference.low_record_offset(geometry, planner.low_format, state, chunk),
+            records.low_record_offset(geometry, planner.low_format, state, chunk),
         )
         for chunk in range(state.low_records)
     ]

@@ -1,4 +1,4 @@
-"""Scoring and compressing a prompt on the CPU, against the torch oracle."""
+"""Scoring and compressing a prompt on the CPU, compared with the torch oracle."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.mark.parametrize(
-    ("shape", "low_format", "high", "chunks", "order"),
+    ("shape", "low_format", "high", "low_records", "order"),
     [
         (Shape(), LowFormat((6, 4, 3, 3), 3), 40, 9, None),
         (Shape(64, block_size=16, queries_per_kv_head=1), LowFormat((6, 5, 5, 4), 4), 16, 4, 1),
@@ -41,8 +41,8 @@ pytestmark = pytest.mark.usefixtures("isa")
         (Shape(96, high_bits=16), LowFormat.parse("B4V4"), 130, 0, None),
     ],
 )
-def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, order, threads):
-    sizes = sizes_of(shape, low_format, high, chunks)
+def test_compress_writes_the_oracles_bytes(shape, low_format, high, low_records, order, threads):
+    sizes = sizes_of(shape, low_format, high, low_records)
     keys, values = tokens(shape, sizes.num_tokens, seed=high)
     scores = torch.rand(shape.kv_heads, sizes.num_tokens + 5)
     scores[:, : sizes.num_tokens // 2] = scores[:, :1]  # ties

@@ -1,4 +1,4 @@
-"""The fused decode step on the CPU, against the torch oracle."""
+"""The fused decode step on the CPU, compared with the torch oracle."""
 
 import pytest
 import torch
@@ -29,15 +29,15 @@ def assert_close_attention(out, expected, dtype):
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
     error = (out.double() - expected).abs()
     assert error.norm() <= (2e-3 + rounding / 2) * expected.norm()
-    # No single channel is off either.
+    # The error of every single channel is small as well.
     size = expected.norm(dim=-1, keepdim=True) / expected.shape[-1] ** 0.5
     assert (error <= 1.2e-2 * size + rounding * expected.abs()).all()
 
 
-def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs):
-    """Run a decode step of several rows; checks it against the oracle on a copy."""
+def run_step(shape, low_formats, befores, steps, pages, tables, seed, ops, kwargs):
+    """Run a decode step of several rows, and compare it with the oracle on a copy of the pages."""
     rng = torch.Generator().manual_seed(seed)
-    rows = len(states)
+    rows = len(befores)
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     fused = torch.randn(rows + 2, width, generator=rng).to(shape.dtype)
     parts = fused.split([shape.heads * shape.head_dim] + [shape.kv_heads * shape.head_dim] * 2, 1)
@@ -45,7 +45,7 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
     out = torch.full((rows + 2, shape.heads, shape.head_dim), 7.0, dtype=shape.dtype)
     places = torch.randperm(rows + 2, generator=rng).tolist()
     batch = cpu.DecodeBatch.build(
-        [(places[i], tables[i], states[i], steps[i], low_formats[i]) for i in range(rows)]
+        [(places[i], tables[i], befores[i], steps[i], low_formats[i]) for i in range(rows)]
     )
     before = pages.clone()
     oracle = pages.clone()
@@ -58,7 +58,7 @@ def run_step(shape, low_formats, states, steps, pages, tables, seed, ops, kwargs
     }
     others = [p for p in range(len(pages)) if p not in used]
     assert torch.equal(pages[others], before[others])
-    for i, (sizes, step) in enumerate(zip(states, steps, strict=True)):
+    for i, (sizes, step) in enumerate(zip(befores, steps, strict=True)):
         low_format, token = low_formats[i], places[i]
         oracle_step(oracle, tables[i], shape, low_format, sizes, step, k[token], v[token], RECENT)
         for head in range(shape.kv_heads):
@@ -130,20 +130,20 @@ def test_rows_of_different_states(shape, low_format, kwargs, threads):
         kwargs["sinks"] = 2 * torch.randn(shape.heads)
     other = LowFormat((5, 3, 2, 2), 3)
     geometry = shape.geometry
-    # High tokens, chunks, format; what the step does comes from the sizes.
+    # High tokens, low records, format.
     wanted = [(30, 20, low_format), (17, 1, other), (47, 0, low_format), (100, 9, other)]
-    states, steps, formats, tables = [], [], [], []
+    befores, steps, formats, tables = [], [], [], []
     pages = new_pages(shape, 400)
     free = torch.randperm(len(pages)).tolist()
-    for i, (high, chunks, fmt) in enumerate(wanted):
-        before = sizes_of(shape, fmt, high, chunks, slack_lines=i)
+    for i, (high, low, fmt) in enumerate(wanted):
+        before = sizes_of(shape, fmt, high, low, slack_lines=i)
         size = geometry.low(fmt).num_bytes
         after_pages = before.pages
         demoted, moved, low_end_bytes = 0, 0, before.low_end_bytes
         if i == 0:
-            # A new page: chunks move up.
+            # New pages: low records move to the new end.
             after_pages += 2
-            moved = min(chunks, (after_pages * geometry.page_bytes - low_end_bytes) // size)
+            moved = min(low, (after_pages * geometry.page_bytes - low_end_bytes) // size)
             low_end_bytes += moved * size
         elif i == 2:
             after_pages += 1
@@ -154,14 +154,14 @@ def test_rows_of_different_states(shape, low_format, kwargs, threads):
             after_pages += 1
             moved = min(1, (after_pages * geometry.page_bytes - low_end_bytes) // size)
             low_end_bytes += moved * size
-        after = TierSizes(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end_bytes)
-        states.append(before)
+        after = TierSizes(after_pages, high + 1 - 32 * demoted, low + demoted, low_end_bytes)
+        befores.append(before)
         steps.append(AppendStep(1, after_pages - before.pages, moved, demoted, after))
         formats.append(fmt)
         table = [free.pop() for _ in range(after_pages)]
         tables.append(table)
         filled(shape, fmt, before, pages, table, seed=i)
-    run_step(shape, formats, states, steps, pages, tables, 5, layer(shape, **kwargs), kwargs)
+    run_step(shape, formats, befores, steps, pages, tables, 5, layer(shape, **kwargs), kwargs)
 
 
 def test_a_long_row_is_split_between_threads(threads):
@@ -204,14 +204,13 @@ def test_many_steps_as_the_planner_plans_them(ratio, poison):
 
 
 def test_an_outlier_query_channel_keeps_its_accuracy():
-    # A sharp softmax magnifies the rounding of single draws: the median is what the pairs of
-    # bytes promise.
+    # A sharp softmax amplifies rounding errors in some draws, so the median is compared.
     errors = [outlier_error(seed) for seed in range(9)]
     assert sorted(errors)[4] < 3e-3
 
 
 def outlier_error(seed):
-    """Relative error of the output where one channel dwarfs the others."""
+    """Relative error of the output if one channel is much larger than the others."""
     torch.manual_seed(seed)
     shape = Shape(64, kv_heads=1, queries_per_kv_head=3)
     low_format = LowFormat((6, 4, 3, 3), 4)

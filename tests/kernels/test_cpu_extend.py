@@ -1,9 +1,9 @@
-"""A prompt that continues behind its compressed beginning, on the CPU, against the torch oracle."""
+"""Adding the next chunk of a prompt to its tiers on the CPU, compared with the torch oracle."""
 
 import pytest
 import torch
 
-from mikv_vllm.tiers import reference
+from mikv_vllm.tiers import records, reference
 from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import TierPlanner
 
@@ -23,7 +23,7 @@ CASES = [
 
 
 def compressed(shape, low_format, ratio, first, more):
-    """A compressed beginning, with pages for ``more`` tokens behind it."""
+    """A compressed request of ``first`` tokens, with pages for ``more`` tokens after it."""
     planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
     sizes = planner.compress(first)
     step = planner.extend(sizes, more)
@@ -42,11 +42,11 @@ def test_restored_pages_hold_both_tiers(shape, low_format, ratio, first, more, o
     layer(shape, index).restore(pages, table, sizes, low_format, native)
     elements = native.view(shape.dtype)
     for head in range(shape.kv_heads):
-        stream = reference.Stream(pages, table, head)
+        stream = records.Stream(pages, table, head)
         expected = reference.restore(stream, shape.geometry, low_format, sizes, shape.dtype)
         for places, values in zip(index, expected, strict=True):
             stored = elements[:, head, places.long()].reshape(-1, shape.head_dim)[:first]
-            # Rotations round differently in their last bit.
+            # Rotations may differ in their last bit.
             torch.testing.assert_close(stored.float(), values, rtol=2**-7, atol=1e-5)
 
 
@@ -60,7 +60,7 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
     expected, before = pages.clone(), pages.clone()
     for head in range(shape.kv_heads):
         after = reference.extend(
-            reference.Stream(expected, table, head),
+            records.Stream(expected, table, head),
             shape.geometry,
             low_format,
             sizes,

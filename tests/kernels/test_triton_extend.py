@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mikv_vllm.tiers import reference
+from mikv_vllm.tiers import records, reference
 from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import TierPlanner
 
@@ -45,7 +45,7 @@ def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device)
     restored = native.cpu().movedim(1, 0).flatten(1, 2)
     assert (restored[:, sizes.num_tokens :] == 7.0).all()
     for head in range(shape.kv_heads):
-        stream = reference.Stream(pages, table, head)
+        stream = records.Stream(pages, table, head)
         expected = reference.restore(stream, shape.geometry, low_format, sizes, shape.dtype)
         for stored, numbers in zip(restored[:, : sizes.num_tokens, head], expected, strict=True):
             # Triton's interpreter truncates to bf16.
@@ -116,7 +116,7 @@ def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, 
     expected, before = pages.clone(), pages.clone()
     for head in range(shape.kv_heads):
         after = reference.extend(
-            reference.Stream(expected, table, head),
+            records.Stream(expected, table, head),
             shape.geometry,
             low_format,
             sizes,
@@ -137,8 +137,8 @@ def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, 
     for head in range(shape.kv_heads):
         # No rotation comes in between.
         ours, theirs = (
-            reference.read_high(
-                reference.Stream(part, table, head),
+            records.read_high(
+                records.Stream(part, table, head),
                 shape.geometry,
                 step.after.high_tokens,
                 shape.dtype,

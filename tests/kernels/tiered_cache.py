@@ -1,10 +1,10 @@
-"""Caches with random requests in them, for tests of kernels against the torch oracle."""
+"""Caches that hold random requests, for tests that compare kernels with the torch oracle."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from mikv_vllm.tiers import codec, reference
+from mikv_vllm.tiers import packing, records, reference
 from mikv_vllm.tiers.formats import (
     HIGH_RECORD_TOKENS,
     LINE_BYTES,
@@ -17,7 +17,7 @@ from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 @dataclass(frozen=True)
 class Shape:
-    """What a layer looks like."""
+    """Shape of one attention layer and of its cache."""
 
     head_dim: int = 64
     kv_heads: int = 2
@@ -46,14 +46,14 @@ def tokens(shape: Shape, count: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def last_queries(shape: Shape, count: int = 8) -> torch.Tensor:
-    """Queries ``[count, heads, head_dim]`` that point much the same way, as a head's do."""
+    """Queries ``[count, heads, head_dim]`` of similar direction, as in models."""
     common = 2 * torch.randn(shape.head_dim)
     q = torch.randn(count, shape.heads + 1, shape.head_dim) + common
     return q.to(shape.dtype)[:, : shape.heads]
 
 
 def new_pages(shape: Shape, count: int, poison: int | None = 0xFF) -> torch.Tensor:
-    """Cache of pages full of ``poison`` bytes (0xFF: NaN in every float format) or of noise."""
+    """Pages of a cache, filled with ``poison`` bytes (0xFF: NaN in every float format) or noise."""
     size = (count, shape.kv_heads, shape.geometry.page_bytes)
     if poison is None:
         return torch.randint(0, 256, size, dtype=torch.uint8)
@@ -63,7 +63,7 @@ def new_pages(shape: Shape, count: int, poison: int | None = 0xFF) -> torch.Tens
 def sizes_of(
     shape: Shape, low_format: LowFormat, high_tokens: int, low_records: int, slack_lines: int = 0
 ) -> TierSizes:
-    """Sizes with the fewest pages that hold them, low tier ``slack_lines`` below the end."""
+    """Sizes with as few pages as possible; the low tier ends ``slack_lines`` before them."""
     geometry = shape.geometry
     needed = geometry.high_bytes(high_tokens) + slack_lines * LINE_BYTES
     needed += low_records * geometry.low(low_format).num_bytes
@@ -90,10 +90,10 @@ def read_tiers(
     low_format: LowFormat,
     sizes: TierSizes,
 ) -> Tiers:
-    stream = reference.Stream(pages, table, head)
+    stream = records.Stream(pages, table, head)
     geometry = shape.geometry
     keys, values = reference.restore(stream, geometry, low_format, sizes, shape.dtype)
-    scores = reference.read_high(stream, geometry, sizes.high_tokens, shape.dtype)[2]
+    scores = records.read_high(stream, geometry, sizes.high_tokens, shape.dtype)[2]
     return Tiers(keys.double(), values.double(), scores)
 
 
@@ -105,27 +105,25 @@ def live_bytes(
     low_format: LowFormat,
     sizes: TierSizes,
 ) -> torch.Tensor:
-    """Every byte of one head's stream that means something, except for importance scores."""
-    stream, geometry = reference.Stream(pages, table, head), shape.geometry
+    """Return all bytes of one head's stream that are in use, except for importance scores."""
+    stream, geometry = records.Stream(pages, table, head), shape.geometry
     layout, low = geometry.high, geometry.low(low_format)
     parts = [stream.read(0, 5 * shape.head_dim)]
-    for group in range(-(-sizes.high_tokens // HIGH_RECORD_TOKENS)):
-        count = min(HIGH_RECORD_TOKENS, sizes.high_tokens - group * HIGH_RECORD_TOKENS)
-        record = stream.read(reference.high_record_offset(geometry, group), layout.num_bytes)
+    for i in range(-(-sizes.high_tokens // HIGH_RECORD_TOKENS)):
+        count = min(HIGH_RECORD_TOKENS, sizes.high_tokens - i * HIGH_RECORD_TOKENS)
+        record = stream.read(records.high_record_offset(geometry, i), layout.num_bytes)
         keys, values = record[: layout.values], record[layout.values : layout.key_scales]
         if layout.bits == 8:
-            tiles = reference.packing.key_tiles_inverse(keys.reshape(-1, 64), HIGH_RECORD_TOKENS)
+            tiles = packing.key_tiles_inverse(keys.reshape(-1, 64), HIGH_RECORD_TOKENS)
             parts.append(tiles[:count].flatten())
-            tiles = reference.packing.value_tiles_inverse(
-                values.reshape(-1, 64), HIGH_RECORD_TOKENS
-            )
+            tiles = packing.value_tiles_inverse(values.reshape(-1, 64), HIGH_RECORD_TOKENS)
             parts.append(tiles[:count].flatten())
             for start in (layout.key_scales, layout.value_scales):
                 parts.append(record[start : start + 2 * count])
         else:
             parts += [keys[: count * 2 * shape.head_dim], values[: count * 2 * shape.head_dim]]
-    for chunk in range(sizes.low_records):
-        offset = reference.low_record_offset(geometry, low_format, sizes, chunk)
+    for i in range(sizes.low_records):
+        offset = records.low_record_offset(geometry, low_format, sizes, i)
         record = stream.read(offset, low.num_bytes)
         parts.append(record[: 2 * low.key_zeros - low.key_scales])
         parts.append(
@@ -142,11 +140,11 @@ def assert_same_tiers(
     low_format: LowFormat,
     sizes: TierSizes,
 ) -> None:
-    """Two requests' streams agree but for a few integers."""
+    """Check that the streams of two requests are equal, except for a few integers."""
     for head in range(shape.kv_heads):
         arguments = (table, head, shape, low_format, sizes)
         ours, theirs = live_bytes(pages, *arguments), live_bytes(expected, *arguments)
-        # A mean or a rotation may round differently in its last bit, and tip a few integers.
+        # A mean or a rotation may differ in its last bit, which changes a few integers by one.
         assert (ours != theirs).float().mean() < 0.002
         ours, theirs = read_tiers(pages, *arguments), read_tiers(expected, *arguments)
         assert torch.equal(ours.scores, theirs.scores)
@@ -165,10 +163,10 @@ def oracle_step(
     value: torch.Tensor,
     recent: int,
 ) -> None:
-    """What a decode step changes before it attends; key and value ``[kv_heads, head_dim]``."""
+    """Do what a decode step does before attention; key and value ``[kv_heads, head_dim]``."""
     geometry, after = shape.geometry, step.after
     for head in range(shape.kv_heads):
-        stream, sizes = reference.Stream(pages, table, head), before
+        stream, sizes = records.Stream(pages, table, head), before
         moved, low_end_bytes = step.moved_records, after.low_end_bytes
         sizes = reference.move_low_records(
             stream, geometry, low_format, sizes, moved, low_end_bytes
@@ -176,7 +174,7 @@ def oracle_step(
         sizes = replace(sizes, pages=after.pages)
         for _ in range(step.demoted_records):
             sizes = reference.demote(stream, geometry, low_format, sizes, recent, shape.dtype)
-        reference.write_high(
+        records.write_high(
             stream,
             geometry,
             sizes.high_tokens,
@@ -219,7 +217,7 @@ def expected_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[group, head_dim]`` and summed weights, float64."""
+    """Return outputs ``[query_heads, head_dim]`` and sums of weights ``[tokens]``, float64."""
     logits = q.double() @ tiers.keys.T * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -230,7 +228,7 @@ def expected_attention(
 
 
 def permutation(shape: Shape, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Element indices of keys and values in a native page; None is vLLM's ``vec`` layout."""
+    """Element indices of keys and values in a native page: random, or vLLM's ``vec`` layout."""
     size = shape.block_size * shape.head_dim
     if seed is None:
         keys = torch.arange(size).reshape(shape.head_dim, shape.block_size).T.flatten()
@@ -249,15 +247,10 @@ def write_native(
     values: torch.Tensor,
     index: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Store tokens ``[tokens, kv_heads, head_dim]`` as vLLM would."""
+    """Write tokens ``[tokens, kv_heads, head_dim]`` to native pages."""
     elements = pages.view(torch.int16)
     for data, places in ((keys, index[0].long()), (values, index[1].long())):
         for page, start in zip(table, range(0, len(data), shape.block_size), strict=False):
             part = data[start : start + shape.block_size].contiguous().view(torch.int16)
             part = part.movedim(1, 0).flatten(1)
             elements[page][:, places[: part.shape[1]]] = part
-
-
-def high_noise(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as the 8-bit high tier gives it back."""
-    return codec.dequantize_high(*codec.quantize_high(tensor))

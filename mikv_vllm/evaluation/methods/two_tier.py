@@ -14,6 +14,7 @@ from mikv_vllm.evaluation.methods.base import (
 from mikv_vllm.evaluation.methods.uniform import GROUP_CHANNELS, PAIR_BYTES, balancer
 from mikv_vllm.tiers import codec
 from mikv_vllm.tiers.formats import LADDERS, LOW_RECORD_TOKENS, Codec, LowFormat, TierGeometry
+from mikv_vllm.tiers.key_codecs import key_codec
 from mikv_vllm.tiers.plan import TierPlanner
 from mikv_vllm.tiers.reference import select_high
 
@@ -120,10 +121,11 @@ def store_tiers(
     )
     if num_high < cache.num_tokens:
         low_keys, low_values = (x[is_low] for x in (cache.keys, cache.values))
-        frame = codec.key_frame(cache.keys, low_keys, cache.queries, low_format)
-        chunks = low_keys.unflatten(0, (-1, LOW_RECORD_TOKENS))
-        quantized = codec.quantize_keys(chunks, frame, low_format)
-        low_keys = codec.dequantize_keys(quantized, frame, low_format).flatten(0, 1)
+        keys_of = key_codec(low_format)
+        frame = keys_of.frame(cache.keys, low_keys, cache.queries, low_format)
+        records = low_keys.unflatten(0, (-1, LOW_RECORD_TOKENS))
+        quantized = keys_of.quantize(records, frame, low_format)
+        low_keys = keys_of.dequantize(quantized, frame).flatten(0, 1)
         rotated = codec.quantize_values(low_values, low_format.value_bits)
         low_values = codec.rotate(codec.merge_value_groups(rotated.dequantize()))
         keys, values = torch.cat([keys, low_keys]), torch.cat([values, low_values])

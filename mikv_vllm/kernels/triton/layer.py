@@ -376,7 +376,7 @@ class LayerOps:
         low: LowLines,
         q: torch.Tensor,
     ) -> None:
-        """Write each head's header: :func:`~codec.key_frame`.
+        """Write the header of each head: :meth:`~mikv_vllm.tiers.key_codecs.KeyCodec.frame`.
 
         Args:
             keys: key cache, its strides and its block table; tiered: the same of the tiers.
