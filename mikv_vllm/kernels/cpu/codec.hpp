@@ -1,20 +1,24 @@
-// Quantization, bit for bit as in tiers/codec.py.
+// Quantization of records, with the rounding of tiers/codec.py and tiers/key_codecs.py.
 #pragma once
 
 #include "packing.hpp"
 
 namespace mikv::MIKV_ISA {
 
-constexpr int kScaleOffset = (127 - 22) << 3;
+// An 8-bit scale is the upper bits of a positive float: 5 bits of exponent, rebased, and 3 bits of
+// mantissa.
+constexpr int kScaleOffset = (127 - kScaleBias) << 3;
 
+// Rounds scales up to 8-bit scales.
 inline I encode_scale(F scale) {
-    const I code = sub_i(sar_i<20>(add_i(bits_of(scale), splat_i((1 << 20) - 1))),
-                         splat_i(kScaleOffset));
+    const I code =
+        sub_i(sar_i<20>(add_i(bits_of(scale), splat_i((1 << 20) - 1))), splat_i(kScaleOffset));
     return min_i(max_i(code, splat_i(0)), splat_i(255));
 }
 
 inline F decode_scale(I code) { return float_of(shl_i<20>(add_i(code, splat_i(kScaleOffset)))); }
 
+// Smallest and largest of `count` vectors, by lane.
 inline void bounds(const float* x, int count, int stride, F& low, F& high) {
     low = high = load(x);
     for (int i = 1; i < count; ++i) {
@@ -24,19 +28,20 @@ inline void bounds(const float* x, int count, int stride, F& low, F& high) {
     }
 }
 
-// Where the integers of 16 channels lie: key = step * (integer + offset).
+// Quantization grid of 16 channels: key = step * (integer + offset).
 struct KeyGrid {
     F step, offset;
 };
 
-// Chooses the grid of a chunk of 16 channels of keys: token t of channel l is x[t * stride + l],
-// centred. Writes the channels' scales in their units, and their zeros.
+// Chooses the grid of 16 channels for the keys of a low record: token t of channel l is
+// x[t * stride + l], less its centre. Writes scales, as multiples of `unit`, and zero points.
 inline KeyGrid key_grid(const float* x, int stride, int bits, F unit, uint8_t* scales,
                         uint8_t* zeros) {
     F low, high;
     bounds(x, kLowRecordTokens, stride, low, high);
     const float top = static_cast<float>((1 << bits) - 1);
-    // The second term keeps the zero point within an int8 where a chunk lies far from the centre.
+    // The second term keeps the zero point in the range of int8 if the keys are far from the
+    // centre.
     const F wanted = vmax(div(sub(high, low), splat(top)),
                           mul(vabs(low), splat(static_cast<float>(kKeyZeroSteps / 127.0))));
     const F scale = vmin(vmax(vceil(div(wanted, unit)), splat(1.0f)), splat(255.0f));
@@ -53,19 +58,19 @@ inline F nearest_key(F x, F step, F offset, int bits) {
     return vmin(vmax(round_even(sub(div(x, step), offset)), splat(0.0f)), top);
 }
 
-// Quantizes 16 slices of values: element i of slice l is x[i * stride + l]. Writes codes and zeros
-// of the 16 slices, and integers at integers[i * stride + l].
-inline void quantize_values(const float* x, int count, int stride, int bits, uint8_t* codes,
-                     uint8_t* zeros, uint8_t* integers) {
+// Quantizes 16 tokens, each with one 8-bit scale: channel i of token l is x[i * stride + l]. Writes
+// the scales and zero points of the 16 tokens, and the integers at integers[i * stride + l].
+inline void quantize_tokens(const float* x, int count, int stride, int bits, uint8_t* scales,
+                            uint8_t* zeros, uint8_t* integers) {
     F low, high;
     bounds(x, count, stride, low, high);
     const float top = static_cast<float>((1 << bits) - 1);
-    // The second term keeps the zero point within an int8.
+    // The second term keeps the zero point in the range of int8.
     const F wanted = vmax(div(sub(high, low), splat(top)), div(vabs(low), splat(127.0f)));
     const I code = encode_scale(wanted);
     const F scale = decode_scale(code);
     const F zero = vmin(vmax(round_even(div(low, scale)), splat(-128.0f)), splat(127.0f));
-    store_u8(codes, code);
+    store_u8(scales, code);
     store_u8(zeros, to_int(zero));
     for (int i = 0; i < count; ++i) {
         const F v = sub(round_even(div(load(x + i * stride), scale)), zero);
@@ -73,7 +78,8 @@ inline void quantize_values(const float* x, int count, int stride, int bits, uin
     }
 }
 
-// Orthonormal Hadamard rotation, in blocks, of `head_dim` rows of 16 numbers: x[c * stride ..].
+// Rotates 16 vectors by the block Hadamard matrix of tiers/codec.py: channel c of vector l is
+// x[c * stride + l].
 inline void rotate_columns(float* x, int head_dim, int stride) {
     const int size = head_dim & -head_dim;
     for (int half = 1; half < size; half *= 2) {
@@ -88,7 +94,7 @@ inline void rotate_columns(float* x, int head_dim, int stride) {
     for (int c = 0; c < head_dim; ++c) store(x + c * stride, mul(load(x + c * stride), norm));
 }
 
-// The same rotation of one vector.
+// Rotates one vector by the same matrix.
 inline void rotate(float* x, int head_dim) {
     const int size = head_dim & -head_dim;
     for (int half = 1; half < size; half *= 2) {
@@ -104,18 +110,19 @@ inline void rotate(float* x, int head_dim) {
     for (int c = 0; c < head_dim; ++c) x[c] *= norm;
 }
 
-// Scratch of one chunk's quantization.
+// Scratch for the quantization of one low record.
 struct LowRecordScratch {
-    alignas(64) float keys[kLowRecordTokens * 256];     // [token][channel]
-    alignas(64) float values[256 * kLowRecordTokens];   // [channel][token]
-    alignas(64) float balanced[256 * kLowRecordTokens]; // keys, the same
-    alignas(64) uint8_t integers[kLowRecordTokens * 256];
-    alignas(64) uint8_t tiles[kLowRecordTokens * 256];
+    static constexpr int size = kLowRecordTokens * kMaxHeadDim;
+    alignas(64) float keys[size];           // [token][channel]
+    alignas(64) float values[size];         // [channel][token]
+    alignas(64) float keys_in_units[size];  // [channel][token]
+    alignas(64) uint8_t integers[size];
+    alignas(64) uint8_t tiles[size];
 };
 
-// Puts the channels of a chunk's keys in the frame's order, less their centres.
+// Sorts the key channels by rank, and subtracts their centres.
 inline void rank_keys(LowRecordScratch& s, int d, const KeyFrame& frame) {
-    alignas(64) float center[256], x[256];
+    alignas(64) float center[kMaxHeadDim], x[kMaxHeadDim];
     for (int r = 0; r < d; r += 16) store(center + r, load_fp16(frame.center + r));
     for (int t = 0; t < kLowRecordTokens; ++t) {
         float* keys = s.keys + t * d;
@@ -124,14 +131,15 @@ inline void rank_keys(LowRecordScratch& s, int d, const KeyFrame& frame) {
     }
 }
 
-// Tiles and metadata of a chunk's keys, ranked.
-inline void quantize_keys(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
-                          uint8_t* record) {
+// Quantizes ranked keys per channel: scales and zero points to `record`, integers to `s.tiles`.
+inline void quantize_keys_per_channel(LowRecordScratch& s, const LowLayout& layout,
+                                      const KeyFrame& frame, uint8_t* record) {
     const int d = layout.head_dim;
-    for (int c = 0; c < d; c += kBand) {
-        const int bits = layout.band_bits(c / kBand);
-        const KeyGrid grid = key_grid(s.keys + c, d, bits, load_fp16(frame.unit + c),
-                                      record + layout.key_scales + c, record + layout.key_zeros + c);
+    for (int c = 0; c < d; c += kBandChannels) {
+        const int bits = layout.band_bits(c / kBandChannels);
+        const KeyGrid grid =
+            key_grid(s.keys + c, d, bits, load_fp16(frame.unit + c), record + layout.key_scales + c,
+                     record + layout.key_zeros + c);
         for (int t = 0; t < kLowRecordTokens; ++t) {
             const F integer = nearest_key(load(s.keys + t * d + c), grid.step, grid.offset, bits);
             store_u8(s.integers + t * d + c, to_int(integer));
@@ -139,52 +147,56 @@ inline void quantize_keys(LowRecordScratch& s, const LowLayout& layout, const Ke
     }
     for (int quad = 0; quad < d / 4; ++quad) {
         for (int t = 0; t < kLowRecordTokens; ++t) {
-            copy4(s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4, s.integers + t * d + 4 * quad);
+            copy4(s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4,
+                  s.integers + t * d + 4 * quad);
         }
     }
 }
 
-// The same of balanced keys: per token, in units of their channels.
-inline void balance_keys(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
-                         uint8_t* record) {
+// Quantizes keys per token, after division by the units of their channels.
+inline void quantize_keys_per_token(LowRecordScratch& s, const LowLayout& layout,
+                                    const KeyFrame& frame, uint8_t* record) {
     const int d = layout.head_dim;
-    alignas(64) float unit[256];
+    alignas(64) float unit[kMaxHeadDim];
     for (int c = 0; c < d; c += 16) store(unit + c, load_fp16(frame.unit + c));
     for (int t = 0; t < kLowRecordTokens; ++t) {
-        for (int c = 0; c < d; ++c) s.balanced[c * kLowRecordTokens + t] = s.keys[t * d + c] / unit[c];
+        const float* key = s.keys + t * d;
+        for (int c = 0; c < d; ++c) s.keys_in_units[c * kLowRecordTokens + t] = key[c] / unit[c];
     }
     for (int half = 0; half < kLowRecordTokens; half += 16) {
-        quantize_values(s.balanced + half, d, kLowRecordTokens, layout.band_bits(0),
+        quantize_tokens(s.keys_in_units + half, d, kLowRecordTokens, layout.band_bits(0),
                         record + layout.key_scales + half, record + layout.key_zeros + half,
                         s.integers + half);
     }
     for (int c = 0; c < d; ++c) {
         for (int t = 0; t < kLowRecordTokens; ++t) {
-            s.tiles[(c / 4 * 2 + t / 16) * kLine + t % 16 * 4 + c % 4] = s.integers[c * kLowRecordTokens + t];
+            const int at = (c / 4 * 2 + t / 16) * kLine + t % 16 * 4 + c % 4;
+            s.tiles[at] = s.integers[c * kLowRecordTokens + t];
         }
     }
 }
 
-// Quantizes the keys and values in `s` (keys not yet ranked, values not yet rotated) into `record`.
+// Quantizes s.keys and s.values into `record`. Changes all of `s`.
 inline void quantize_low_record(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
-                           uint8_t* record) {
+                                uint8_t* record) {
     const int d = layout.head_dim, num_tiles = kLowRecordTokens * d / kLine;
     if (layout.keys_per_token()) {
-        balance_keys(s, layout, frame, record);
+        quantize_keys_per_token(s, layout, frame, record);
     } else {
         rank_keys(s, d, frame);
-        quantize_keys(s, layout, frame, record);
+        quantize_keys_per_channel(s, layout, frame, record);
     }
     pack_keys(s.tiles, layout, record);
 
-    const int groups = LowLayout::value_groups(d), channels = d / groups;
+    const int value_groups = LowLayout::value_groups(d), channels = d / value_groups;
     for (int half = 0; half < kLowRecordTokens; half += 16) {
         rotate_columns(s.values + half, d, kLowRecordTokens);
-        for (int g = 0; g < groups; ++g) {
+        for (int g = 0; g < value_groups; ++g) {
             const int at = g * channels * kLowRecordTokens + half;
-            quantize_values(s.values + at, channels, kLowRecordTokens, layout.value_bits,
-                            record + layout.value_scales + g * kLowRecordTokens + half,
-                            record + layout.value_zeros + g * kLowRecordTokens + half, s.integers + at);
+            const int scale = g * kLowRecordTokens + half;
+            quantize_tokens(s.values + at, channels, kLowRecordTokens, layout.value_bits,
+                            record + layout.value_scales + scale,
+                            record + layout.value_zeros + scale, s.integers + at);
         }
     }
     for (int quad = 0; quad < kLowRecordTokens / 4; ++quad) {
@@ -196,11 +208,13 @@ inline void quantize_low_record(LowRecordScratch& s, const LowLayout& layout, co
     pack(s.tiles, layout.value_bits, num_tiles, record + layout.values);
 }
 
-// Keys of a chunk from the integers in `s`, [token][rank].
+// Dequantizes the keys of a low record from s.integers [token][rank] to s.keys.
 inline void dequantize_keys(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
                             const uint8_t* record) {
     const int d = layout.head_dim;
     const uint8_t *scales = record + layout.key_scales, *zeros = record + layout.key_zeros;
+    // The first 32 scales and zero points as those of tokens; unused if keys have scales per
+    // channel.
     alignas(64) float token_scale[kLowRecordTokens], token_zero[kLowRecordTokens], key[16];
     for (int t = 0; t < kLowRecordTokens; t += 16) {
         store(token_scale + t, decode_scale(load_u8(scales + t)));
@@ -224,14 +238,15 @@ inline void dequantize_keys(LowRecordScratch& s, const LowLayout& layout, const 
     }
 }
 
-// Reads a record back: keys and values into `s`, as `quantize_low_record` takes them.
-inline void dequantize_low_record(LowRecordScratch& s, const LowLayout& layout, const KeyFrame& frame,
-                             const uint8_t* record) {
+// Dequantizes a low record to s.keys and s.values; the inverse of quantize_low_record.
+inline void dequantize_low_record(LowRecordScratch& s, const LowLayout& layout,
+                                  const KeyFrame& frame, const uint8_t* record) {
     const int d = layout.head_dim, num_tiles = kLowRecordTokens * d / kLine;
     unpack_keys(record, layout, s.tiles);
     for (int quad = 0; quad < d / 4; ++quad) {
         for (int t = 0; t < kLowRecordTokens; ++t) {
-            copy4(s.integers + t * d + 4 * quad, s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4);
+            copy4(s.integers + t * d + 4 * quad,
+                  s.tiles + (2 * quad + t / 16) * kLine + t % 16 * 4);
         }
     }
     dequantize_keys(s, layout, frame, record);
@@ -243,7 +258,7 @@ inline void dequantize_low_record(LowRecordScratch& s, const LowLayout& layout, 
                   s.tiles + (quad * (d / 16) + c / 16) * kLine + c % 16 * 4);
         }
     }
-    const int groups = LowLayout::value_groups(d), channels = d / groups;
+    const int channels = d / LowLayout::value_groups(d);
     for (int half = 0; half < kLowRecordTokens; half += 16) {
         for (int c = 0; c < d; ++c) {
             const int at = c / channels * kLowRecordTokens + half;
@@ -256,7 +271,7 @@ inline void dequantize_low_record(LowRecordScratch& s, const LowLayout& layout, 
     }
 }
 
-// One token's channels as int8 + 128; returns the fp16 scale's bits.
+// Quantizes one token of the 8-bit high tier. Returns the bits of its fp16 scale.
 inline uint16_t quantize_high(const float* x, int head_dim, uint8_t* integers) {
     F top = splat(0.0f);
     for (int c = 0; c < head_dim; c += 16) top = vmax(top, vabs(load(x + c)));
@@ -267,7 +282,7 @@ inline uint16_t quantize_high(const float* x, int head_dim, uint8_t* integers) {
     for (int c = 0; c < head_dim; c += 16) {
         const F v = round_even(div(load(x + c), scale));
         const F bounded = vmin(vmax(v, splat(-127.0f)), splat(127.0f));
-        store_u8(integers + c, add_i(to_int(bounded), splat_i(128)));
+        store_u8(integers + c, add_i(to_int(bounded), splat_i(kHighOffset)));
     }
     return half[0];
 }

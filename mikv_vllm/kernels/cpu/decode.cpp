@@ -1,26 +1,26 @@
-// The fused decode step of one layer: change each request's tiers, attend, update importance.
+// The fused decode step of one layer: changes the tiers of each request, computes attention, and
+// updates the importance scores.
 #include <omp.h>
 
 #include <utility>
 
 #include "attend.hpp"
-#include "high_tier.hpp"
+#include "change.hpp"
 #include "kernels.hpp"
 
 namespace mikv::MIKV_ISA {
 namespace {
 
-constexpr int kHeadsAtOnce = kAmx ? 8 : 4;  // query heads whose sums fit the registers
-constexpr int kLeastPartTokens = 512;  // below this a part costs more to merge than it saves
+constexpr int kHeadsAtOnce = kAmx ? 8 : 4;  // query heads whose sums fit into registers
+constexpr int kLeastPartTokens = 512;       // smaller parts cost more to merge than they save
 
-// One request and KV head of a step.
+// One request and one KV head of a step.
 struct Item {
     const Row* row;
     int head;
     Stream stream;
     LowLayout low;
     Sizes sizes;  // after the changes
-    int groups() const { return (sizes.high_tokens + kHighRecordTokens - 1) / kHighRecordTokens; }
 };
 
 struct Step {
@@ -30,7 +30,7 @@ struct Step {
     const DecodeTensors& tensors;
     HighLayout high;
     int parts;
-    int stride;  // of the kept high weights
+    int stride;  // of the kept weights of high tokens
 
     Item item(int index) const {
         const Row* row = batch.rows + index / layer.num_kv_heads;
@@ -45,22 +45,24 @@ struct Step {
                  row->low_records + row->demoted_records, row->low_end_line_after}};
     }
 
-    size_t weights_bytes() const { return static_cast<size_t>(layer.queries_per_kv_head() * stride) * 4; }
+    size_t weights_bytes() const {
+        return static_cast<size_t>(layer.queries_per_kv_head() * stride) * 4;
+    }
     size_t partial_bytes() const {
         return static_cast<size_t>(layer.queries_per_kv_head()) * (layer.head_dim * 4 + 64);
     }
     Partial partial(uint8_t* memory, int part) const {
-        const int group = layer.queries_per_kv_head();
+        const int query_heads = layer.queries_per_kv_head();
         float* out = reinterpret_cast<float*>(memory + part * partial_bytes());
-        float* top = out + group * layer.head_dim;
-        return {out, top, top + group, top + 2 * group};
+        float* top = out + query_heads * layer.head_dim;
+        return {out, top, top + query_heads, top + 2 * query_heads};
     }
 
     void change(const Item& item, ChangeScratch& scratch) const {
         const Row& row = *item.row;
         Sizes sizes{row.high_tokens, row.low_records, row.low_end_line};
         move_low_records(item.stream, item.low, sizes, row.moved_records, row.low_end_line_after,
-                    scratch.source);
+                         scratch.source);
         for (int i = 0; i < row.demoted_records; ++i) {
             demote(layer, item.stream, high, item.low, sizes, scratch);
         }
@@ -70,13 +72,14 @@ struct Step {
     }
 
     Part range(const Item& item, int part) const {
-        const int groups = item.groups(), chunks = item.sizes.low_records;
-        return {groups * part / parts,
-                groups * (part + 1) / parts,
-                item.sizes.high_tokens,
-                chunks * part / parts,
-                chunks * (part + 1) / parts,
-                item.sizes.low_end_line - chunks * item.low.num_lines};
+        const Sizes& sizes = item.sizes;
+        const int high_count = high_records(sizes.high_tokens);
+        return {.high_record_begin = high_count * part / parts,
+                .high_record_end = high_count * (part + 1) / parts,
+                .high_tokens = sizes.high_tokens,
+                .low_record_begin = sizes.low_records * part / parts,
+                .low_record_end = sizes.low_records * (part + 1) / parts,
+                .low_start_line = sizes.low_record_line(item.low, 0)};
     }
 
     template <int D, int G>
@@ -86,9 +89,10 @@ struct Step {
         const Part range = this->range(item, part);
         const float* sinks = layer.sinks && part == 0 ? layer.sinks + head : nullptr;
         Attention<D, G> attention(layer, item.stream, high, item.low,
-                                  *reinterpret_cast<AttendScratch<D, G>*>(scratch));
+                                  *reinterpret_cast<AttendState<D, G>*>(scratch));
         attention.run(tensors.q.at(item.row->token) + head * D, sinks, range,
-                      weights + first * stride + range.high_record_begin * kHighRecordTokens, stride,
+                      weights + first * stride + range.high_record_begin * kHighRecordTokens,
+                      stride,
                       {partial.out + first * D, partial.top + first, partial.total + first,
                        partial.high_top + first});
     }
@@ -96,11 +100,11 @@ struct Step {
     template <int D>
     void attend(const Item& item, int part, float* weights, Partial partial,
                 uint8_t* scratch) const {
-        const int group = layer.queries_per_kv_head();
-        for (int first = 0; first < group;) {
-            // Even shares: 5 heads run as 3 + 2, not 4 + 1.
-            const int runs = (group - first + kHeadsAtOnce - 1) / kHeadsAtOnce;
-            const int count = (group - first + runs - 1) / runs;
+        const int query_heads = layer.queries_per_kv_head();
+        for (int first = 0; first < query_heads;) {
+            // Shares of similar size: 5 heads run as 3 + 2, not as 4 + 1.
+            const int runs = (query_heads - first + kHeadsAtOnce - 1) / kHeadsAtOnce;
+            const int count = (query_heads - first + runs - 1) / runs;
             [&]<int... G>(std::integer_sequence<int, G...>) {
                 const auto run = [&]<int Count>() {
                     attend_heads<D, Count>(item, part, first, weights, partial, scratch);
@@ -125,8 +129,8 @@ struct Step {
 
     // Merges the parts, writes the output and adds the normalized weights to the scores.
     void finish(const Item& item, const float* weights, uint8_t* partials) const {
-        const int group = layer.queries_per_kv_head(), d = layer.head_dim;
-        for (int g = 0; g < group; ++g) {
+        const int query_heads = layer.queries_per_kv_head(), d = layer.head_dim;
+        for (int g = 0; g < query_heads; ++g) {
             float top = kNever, total = 0.0f;
             for (int p = 0; p < parts; ++p) {
                 const float other = partial(partials, p).top[g];
@@ -136,9 +140,9 @@ struct Step {
                 const Partial x = partial(partials, p);
                 total += x.total[g] * __builtin_exp2f(x.top[g] - top);
             }
-            uint16_t* out =
-                tensors.out.at(item.row->token) + (item.head * group + g) * static_cast<int64_t>(d);
-            alignas(64) float merged[256];
+            const int64_t head = item.head * query_heads + g;
+            uint16_t* out = tensors.out.at(item.row->token) + head * d;
+            alignas(64) float merged[kMaxHeadDim];
             for (int p = 0; p < parts; ++p) {
                 const Partial x = partial(partials, p);
                 const F share = splat(__builtin_exp2f(x.top[g] - top) / total);
@@ -146,7 +150,7 @@ struct Step {
                     const F before = p ? load(merged + c) : splat(0.0f);
                     store(merged + c, fma(load(x.out + g * d + c), share, before));
                 }
-                // From now on: what a kept weight of this part counts.
+                // From here on, high_top is the factor on the kept weights of this part.
                 x.high_top[g] = __builtin_exp2f(x.high_top[g] - top) / total;
             }
             for (int c = 0; c < d; c += 16) store_half(out + c, load(merged + c), layer.dtype);
@@ -156,10 +160,10 @@ struct Step {
             const Part range = this->range(item, p);
             for (int at = range.high_record_begin; at < range.high_record_end; ++at) {
                 int rest;
-                float* scores = reinterpret_cast<float*>(
-                    item.stream.at(high.high_record_line(at) + high.num_lines - 1, &rest));
+                float* scores =
+                    reinterpret_cast<float*>(item.stream.at(high.score_line(at), &rest));
                 F score = mul(load(scores), splat(layer.decay));
-                for (int g = 0; g < group; ++g) {
+                for (int g = 0; g < query_heads; ++g) {
                     const F w = load(weights + g * stride + at * kHighRecordTokens);
                     score = fma(w, splat(x.high_top[g]), score);
                 }
@@ -169,7 +173,7 @@ struct Step {
     }
 };
 
-template <int D> constexpr size_t attend_bytes() { return sizeof(AttendScratch<D, kHeadsAtOnce>); }
+template <int D> constexpr size_t attend_bytes() { return sizeof(AttendState<D, kHeadsAtOnce>); }
 
 size_t attend_bytes(int head_dim) {
     switch (head_dim) {
@@ -193,7 +197,8 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
         max_high = row.high_tokens > max_high ? row.high_tokens : max_high;
         max_tokens = tokens > max_tokens ? tokens : max_tokens;
     }
-    // With few items, each is cut into parts, so that the threads finish together.
+    // A small number of items is split into parts, so that all threads finish at about the same
+    // time.
     int parts = 1;
     if (threads > 1 && items < 4 * threads) {
         parts = (4 * threads + items - 1) / items;
@@ -206,14 +211,14 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
                     tensors,
                     HighLayout(layer.head_dim, layer.high_bits),
                     parts,
-                    (max_high + 1 + kHighRecordTokens - 1) / kHighRecordTokens * kHighRecordTokens};
+                    high_records(max_high + 1) * kHighRecordTokens};
 
     const size_t item_bytes = step.weights_bytes() + parts * step.partial_bytes();
     const size_t change_bytes = ChangeScratch::bytes(max_high);
     const size_t thread_bytes =
         (change_bytes + attend_bytes(layer.head_dim) + item_bytes + 4095) / 4096 * 4096;
     const size_t shared_bytes = parts > 1 ? items * item_bytes : 0;
-    uint8_t* memory = workspace(threads * thread_bytes + shared_bytes);
+    uint8_t* memory = scratch_memory(threads * thread_bytes + shared_bytes);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

@@ -1,8 +1,9 @@
-// The products of dots.hpp on AMX: both bytes of all query heads are the rows of one tile, so that
-// pairs cost nothing, and a record's tiles are already what a tile product takes on its right side.
+// Byte dot products with AMX tiles. Both bytes of all query heads are rows of one tile register, so
+// the second byte costs no extra instruction. The tiles of a record are stored in the order that a
+// tile product requires of its right operand.
 #pragma once
 
-#include "dots.hpp"
+#include "dot_operands.hpp"
 
 namespace mikv::MIKV_ISA {
 
@@ -27,7 +28,7 @@ class TileConfig {
     TileConfig& operator=(const TileConfig&) = delete;
 };
 
-// Products of one low record; `zeros`: its keys' zero points.
+// Products of the queries with the keys and with the zero points of one low record.
 template <int D, int G>
 inline void low_key_tiles(const uint8_t* tiles, const uint8_t* zeros,
                           const QueryBytes<D, G>& queries, KeyProducts<G>& products) {
@@ -35,7 +36,7 @@ inline void low_key_tiles(const uint8_t* tiles, const uint8_t* zeros,
     _tile_zero(1);
     _tile_zero(7);
     for (int c = 0; c < D; c += 64) {
-        // Channels from D on are zero in the query: what they are multiplied with is any byte.
+        // The queries are zero for channels >= D, so the bytes of these channels do not matter.
         _tile_loadd(4, queries.high[0] + c, queries.stride);
         _tile_loadd(5, tiles + c / 2 * kLine, 2 * kLine);
         _tile_dpbsud(0, 4, 5);
@@ -49,7 +50,7 @@ inline void low_key_tiles(const uint8_t* tiles, const uint8_t* zeros,
     _tile_stored(7, products.zero_high, 4);
 }
 
-// Products of one high group; the queries' tile is the same for all groups.
+// Products of the queries with the keys of one high record.
 template <int D, int G>
 inline void high_key_tiles(const uint8_t* tiles, const QueryBytes<D, G>& queries,
                            KeyProducts<G>& products) {
@@ -62,8 +63,8 @@ inline void high_key_tiles(const uint8_t* tiles, const QueryBytes<D, G>& queries
     _tile_stored(0, products.high[0][0], 2 * kLine);
 }
 
-// Sums over a block of low values. `zeros`: [value group][block] zero points. The weights of
-// tokens up to a multiple of 64 must be set.
+// Sums of weights x values and weights x zero points over a block of the low tier. `zeros`: zero
+// points [value_groups][block]. Weights must be set up to the next multiple of 64 tokens.
 template <int D, int G>
 inline void low_value_tiles(const uint8_t* tiles, const uint8_t* zeros, int tokens,
                             const WeightBytes<D, G>& weights, ValueSums<D, G>& sums) {

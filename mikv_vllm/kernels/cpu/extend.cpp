@@ -1,14 +1,15 @@
-// The next chunk of a prompt whose beginning is compressed already: the tiers are laid out as
-// native pages for vLLM's kernel to attend over, and then take the chunk's tokens in.
+// The next chunk of a prompt whose previous chunks are compressed. `restore` writes the tiers as
+// native pages, over which vLLM's kernel computes attention; `extend` then adds the tokens of the
+// chunk to the tiers.
 #include <omp.h>
 
-#include "high_tier.hpp"
+#include "change.hpp"
 #include "kernels.hpp"
 
 namespace mikv::MIKV_ISA {
 namespace {
 
-// Writes tokens to one head's native pages.
+// Writes tokens to the native pages of one KV head.
 struct NativeWriter {
     const Layer& layer;
     const Cache& target;
@@ -16,9 +17,10 @@ struct NativeWriter {
 
     void write(int token, const float* key, const float* value, int value_stride) const {
         const int d = layer.head_dim, slot = token % layer.block_size;
-        uint16_t* page = reinterpret_cast<uint16_t*>(
-            target.base + token / layer.block_size * target.page_stride + head * target.head_stride);
-        alignas(64) float x[256];
+        const int64_t offset =
+            token / layer.block_size * target.page_stride + head * target.head_stride;
+        uint16_t* page = reinterpret_cast<uint16_t*>(target.base + offset);
+        alignas(64) float x[kMaxHeadDim];
         for (int c = 0; c < d; ++c) x[c] = value[c * value_stride];
         scatter(page, layer.key_index + slot * d, key);
         scatter(page, layer.value_index + slot * d, x);
@@ -40,38 +42,39 @@ void restore(const Layer& layer, const Cache& cache, const Tiers& tiers, const C
     const int d = layer.head_dim, threads = omp_get_max_threads();
     const HighLayout high(d, layer.high_bits);
     const LowLayout low(d, tiers.key_code, tiers.value_bits);
-    const int groups = (tiers.high_tokens + kHighRecordTokens - 1) / kHighRecordTokens;
-    const int records = groups + tiers.low_records;
+    const Sizes sizes{tiers.high_tokens, tiers.low_records, tiers.low_end_line};
+    const int high_count = high_records(tiers.high_tokens);
+    const int records = high_count + tiers.low_records;
     const size_t bytes = (ChangeScratch::bytes(0) + 4095) / 4096 * 4096;
-    uint8_t* memory = workspace(threads * bytes);
+    uint8_t* memory = scratch_memory(threads * bytes);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Arena arena{memory + static_cast<size_t>(omp_get_thread_num()) * bytes};
         ChangeScratch& s = *ChangeScratch::make(arena, 0);
-        alignas(64) uint8_t header[kHeader];
+        alignas(64) uint8_t header[kMaxHeader];
 #pragma omp for schedule(static)
         for (int i = 0; i < layer.num_kv_heads * records; ++i) {
             const int head = i / records, record = i % records;
             const Stream stream(cache, layer, head, tiers.table);
             const NativeWriter native{layer, target, head};
-            if (record < groups) {
+            if (record < high_count) {
                 const int first = record * kHighRecordTokens, rest = tiers.high_tokens - first;
-                stream.read(high.high_record_line(record), high.num_lines, s.source);
-                for (int slot = 0; slot < (rest < kHighRecordTokens ? rest : kHighRecordTokens); ++slot) {
-                    HighSlot{high}.read(s.source, slot, s.chunk.keys, s.chunk.values, 1,
-                                        layer.dtype);
-                    native.write(first + slot, s.chunk.keys, s.chunk.values, 1);
+                const int count = rest < kHighRecordTokens ? rest : kHighRecordTokens;
+                stream.read(high.record_line(record), high.num_lines, s.source);
+                for (int slot = 0; slot < count; ++slot) {
+                    HighSlot{high}.read(s.source, slot, s.low.keys, s.low.values, 1, layer.dtype);
+                    native.write(first + slot, s.low.keys, s.low.values, 1);
                 }
                 continue;
             }
-            const int chunk = record - groups, first = tiers.high_tokens + chunk * kLowRecordTokens;
+            const int low_record = record - high_count;
+            const int first = tiers.high_tokens + low_record * kLowRecordTokens;
             stream.read(0, header_lines(d), header);
-            stream.read(tiers.low_end_line - (tiers.low_records - chunk) * low.num_lines, low.num_lines,
-                        s.source);
-            dequantize_low_record(s.chunk, low, KeyFrame(header, d), s.source);
+            stream.read(sizes.low_record_line(low, low_record), low.num_lines, s.source);
+            dequantize_low_record(s.low, low, KeyFrame(header, d), s.source);
             for (int t = 0; t < kLowRecordTokens; ++t) {
-                native.write(first + t, s.chunk.keys + t * d, s.chunk.values + t, kLowRecordTokens);
+                native.write(first + t, s.low.keys + t * d, s.low.values + t, kLowRecordTokens);
             }
         }
     }
@@ -92,7 +95,7 @@ struct Extender {
         return tensor.at(token) + static_cast<int64_t>(head) * layer.head_dim;
     }
 
-    // Chooses the least important of the high tokens and the new ones: job.demoted_records x 32.
+    // Chooses the tokens to demote, 32 per record: the least important of high and new tokens.
     void choose(int high_tokens, ChangeScratch& s) const {
         const float* added = job.scores + head * job.score_stride;
         read_scores(stream, high, high_tokens, s.scores);
@@ -102,20 +105,22 @@ struct Extender {
         for (int i = 0; i < job.num_tokens; ++i) s.scores[high_tokens + i] = added[i];
         __builtin_memset(s.chosen, 0, static_cast<size_t>(all));
         if (job.demoted_records) {
-            select_least(s.scores, candidates, kLowRecordTokens * job.demoted_records, s.keys, s.chosen);
+            select_least(s.scores, candidates, kLowRecordTokens * job.demoted_records, s.keys,
+                         s.chosen);
         }
     }
 
     void write_scores(int count, const float* scores) const {
         for (int first = 0; first < count; first += kHighRecordTokens) {
             int rest;
-            uint8_t* line = stream.at(high.high_record_line(first / kHighRecordTokens) + high.num_lines - 1, &rest);
-            const int here = count - first < kHighRecordTokens ? count - first : kHighRecordTokens;
+            uint8_t* line = stream.at(high.score_line(first / kHighRecordTokens), &rest);
+            const int left = count - first;
+            const int here = left < kHighRecordTokens ? left : kHighRecordTokens;
             __builtin_memcpy(line, scores + first, static_cast<size_t>(here) * 4);
         }
     }
 
-    // `victims`: room for the key and value of every high token.
+    // `victims`: scratch for the keys and values of all high tokens.
     void run(ChangeScratch& s, float* victims) const {
         const int d = layer.head_dim, before = job.tiers.high_tokens;
         Sizes sizes{before, job.tiers.low_records, job.tiers.low_end_line};
@@ -127,14 +132,14 @@ struct Extender {
             float* to = victims + static_cast<int64_t>(2 * d) * leaving++;
             HighSlot{high}.read(record, slot, to, to + d, 1, layer.dtype);
         });
-        alignas(64) uint8_t header[kHeader];
+        alignas(64) uint8_t header[kMaxHeader];
         stream.read(0, header_lines(d), header);
         const KeyFrame frame(header, d);
         int in_record = 0;
         const auto demote_token = [&](const float* key, const float* value) {
             for (int c = 0; c < d; ++c) {
-                s.chunk.keys[in_record * d + c] = key[c];
-                s.chunk.values[c * kLowRecordTokens + in_record] = value[c];
+                s.low.keys[in_record * d + c] = key[c];
+                s.low.values[c * kLowRecordTokens + in_record] = value[c];
             }
             if (++in_record == kLowRecordTokens) {
                 add_low_record(stream, low, frame, sizes, s);
@@ -145,7 +150,7 @@ struct Extender {
             const float* from = victims + static_cast<int64_t>(2 * d) * i;
             demote_token(from, from + d);
         }
-        alignas(64) float key[256], value[256];
+        alignas(64) float key[kMaxHeadDim], value[kMaxHeadDim];
         for (int i = 0; i < job.num_tokens; ++i) {
             const uint16_t *k = row(job.k, i), *v = row(job.v, i);
             if (s.chosen[before + i]) {
@@ -156,8 +161,8 @@ struct Extender {
         }
         for (int i = 0; i < job.num_tokens; ++i) {
             if (s.chosen[before + i]) continue;
-            append(layer, stream, high, sizes, row(job.k, i), row(job.v, i),
-                   s.scores[before + i], s.source);
+            append(layer, stream, high, sizes, row(job.k, i), row(job.v, i), s.scores[before + i],
+                   s.source);
         }
     }
 };
@@ -171,7 +176,7 @@ void extend(const Layer& layer, const Cache& cache, const Extension& job) {
     const int most_high = job.tiers.high_tokens + job.num_tokens;
     const size_t victims = static_cast<size_t>(job.tiers.high_tokens + 1) * 2 * d;
     const size_t bytes = (ChangeScratch::bytes(most_high) + victims * 4 + 8191) / 4096 * 4096;
-    uint8_t* memory = workspace(threads * bytes);
+    uint8_t* memory = scratch_memory(threads * bytes);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

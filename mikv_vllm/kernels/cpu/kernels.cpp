@@ -1,4 +1,4 @@
-// The table of one ISA's kernels.
+// Table of the kernels of one instruction set.
 #include "kernels.hpp"
 
 #define MIKV_STRING_(x) #x

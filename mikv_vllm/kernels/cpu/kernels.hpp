@@ -1,4 +1,4 @@
-// The kernels of one ISA.
+// The kernels of one instruction set.
 #pragma once
 
 #include "api.hpp"

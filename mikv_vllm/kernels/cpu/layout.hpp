@@ -1,65 +1,90 @@
-// Where things lie in a stream: the C++ face of tiers/formats.py.
+// Byte layout of tiered pages. It is defined in tiers/formats.py and repeated here for kernels;
+// tests/kernels/test_cpu_layout.py compares every number of both.
+//
+// Like all headers of the kernels, this one has the namespace of an instruction set, although
+// nothing in it depends on one. In a common namespace, the linker could merge inline functions that
+// were compiled for different instruction sets.
 #pragma once
 
-#include "api.hpp"
-#include "simd.hpp"
+#include <cstdint>
 
 namespace mikv::MIKV_ISA {
 
-constexpr int kLine = 64;
-constexpr int kLowRecordTokens = 32;  // tokens of a low record
+constexpr int kLine = 64;              // bytes; the alignment unit of a stream
+constexpr int kLowRecordTokens = 32;   // tokens of a low record
 constexpr int kHighRecordTokens = 16;  // tokens of a high record
+constexpr int kBandChannels = 16;  // key channels of neighbouring rank, stored with the same bits
+constexpr int kValueGroup = 64;    // value channels that share one scale per token
+constexpr int kKeyZeroSteps = 2;   // the zero point of a key counts in scale / kKeyZeroSteps
+constexpr int kNativeBytes = 2;    // bytes of one number in a native page
+constexpr int kKeysPerTokenBit = 16;  // bit of a key code: one key scale per token, not per channel
+constexpr int kScaleBias = 22;        // exponent bias of an 8-bit scale
+constexpr int kHighOffset = 128;      // added to the int8 numbers of the high tier
+
+constexpr int kMaxHeadDim = 256;  // largest head size that the kernels are compiled for
 
 constexpr int lines(int num_bytes) { return (num_bytes + kLine - 1) / kLine; }
 
-// A key's zero point is stored in units of its scale divided by this.
-constexpr int kKeyZeroSteps = 2;
+// Bytes of a page in one layer and KV head: its keys and its values.
+constexpr int page_bytes(int head_dim, int block_size) {
+    return block_size * 2 * head_dim * kNativeBytes;
+}
 
-constexpr int kBand = 16;  // key channels, neighbours by rank, that share their bits
+// High records that hold this many tokens.
+constexpr int high_records(int num_tokens) {
+    return (num_tokens + kHighRecordTokens - 1) / kHighRecordTokens;
+}
 
-// Lines of a stream's header.
-constexpr int header_lines(int head_dim) { return lines(5 * head_dim); }
-// A copy of one has room for this many bytes.
-constexpr int kHeader = 5 * 256;
+// Byte offsets in the header of a stream. The centres are at offset 0.
+struct HeaderLayout {
+    int units, order, num_lines;
 
-// What a header holds of the key channels, by rank.
+    constexpr explicit HeaderLayout(int head_dim)
+        : units(2 * head_dim), order(4 * head_dim), num_lines(lines(5 * head_dim)) {}
+};
+
+constexpr int header_lines(int head_dim) { return HeaderLayout(head_dim).num_lines; }
+constexpr int kMaxHeader = header_lines(kMaxHeadDim) * kLine;  // bytes
+
+// The key channels in a header, by rank.
 struct KeyFrame {
     const uint16_t *center, *unit;  // fp16
-    const uint8_t* order;           // which channels they are
+    const uint8_t* order;           // the channel at each rank
 
     KeyFrame(const uint8_t* header, int head_dim)
         : center(reinterpret_cast<const uint16_t*>(header)),
-          unit(center + head_dim),
-          order(header + 4 * head_dim) {}
+          unit(reinterpret_cast<const uint16_t*>(header + HeaderLayout(head_dim).units)),
+          order(header + HeaderLayout(head_dim).order) {}
 };
 
-// Byte offsets in a low record.
+// Byte offsets in a low record. The keys are at offset 0.
 struct LowLayout {
     int head_dim, key_code, value_bits;
     int values, key_scales, key_zeros, value_scales, value_zeros, num_lines;
 
-    // `key_code`: the keys' bits by quarter of the channels, 4 bits each; bit 16: balanced.
+    // `key_code`: key bits by quarter of the channels, 4 bits each, and kKeysPerTokenBit.
     LowLayout(int head_dim, int key_code, int value_bits)
         : head_dim(head_dim), key_code(key_code), value_bits(value_bits) {
-        const int groups = value_groups(head_dim);
         values = 0;
         for (int band = 0; band < bands(); ++band) values += band_bits(band) * kLine;
         key_scales = values + kLowRecordTokens * head_dim * value_bits / 8;
-        const int key_slices = keys_per_token() ? kLowRecordTokens : head_dim;
-        key_zeros = key_scales + key_slices;
-        value_scales = key_scales + lines(2 * key_slices) * kLine;
-        value_zeros = value_scales + kLowRecordTokens * groups;
-        num_lines = lines(value_zeros + kLowRecordTokens * groups);
+        const int num_key_scales = keys_per_token() ? kLowRecordTokens : head_dim;
+        key_zeros = key_scales + num_key_scales;
+        value_scales = key_scales + lines(2 * num_key_scales) * kLine;
+        value_zeros = value_scales + kLowRecordTokens * value_groups(head_dim);
+        num_lines = lines(value_zeros + kLowRecordTokens * value_groups(head_dim));
     }
-    int bands() const { return head_dim / kBand; }
-    // Keys have scales per token, in units of their channels, not per channel.
-    bool keys_per_token() const { return key_code >> 16 & 1; }
-    // A band of as many bits has as many lines.
+    int bands() const { return head_dim / kBandChannels; }
+    // Keys have one scale per token, after division by the units of their channels.
+    bool keys_per_token() const { return key_code >> kKeysPerTokenBit & 1; }
+    // Bits of the keys in a band, which is also the number of lines that the band takes.
     int band_bits(int band) const { return key_code >> 4 * (4 * band / bands()) & 15; }
-    static constexpr int value_groups(int head_dim) { return head_dim < 64 ? 1 : head_dim / 64; }
+    static constexpr int value_groups(int head_dim) {
+        return head_dim < kValueGroup ? 1 : head_dim / kValueGroup;
+    }
 };
 
-// Byte offsets in a high record.
+// Byte offsets in a high record. The keys are at offset 0.
 struct HighLayout {
     int head_dim, bits;
     int values, key_scales, value_scales, scores, num_lines;
@@ -71,107 +96,10 @@ struct HighLayout {
         scores = value_scales + (bits == 8 ? 2 * kHighRecordTokens : 0);
         num_lines = lines(scores + 4 * kHighRecordTokens);
     }
-    // First line of a group.
-    int high_record_line(int group) const { return header_lines(head_dim) + group * num_lines; }
-};
-
-// The pages of one request in one layer and head, as one run of lines.
-struct Stream {
-    uint8_t* base;
-    int64_t page_stride;
-    const int32_t* table;
-    uint32_t page_lines;
-
-    Stream(const Cache& cache, const Layer& layer, int head, const int32_t* table)
-        : base(cache.base + head * cache.head_stride),
-          page_stride(cache.page_stride),
-          table(table),
-          page_lines(static_cast<uint32_t>(layer.page_bytes() / kLine)) {}
-
-    // Address of a line, and how many lines follow from there in its page.
-    uint8_t* at(int line, int* rest) const {
-        const uint32_t page = static_cast<uint32_t>(line) / page_lines;
-        const uint32_t start = static_cast<uint32_t>(line) - page * page_lines;
-        *rest = static_cast<int>(page_lines - start);
-        return base + table[page] * page_stride + start * kLine;
-    }
-
-    // Asks for lines that will be read soon, into the second-level cache. Inlined by force: GCC
-    // takes a function that only prefetches for one without effects, and drops the calls.
-    [[gnu::always_inline]] void prefetch(int line, int count) const {
-        while (count > 0) {
-            int rest;
-            const uint8_t* p = at(line, &rest);
-            rest = rest < count ? rest : count;
-            for (int i = 0; i < rest; ++i) __builtin_prefetch(p + i * kLine, 0, 2);
-            line += rest, count -= rest;
-        }
-    }
-
-    // The record itself if it lies in one page, else a copy of it in `buffer`.
-    const uint8_t* view(int line, int count, uint8_t* buffer) const {
-        int rest;
-        const uint8_t* p = at(line, &rest);
-        if (__builtin_expect(rest >= count, 1)) return p;
-        read(line, count, buffer);
-        return buffer;
-    }
-
-    void read(int line, int count, uint8_t* to) const {
-        while (count) {
-            int rest;
-            const uint8_t* p = at(line, &rest);
-            rest = rest < count ? rest : count;
-            __builtin_memcpy(to, p, static_cast<size_t>(rest) * kLine);
-            line += rest, count -= rest, to += rest * kLine;
-        }
-    }
-
-    void write(int line, int count, const uint8_t* from) const {
-        while (count) {
-            int rest;
-            uint8_t* p = at(line, &rest);
-            rest = rest < count ? rest : count;
-            __builtin_memcpy(p, from, static_cast<size_t>(rest) * kLine);
-            line += rest, count -= rest, from += rest * kLine;
-        }
-    }
-};
-
-// A record opened for change: written back when it had to be copied.
-class Editor {
-  public:
-    Editor(const Stream& stream, int line, int count, uint8_t* buffer)
-        : stream_(stream), line_(line), count_(count) {
-        int rest;
-        data = stream.at(line, &rest);
-        copied_ = rest < count;
-        if (copied_) {
-            data = buffer;
-            stream.read(line, count, buffer);
-        }
-    }
-    ~Editor() {
-        if (copied_) stream_.write(line_, count_, data);
-    }
-    Editor(const Editor&) = delete;
-    Editor& operator=(const Editor&) = delete;
-    uint8_t* data;
-
-  private:
-    const Stream& stream_;
-    int line_, count_;
-    bool copied_;
-};
-
-// Hands out parts of a block of memory, 64-byte aligned.
-struct Arena {
-    uint8_t* next;
-    template <class T> T* take(size_t count) {
-        T* result = reinterpret_cast<T*>(next);
-        next += (count * sizeof(T) + kLine - 1) / kLine * kLine;
-        return result;
-    }
+    // First line of a record in the stream.
+    int record_line(int record) const { return header_lines(head_dim) + record * num_lines; }
+    // Line of its scores.
+    int score_line(int record) const { return record_line(record) + num_lines - 1; }
 };
 
 }  // namespace mikv::MIKV_ISA

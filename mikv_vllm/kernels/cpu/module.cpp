@@ -1,6 +1,9 @@
-// The Python module `mikv_vllm.kernels.cpu._C`: raw addresses in, kernels of the best ISA run.
+// The Python module `mikv_vllm.kernels.cpu._C`. Its functions take addresses and run the kernels of
+// the best instruction set (ISA) that this machine has.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -8,11 +11,15 @@
 #endif
 
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+// The layout is the same for every ISA.
+#define MIKV_ISA scalar
 #include "api.hpp"
+#include "layout.hpp"
 
 namespace nb = nanobind;
 using namespace mikv;
@@ -20,7 +27,7 @@ using namespace mikv;
 namespace {
 
 #if defined(MIKV_X86)
-// The processor has AMX, and the kernel lets this process use it.
+// Whether the processor has AMX and the operating system lets this process use it.
 bool amx_usable() {
 #if defined(__linux__)
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -75,14 +82,15 @@ template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(a
 
 Rows rows(uintptr_t address, int64_t stride) { return {pointer<uint16_t>(address), stride}; }
 
-// Owns the index tables that the kernels read.
+// One attention layer, with its own copies of the index tables and sinks.
 class LayerHandle {
   public:
     LayerHandle(int head_dim, int num_heads, int num_kv_heads, int block_size, int high_bits,
                 int dtype, float scale, float softcap, uintptr_t sinks, float decay, int recent,
                 uintptr_t key_index, uintptr_t value_index) {
         const int size = block_size * head_dim;
-        key_index_.assign(pointer<const int32_t>(key_index), pointer<const int32_t>(key_index) + size);
+        key_index_.assign(pointer<const int32_t>(key_index),
+                          pointer<const int32_t>(key_index) + size);
         value_index_.assign(pointer<const int32_t>(value_index),
                             pointer<const int32_t>(value_index) + size);
         by_channel_.resize(key_index_.size());
@@ -118,33 +126,32 @@ class LayerHandle {
                 uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride, uintptr_t out,
                 int64_t out_stride) const {
         nb::gil_scoped_release unlocked;
-        active->decode(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
-                       {pointer<const Row>(batch_rows), num_rows, pointer<const int32_t>(tables),
-                        max_pages},
-                       {rows(q, q_stride), rows(k, k_stride), rows(v, v_stride),
-                        rows(out, out_stride)});
+        active->decode(
+            layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
+            {pointer<const Row>(batch_rows), num_rows, pointer<const int32_t>(tables), max_pages},
+            {rows(q, q_stride), rows(k, k_stride), rows(v, v_stride), rows(out, out_stride)});
     }
 
     void score(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
-               int num_tokens, uintptr_t queries, int64_t stride, int num_queries,
-               uintptr_t scores, int64_t score_stride) const {
+               int num_tokens, uintptr_t queries, int64_t stride, int num_queries, uintptr_t scores,
+               int64_t score_stride) const {
         nb::gil_scoped_release unlocked;
         active->score(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
-                      pointer<const int32_t>(table), num_tokens, rows(queries, stride),
-                      num_queries, pointer<float>(scores), score_stride);
+                      pointer<const int32_t>(table), num_tokens, rows(queries, stride), num_queries,
+                      pointer<float>(scores), score_stride);
     }
 
-    void compress(uintptr_t cache, int64_t page_stride, int64_t head_stride,
-                  uintptr_t native_table, uintptr_t tiered_table, int num_tokens,
-                  int tiered_pages, int high_tokens, int low_records, int low_end_line, int key_code,
-                  int value_bits, uintptr_t scores, int64_t score_stride, uintptr_t queries,
-                  int64_t query_stride, int num_queries) const {
+    void compress(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t native_table,
+                  uintptr_t tiered_table, int num_tokens, int tiered_pages, int high_tokens,
+                  int low_records, int low_end_line, int key_code, int value_bits, uintptr_t scores,
+                  int64_t score_stride, uintptr_t queries, int64_t query_stride,
+                  int num_queries) const {
         nb::gil_scoped_release unlocked;
-        active->compress(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
-                         {pointer<const int32_t>(native_table), pointer<const int32_t>(tiered_table),
-                          num_tokens, tiered_pages, high_tokens, low_records, low_end_line, key_code,
-                          value_bits, pointer<const float>(scores), score_stride,
-                          rows(queries, query_stride), num_queries});
+        active->compress(
+            layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
+            {pointer<const int32_t>(native_table), pointer<const int32_t>(tiered_table), num_tokens,
+             tiered_pages, high_tokens, low_records, low_end_line, key_code, value_bits,
+             pointer<const float>(scores), score_stride, rows(queries, query_stride), num_queries});
     }
 
     void restore(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
@@ -152,26 +159,33 @@ class LayerHandle {
                  uintptr_t target, int64_t target_page_stride, int64_t target_head_stride) const {
         nb::gil_scoped_release unlocked;
         active->restore(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
-                        {pointer<const int32_t>(table), high_tokens, low_records, low_end_line, key_code,
-                         value_bits},
+                        {pointer<const int32_t>(table), high_tokens, low_records, low_end_line,
+                         key_code, value_bits},
                         {pointer<uint8_t>(target), target_page_stride, target_head_stride});
     }
 
     void extend(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
                 int high_tokens, int low_records, int low_end_line, int key_code, int value_bits,
-                int moved_records, int demoted_records, int low_end_line_after, uintptr_t k, int64_t k_stride,
-                uintptr_t v, int64_t v_stride, int num_tokens, uintptr_t scores,
+                int moved_records, int demoted_records, int low_end_line_after, uintptr_t k,
+                int64_t k_stride, uintptr_t v, int64_t v_stride, int num_tokens, uintptr_t scores,
                 int64_t score_stride, float keep) const {
         nb::gil_scoped_release unlocked;
         active->extend(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
-                       {{pointer<const int32_t>(table), high_tokens, low_records, low_end_line, key_code,
-                         value_bits},
-                        moved_records, demoted_records, low_end_line_after, rows(k, k_stride),
-                        rows(v, v_stride), num_tokens, pointer<const float>(scores), score_stride,
+                       {{pointer<const int32_t>(table), high_tokens, low_records, low_end_line,
+                         key_code, value_bits},
+                        moved_records,
+                        demoted_records,
+                        low_end_line_after,
+                        rows(k, k_stride),
+                        rows(v, v_stride),
+                        num_tokens,
+                        pointer<const float>(scores),
+                        score_stride,
                         keep});
     }
 
   private:
+    // See Layer::key_runs.
     static bool in_runs(const std::vector<int32_t>& index) {
         for (size_t i = 1; i < index.size(); ++i) {
             if (i % 16 && index[i] != index[i - 1] + 1) return false;
@@ -184,17 +198,76 @@ class LayerHandle {
     std::vector<float> sinks_;
 };
 
+// Constants of layout.hpp, by their names in Python.
+std::map<std::string, int> constants() {
+    using namespace scalar;
+    return {{"LINE_BYTES", kLine},
+            {"LOW_RECORD_TOKENS", kLowRecordTokens},
+            {"HIGH_RECORD_TOKENS", kHighRecordTokens},
+            {"BAND_CHANNELS", kBandChannels},
+            {"VALUE_GROUP", kValueGroup},
+            {"KEY_ZERO_STEPS", kKeyZeroSteps},
+            {"NATIVE_BYTES", kNativeBytes},
+            {"KEYS_PER_TOKEN_BIT", kKeysPerTokenBit},
+            {"SCALE_BIAS", kScaleBias},
+            {"HIGH_OFFSET", kHighOffset}};
+}
+
+// Byte offsets and sizes of layout.hpp, by the names of the properties in tiers/formats.py.
+std::map<std::string, int> header_layout(int head_dim) {
+    const scalar::HeaderLayout header(head_dim);
+    return {{"centers", 0},
+            {"units", header.units},
+            {"order", header.order},
+            {"num_bytes", header.num_lines * scalar::kLine}};
+}
+
+std::map<std::string, int> high_layout(int head_dim, int high_bits) {
+    const scalar::HighLayout high(head_dim, high_bits);
+    return {{"keys", 0},
+            {"values", high.values},
+            {"key_scales", high.key_scales},
+            {"value_scales", high.value_scales},
+            {"scores", high.scores},
+            {"num_bytes", high.num_lines * scalar::kLine}};
+}
+
+std::map<std::string, int> low_layout(int head_dim, int key_code, int value_bits) {
+    const scalar::LowLayout low(head_dim, key_code, value_bits);
+    return {{"value_groups", low.value_groups(head_dim)},
+            {"keys", 0},
+            {"values", low.values},
+            {"key_scales", low.key_scales},
+            {"key_zeros", low.key_zeros},
+            {"value_scales", low.value_scales},
+            {"value_zeros", low.value_zeros},
+            {"num_bytes", low.num_lines * scalar::kLine}};
+}
+
+std::vector<int> band_bits(int head_dim, int key_code) {
+    const scalar::LowLayout low(head_dim, key_code, 2);
+    std::vector<int> bits(low.bands());
+    for (int band = 0; band < low.bands(); ++band) bits[band] = low.band_bits(band);
+    return bits;
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
     active = choose();
     m.def("isa", [] { return std::string(active->name); });
     m.def("isas", [] {
-        nb::list names;
-        for (const Kernels* kernels : usable_kernels()) names.append(kernels->name);
+        std::vector<std::string> names;
+        for (const Kernels* kernels : usable_kernels()) names.emplace_back(kernels->name);
         return names;
     });
     m.def("set_isa", [](const std::string& name) { active = find(name); });
+    m.def("constants", &constants);
+    m.def("header_layout", &header_layout);
+    m.def("high_layout", &high_layout);
+    m.def("low_layout", &low_layout);
+    m.def("band_bits", &band_bits);
+    m.def("page_bytes", &scalar::page_bytes);
     nb::class_<LayerHandle>(m, "Layer")
         .def(nb::init<int, int, int, int, int, int, float, float, uintptr_t, float, int, uintptr_t,
                       uintptr_t>())

@@ -1,11 +1,12 @@
-// Reading vLLM's native pages, whatever the order of their elements.
+// Reading native pages, in any order of elements that an index describes.
 #pragma once
 
-#include "layout.hpp"
+#include "api.hpp"
+#include "simd.hpp"
 
 namespace mikv::MIKV_ISA {
 
-// 16 numbers as floats; `runs`: index[0..15] are consecutive.
+// 16 numbers as floats. `runs`: index[0..15] are consecutive.
 inline F load_indexed(const uint16_t* region, const int32_t* index, bool runs, int dtype) {
     if (runs) return load_half(region + index[0], dtype);
     const I x = gather_u16(region, index);
@@ -25,7 +26,7 @@ struct NativePages {
                                                  head * cache.head_stride);
     }
 
-    // Tokens of a page -> rows [tokens, head_dim] of 2-byte numbers.
+    // Copies tokens of a page to `out` [tokens, head_dim], 2-byte numbers.
     void rows(int page, int head, int tokens, const int32_t* index, bool runs,
               uint16_t* out) const {
         const uint16_t* from = region(page, head);

@@ -1,13 +1,14 @@
-// Tiles and bit planes of tiers/packing.py: between packed lines and lines of one byte a number.
+// Packing and unpacking of tiles in bit planes, as in tiers/packing.py. Unpacked tiles have one
+// byte per number.
 #pragma once
 
 #include "layout.hpp"
+#include "simd.hpp"
 
 namespace mikv::MIKV_ISA {
 
-// Tiles `0 .. num_tiles-1` of a plane set of `Bits` bits; num_tiles is a multiple of 8.
-template <int Bits>
-inline void unpack(const uint8_t* packed, int num_tiles, uint8_t* tiles) {
+// Unpacks tiles of `Bits` bits; num_tiles is a multiple of 8.
+template <int Bits> inline void unpack(const uint8_t* packed, int num_tiles, uint8_t* tiles) {
     if constexpr (Bits == 4) {
         const B mask = splat_b(15);
         for (int i = 0; i < num_tiles; i += 2, packed += kLine, tiles += 2 * kLine) {
@@ -86,7 +87,7 @@ inline void unpack(const uint8_t* packed, int bits, int num_tiles, uint8_t* tile
     }
 }
 
-// Bits `Shift .. Shift+Plane-1` of every number, as a plane of `Plane` bits.
+// Packs bits Shift .. Shift + Plane - 1 of every number as one plane. Returns the end of the plane.
 template <int Plane, int Shift>
 inline uint8_t* pack_plane(const uint8_t* tiles, int num_tiles, uint8_t* packed) {
     const B mask = splat_b((1 << Plane) - 1);
@@ -98,11 +99,9 @@ inline uint8_t* pack_plane(const uint8_t* tiles, int num_tiles, uint8_t* packed)
         if constexpr (Plane == 4) {
             line = or_b(line, shl_b<4>(part(1)));
         } else if constexpr (Plane == 2) {
-            line = or_b(or_b(line, shl_b<2>(part(1))),
-                        or_b(shl_b<4>(part(2)), shl_b<6>(part(3))));
+            line = or_b(or_b(line, shl_b<2>(part(1))), or_b(shl_b<4>(part(2)), shl_b<6>(part(3))));
         } else {
-            line = or_b(or_b(line, shl_b<1>(part(1))),
-                        or_b(shl_b<2>(part(2)), shl_b<3>(part(3))));
+            line = or_b(or_b(line, shl_b<1>(part(1))), or_b(shl_b<2>(part(2)), shl_b<3>(part(3))));
             line = or_b(line, or_b(or_b(shl_b<4>(part(4)), shl_b<5>(part(5))),
                                    or_b(shl_b<6>(part(6)), shl_b<7>(part(7)))));
         }
@@ -122,7 +121,7 @@ inline void pack(const uint8_t* tiles, int bits, int num_tiles, uint8_t* packed)
     }
 }
 
-// Tiles of a low record's keys: 8 a band, each band at its own bits.
+// Unpacks the key tiles of a low record: 8 tiles for each band, with the bits of the band.
 inline void unpack_keys(const uint8_t* packed, const LowLayout& layout, uint8_t* tiles) {
     for (int band = 0; band < layout.bands(); ++band, tiles += 8 * kLine) {
         const int bits = layout.band_bits(band);
@@ -141,7 +140,7 @@ inline void pack_keys(const uint8_t* tiles, const LowLayout& layout, uint8_t* pa
 
 inline void copy4(uint8_t* to, const uint8_t* from) { __builtin_memcpy(to, from, 4); }
 
-// Byte of the tiles of a 16-token record at which channel c of token t lies.
+// Byte offset of one number in the key tiles or value tiles of a 16-token record.
 inline int key_place(int token, int channel) {
     return channel / 4 * kLine + token * 4 + channel % 4;
 }

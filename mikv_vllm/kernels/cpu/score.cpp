@@ -1,10 +1,15 @@
 // Importance of a prompt's tokens: the attention that its last queries pay to each.
 //
-// The threads share every head's work, cut along the tokens. Rows (a query of one head) go in
-// blocks whose logits fit the cache: logits, then exponentials, then sums over the rows.
+// Importance of the tokens of a native request: the attention weights that they receive.
+//
+// The threads share the work of each KV head, split along the tokens. Rows, each one query of one
+// query head, are computed in blocks whose logits fit into the cache: logits, then exponentials,
+// then sums over the rows.
 #include <omp.h>
 
+#include "arena.hpp"
 #include "kernels.hpp"
+#include "logits.hpp"
 #include "native.hpp"
 
 namespace mikv::MIKV_ISA {
@@ -12,7 +17,6 @@ namespace {
 
 constexpr int kTile = 64;                     // tokens
 constexpr size_t kLogitsBytes = 1024 * 1024;  // of a block of rows
-constexpr float kNever = -1e30f;
 
 struct Scoring {
     const Layer& layer;
@@ -22,13 +26,16 @@ struct Scoring {
     float* scores;
     int64_t score_stride;
 
-    float* keys;       // [tiles][head_dim][kTile]
-    float* logits;     // [tiles][rows_at_once][kTile]
-    float* block;      // [rows_at_once][head_dim], scaled queries
+    float* keys;           // [tiles][head_dim][kTile]
+    float* logits;         // [tiles][rows_at_once][kTile]
+    float* block;          // [rows_at_once][head_dim], scaled queries
     float *tops, *totals;  // [threads][rows_at_once][16]
 
-    int queries_per_kv_head() const { return layer.queries_per_kv_head(); }
+    int query_heads() const { return layer.queries_per_kv_head(); }
+    // Query head of a row; row r is query r / query_heads() of query head r % query_heads().
+    int query_head(int head, int row) const { return head * query_heads() + row % query_heads(); }
 
+    // Copies the keys of one page to `keys`.
     void gather(int head, int page) const {
         const int size = layer.block_size, d = layer.head_dim;
         const uint16_t* region = pages.region(page, head);
@@ -43,14 +50,13 @@ struct Scoring {
         }
     }
 
-    // Rows of a kv head: row r is query r / group of head r % group.
     void load_queries(int head, int first, int count) const {
         const int d = layer.head_dim;
         for (int r = 0; r < rows_at_once; ++r) {
             float* to = block + r * d;
             const int row = first + r;
-            const uint16_t* from = queries.at(row / queries_per_kv_head()) +
-                                   (head * queries_per_kv_head() + row % queries_per_kv_head()) * static_cast<int64_t>(d);
+            const uint16_t* from =
+                queries.at(row / query_heads()) + static_cast<int64_t>(query_head(head, row)) * d;
             for (int c = 0; c < d; c += 16) {
                 store(to + c, r < count ? mul(load_half(from + c, layer.dtype), splat(layer.scale))
                                         : splat(0.0f));
@@ -58,9 +64,9 @@ struct Scoring {
         }
     }
 
-    int position(int row) const { return num_tokens - num_queries + row / queries_per_kv_head(); }
+    int position(int row) const { return num_tokens - num_queries + row / query_heads(); }
 
-    // Logits of a tile, and the largest of each row.
+    // Computes the logits of a tile, and raises `top` to the largest logit of each row.
     void products(int tile, int first, int count, float* top) const {
         const int d = layer.head_dim;
         const float* k = keys + static_cast<int64_t>(tile) * d * kTile;
@@ -74,10 +80,12 @@ struct Scoring {
                 }
                 for (int c = 0; c < d; ++c) {
                     F key[kScoreVectors];
-                    for (int v = 0; v < kScoreVectors; ++v) key[v] = load(k + c * kTile + t + 16 * v);
+                    for (int v = 0; v < kScoreVectors; ++v)
+                        key[v] = load(k + c * kTile + t + 16 * v);
                     for (int i = 0; i < kScoreRows; ++i) {
                         const F x = splat(q[i * d + c]);
-                        for (int v = 0; v < kScoreVectors; ++v) acc[i][v] = fma(x, key[v], acc[i][v]);
+                        for (int v = 0; v < kScoreVectors; ++v)
+                            acc[i][v] = fma(x, key[v], acc[i][v]);
                     }
                 }
                 for (int i = 0; i < kScoreRows; ++i) {
@@ -86,10 +94,7 @@ struct Scoring {
                         const int token = tile * kTile + t + 16 * v;
                         const int seen = position(first + r + i) + 1 - token;
                         F x = acc[i][v];
-                        if (layer.softcap != 0.0f) {
-                            x = mul(splat(layer.softcap),
-                                    tanh(mul(x, splat(1.0f / layer.softcap))));
-                        }
+                        if (layer.softcap != 0.0f) x = soft_cap(x, layer.softcap, 1.0f);
                         x = first_lanes(x, seen < 0 ? 0 : seen > 16 ? 16 : seen, splat(kNever));
                         most = vmax(most, x);
                         store(out + (r + i) * kTile + t + 16 * v, x);
@@ -100,12 +105,14 @@ struct Scoring {
         }
     }
 
+    // Replaces the logits of a tile by exp(logit - top), and adds these to `total`.
     void exponentials(int tile, int count, const float* top, float* total) const {
         float* x = logits + static_cast<int64_t>(tile) * rows_at_once * kTile;
         for (int r = 0; r < count; ++r) {
             F all = load(total + r * 16);
             for (int t = 0; t < kTile; t += 16) {
-                const F e = exp2(mul(sub(load(x + r * kTile + t), splat(top[r])), splat(1.44269504f)));
+                const F logit = load(x + r * kTile + t);
+                const F e = exp2(mul(sub(logit, splat(top[r])), splat(kLog2E)));
                 all = add(all, e);
                 store(x + r * kTile + t, e);
             }
@@ -113,6 +120,7 @@ struct Scoring {
         }
     }
 
+    // Adds the weights of a tile to the scores. `share`: factor from exponentials to weights.
     void sums(int head, int tile, int count, const float* share) const {
         const float* x = logits + static_cast<int64_t>(tile) * rows_at_once * kTile;
         for (int t = 0; t < kTile; t += 16) {
@@ -147,7 +155,7 @@ struct Scoring {
 #pragma omp for schedule(static)
         for (int tile = 0; tile < last; ++tile) products(tile, first, count, top);
 
-        // Every thread computes the same row maxima; the barrier of the loop above came before.
+        // Every thread computes the maxima of all rows. The loop above ends with a barrier.
         float most[kMostRows], share[kMostRows];
         for (int r = 0; r < count; ++r) {
             F x = splat(kNever);
@@ -156,7 +164,7 @@ struct Scoring {
             }
             most[r] = largest(x);
             if (layer.sinks) {
-                const float sink = layer.sinks[head * queries_per_kv_head() + (first + r) % queries_per_kv_head()];
+                const float sink = layer.sinks[query_head(head, first + r)];
                 most[r] = sink > most[r] ? sink : most[r];
             }
         }
@@ -169,7 +177,7 @@ struct Scoring {
             }
             float all = sum(x);
             if (layer.sinks) {
-                all += __builtin_expf(layer.sinks[head * queries_per_kv_head() + (first + r) % queries_per_kv_head()] - most[r]);
+                all += __builtin_expf(layer.sinks[query_head(head, first + r)] - most[r]);
             }
             share[r] = 1.0f / all;
         }
@@ -194,7 +202,7 @@ void score(const Layer& layer, const Cache& cache, const int32_t* table, int num
     const size_t keys_bytes = row_bytes * layer.head_dim, logits_bytes = row_bytes * at_once;
     const size_t block_bytes = static_cast<size_t>(at_once) * layer.head_dim * 4;
     const size_t lanes_bytes = static_cast<size_t>(threads) * at_once * 64;
-    Arena arena{workspace(keys_bytes + logits_bytes + block_bytes + 2 * lanes_bytes)};
+    Arena arena{scratch_memory(keys_bytes + logits_bytes + block_bytes + 2 * lanes_bytes)};
     const Scoring s{layer,
                     {layer, cache, table},
                     num_tokens,

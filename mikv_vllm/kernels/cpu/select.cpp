@@ -1,16 +1,15 @@
-// Choices and orders, and the calls' memory. Compiled for the baseline machine: here
-// the standard library's templates are safe from being merged with copies made for another ISA.
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+// Selection and sorting. Function templates of the standard library are used only in files that are
+// compiled once, for the baseline instruction set: of several compiled copies, the linker keeps
+// any.
+#include "select.hpp"
 
-#include "api.hpp"
+#include <algorithm>
+#include <cstring>
 
 namespace mikv {
 namespace {
 
-// Orders like the float; 0.0 and -0.0 are equal, NaN is largest.
+// An integer that compares as the float does; 0.0 and -0.0 are equal, NaN is largest.
 uint32_t ordered(float score) {
     score += 0.0f;
     uint32_t bits;
@@ -25,12 +24,6 @@ void choose_smallest(uint64_t* keys, int num_tokens, int count, uint8_t* chosen)
     for (int i = 0; i < count; ++i) chosen[static_cast<uint32_t>(keys[i])] = 1;
 }
 
-struct Workspace {
-    uint8_t* memory = nullptr;
-    size_t size = 0;
-    ~Workspace() { std::free(memory); }
-};
-
 }  // namespace
 
 void select_high(const float* scores, int num_tokens, int num_high, int recent, uint64_t* keys,
@@ -43,8 +36,7 @@ void select_high(const float* scores, int num_tokens, int num_high, int recent, 
     std::memset(chosen + older, 1, static_cast<size_t>(recent));
 }
 
-void select_least(const float* scores, int num_tokens, int count, uint64_t* keys,
-                  uint8_t* chosen) {
+void select_least(const float* scores, int num_tokens, int count, uint64_t* keys, uint8_t* chosen) {
     for (int i = 0; i < num_tokens; ++i) {
         keys[i] = static_cast<uint64_t>(ordered(scores[i])) << 32 | static_cast<uint32_t>(i);
     }
@@ -57,20 +49,6 @@ void order_by_cost(const float* cost, int num_channels, int32_t* order) {
         const uint32_t first = ordered(cost[a]), second = ordered(cost[b]);
         return first != second ? first > second : a < b;
     });
-}
-
-uint8_t* workspace(size_t num_bytes) {
-    thread_local Workspace space;
-    if (num_bytes > space.size) {
-        std::free(space.memory);
-        space.size = (num_bytes + num_bytes / 4 + 4095) / 4096 * 4096;
-        space.memory = static_cast<uint8_t*>(std::aligned_alloc(64, space.size));
-        if (!space.memory) {
-            space.size = 0;
-            throw std::bad_alloc();
-        }
-    }
-    return space.memory;
 }
 
 }  // namespace mikv

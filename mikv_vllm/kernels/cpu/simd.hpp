@@ -1,20 +1,23 @@
-// The vector types of the ISA that this translation unit is compiled for, and what is built on them.
+// Vector types and primitives of the instruction set (ISA) that this translation unit is compiled
+// for.
 //
 //   F  16 floats      I  16 int32      B  64 bytes
 //
-// Every primitive has the same meaning on every ISA:
-//   first_lanes(x, n, other)        lanes below n of x, the rest of other
+// Every primitive has the same meaning on every ISA. Those whose name does not say it:
+//   first_lanes(x, n, other)        lanes below n from x, the other lanes from other
 //   zero_below(x, limit, result)    result where x >= limit, else 0
 //   to_int, round_even              nearest, ties to even, as torch.round
-//   gather_u16(base, index)         16 numbers of 2 bytes by their index
-//   shr_b, shl_b                    shifts; bits may come in from the neighbouring byte: mask them
+//   gather_u16(base, index)         base[index[0..15]], zero-extended
+//   shr_b, shl_b                    shifts of bytes; bits of the neighbouring byte may be shifted
+//   in,
+//                                   so the result has to be masked
 //   dot_keys<Small>(acc, k, q)      acc[i] += sum_j k[4i+j] * q[j], k unsigned, q 4 signed bytes
-//   dot_values<Small>(acc, v, w)    acc[i] += sum_j v[4i+j] * w[j], v signed, w 4 unsigned bytes;
-//                                   Small promises keys or values of at most 6 bits
-//   split_signed(x, high, low)      64 integers below 2**14 as high * 128 + low, bytes
-//   split_unsigned(x, high, low)    64 integers below 2**16 as high * 256 + low, bytes;
-//                                   both put 4 consecutive integers at split_place(i / 4)
-//   exp2(x)                         2**x for x < 127, 0 for very negative x
+//   dot_values<Small>(acc, v, w)    acc[i] += sum_j v[4i+j] * w[j], v signed, w 4 unsigned bytes
+//                                   Small: keys or values have at most 6 bits
+//   split_signed(x, high, low)      64 integers below 2**14 as bytes: x = high * 128 + low
+//   split_unsigned(x, high, low)    64 integers below 2**16 as bytes: x = high * 256 + low
+//                                   integers 4i .. 4i+3 are written at split_place(i) in both
+//   exp2(x)                         2**x for x < 127; 0 for x below about -126
 #pragma once
 
 #if defined(MIKV_USE_AVX512)
@@ -29,16 +32,19 @@ namespace mikv::MIKV_ISA {
 
 enum Dtype { kBf16 = 0, kFp16 = 1 };
 
+constexpr float kLog2E = 1.44269504f;
+
 #if defined(MIKV_USE_AMX)
 constexpr bool kAmx = true;
 #else
 constexpr bool kAmx = false;
 #endif
 
-// Byte offset of integers 4*quad .. 4*quad+3 in the output of split_signed and split_unsigned: the
-// packs work inside 128-bit lanes, and undoing that would cost more than looking it up here.
-// split_place(a + b) = split_place(a) + split_place(b) if a is a multiple of 4 and b below 4, or
-// a of 8 and b below 8, or a of 16.
+// Byte offset of integers 4*quad .. 4*quad+3 in the output of split_signed and split_unsigned.
+// Without AMX the integers are not in order, because the pack instructions work inside 128-bit
+// lanes, and reordering their output would cost time in every call.
+// split_place(a + b) = split_place(a) + split_place(b) if a is a multiple of 4 and b < 4, or
+// a is a multiple of 8 and b < 8, or a is a multiple of 16.
 constexpr int split_place(int quad) {
 #if defined(MIKV_USE_AMX)
     return 4 * quad;
@@ -53,13 +59,13 @@ inline F load_half(const uint16_t* p, int dtype) {
 }
 
 inline void store_bf16(uint16_t* p, F x) {
-    // Round to nearest even; NaN keeps its top bits.
+    // Rounds to nearest, ties to even. A NaN keeps its upper bits.
     alignas(64) uint32_t bits[16];
     store(reinterpret_cast<float*>(bits), x);
     for (int i = 0; i < 16; ++i) {
         const bool nan = (bits[i] & 0x7fffffff) > 0x7f800000;
-        p[i] = static_cast<uint16_t>(
-            nan ? (bits[i] >> 16 | 64) : (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16);
+        p[i] = static_cast<uint16_t>(nan ? (bits[i] >> 16 | 64)
+                                         : (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16);
     }
 }
 
@@ -83,7 +89,7 @@ inline F exp2(F x) {
 
 inline F tanh(F x) {
     const F bounded = vmax(vmin(x, splat(20.0f)), splat(-20.0f));
-    const F e = exp2(mul(bounded, splat(2.0f * 1.44269504f)));
+    const F e = exp2(mul(bounded, splat(2.0f * kLog2E)));
     return sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f))));
 }
 

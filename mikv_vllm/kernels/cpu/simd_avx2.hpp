@@ -1,4 +1,5 @@
-// Vector primitives on AVX2 (with FMA and F16C): every vector is a pair of registers.
+// Vector primitives with AVX2, FMA and F16C: every vector is a pair of registers. See simd.hpp for
+// the meaning of each one.
 #pragma once
 
 #include <immintrin.h>
@@ -125,7 +126,7 @@ inline F load_fp16(const uint16_t* p) {
     return {_mm256_cvtph_ps(load_quarter(p)), _mm256_cvtph_ps(load_quarter(p + 8))};
 }
 inline void store_u16(uint16_t* p, I x) {
-    // The pack works inside 128-bit lanes: the permutation puts them back in order.
+    // The pack instruction works inside 128-bit lanes; the permutation restores the order.
     store_half(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8));
 }
 inline void store_fp16(uint16_t* p, F x) {
@@ -133,7 +134,7 @@ inline void store_fp16(uint16_t* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.b, 0));
 }
 inline __m256i gather_half(const uint16_t* base, const int32_t* index) {
-    // Whole aligned pairs are read, so that nothing behind the last number is touched.
+    // Reads whole aligned pairs, so that no byte after the last number is read.
     const __m256i i = load_half(index);
     const int* pairs = reinterpret_cast<const int*>(base);
     const __m256i pair = _mm256_i32gather_epi32(pairs, _mm256_srli_epi32(i, 1), 4);
@@ -165,8 +166,8 @@ template <int N> inline B shl_b(B x) {
     return {_mm256_slli_epi16(x.a, N), _mm256_slli_epi16(x.b, N)};
 }
 
-// One half of a byte dot product. `Small`: sums of two products fit 16 bits; otherwise maddubs
-// would saturate, and even and odd bytes are multiplied as 16-bit numbers.
+// One half of a byte dot product. `Small`: sums of two products fit into 16 bits. Otherwise maddubs
+// could saturate, so even and odd bytes are multiplied separately, as 16-bit numbers.
 template <bool Small> inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
     if constexpr (Small) {
         const __m256i pairs = _mm256_maddubs_epi16(u, s);
@@ -195,8 +196,7 @@ inline void split_signed(const I x[4], uint8_t* high, uint8_t* low) {
     const __m256i mask = _mm256_set1_epi16(127);
     const auto half = [&](__m256i x0, __m256i x1, __m256i x2, __m256i x3, int at) {
         const __m256i a = _mm256_packs_epi32(x0, x1), b = _mm256_packs_epi32(x2, x3);
-        store_half(high + at,
-                   _mm256_packs_epi16(_mm256_srai_epi16(a, 7), _mm256_srai_epi16(b, 7)));
+        store_half(high + at, _mm256_packs_epi16(_mm256_srai_epi16(a, 7), _mm256_srai_epi16(b, 7)));
         store_half(low + at,
                    _mm256_packus_epi16(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)));
     };

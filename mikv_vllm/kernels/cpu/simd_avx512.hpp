@@ -1,5 +1,5 @@
-// Vector primitives on AVX-512 (F, BW, DQ, VL, VNNI). See simd.hpp for what each one means.
-// With AMX on top, the tile products are in dots_amx.hpp.
+// Vector primitives with AVX-512 (F, BW, DQ, VL, VNNI). See simd.hpp for the meaning of each one.
+// The kernels for AMX use them too; their tile products are in dots_amx.hpp.
 #pragma once
 
 #include <immintrin.h>
@@ -12,10 +12,10 @@ using F = __m512;   // 16 floats
 using I = __m512i;  // 16 int32
 using B = __m512i;  // 64 bytes
 
-// Register blocking of the scoring product: rows of queries x vectors of tokens.
+// Register blocking of the products in score.cpp: query rows x vectors of tokens.
 constexpr int kScoreRows = 6;
 constexpr int kScoreVectors = 4;
-// Accumulators that a dot product may keep in registers.
+// Accumulators that fit into the registers of a dot product.
 constexpr int kAccumulators = 24;
 
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -56,9 +56,7 @@ inline F round_even(F x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-inline F vceil(F x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
-}
+inline F vceil(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
 
 inline I load_u8(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -83,7 +81,7 @@ inline void store_fp16(uint16_t* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
 }
 inline I gather_u16(const uint16_t* base, const int32_t* index) {
-    // Whole aligned pairs are read, so that nothing behind the last number is touched.
+    // Reads whole aligned pairs, so that no byte after the last number is read.
     const I i = load_i(index);
     const I pair = _mm512_i32gather_epi32(_mm512_srli_epi32(i, 1), base, 4);
     const I shift = _mm512_slli_epi32(_mm512_and_si512(i, splat_i(1)), 4);
@@ -110,7 +108,7 @@ template <bool Small> inline I dot_values(I acc, B values, const uint8_t* weight
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four), values);
 }
 
-// 2**x, relative error 1e-7; 0 for very negative x.
+// Relative error 1e-7.
 inline F exp2(F x) {
     const F r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
     F p = splat(1.87757667e-3f);
@@ -122,7 +120,7 @@ inline F exp2(F x) {
     return _mm512_scalef_ps(p, x);
 }
 
-// The packs work inside 128-bit lanes. Tile products of AMX need the natural order back.
+// The pack instructions work inside 128-bit lanes. AMX tile products need the original order.
 inline void store_packed(uint8_t* to, B x) {
 #if defined(MIKV_USE_AMX)
     const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

@@ -1,4 +1,5 @@
-// Vector primitives as plain loops: the path for every machine without one of its own.
+// Vector primitives as plain loops, for processors without an implementation of their own. See
+// simd.hpp for the meaning of each one.
 #pragma once
 
 #include <cmath>
@@ -20,8 +21,8 @@ constexpr int kScoreRows = 1;
 constexpr int kScoreVectors = 1;
 constexpr int kAccumulators = 2;
 
-#define MIKV_LANES(type, count, expression)      \
-    type r;                                      \
+#define MIKV_LANES(type, count, expression)              \
+    type r;                                              \
     for (int i = 0; i < count; ++i) r.v[i] = expression; \
     return r
 
@@ -74,9 +75,10 @@ inline int32_t sum_i(I x) {
 }
 // Adding 1.5 * 2**23 rounds to the nearest even integer in the default rounding mode.
 inline F round_even(F x) {
-    MIKV_LANES(F, 16, __builtin_fabsf(x.v[i]) < 4194304.0f
-                          ? (x.v[i] + 12582912.0f) - 12582912.0f
-                          : x.v[i]);
+    const auto rounded = [](float lane) {
+        return __builtin_fabsf(lane) < 4194304.0f ? (lane + 12582912.0f) - 12582912.0f : lane;
+    };
+    MIKV_LANES(F, 16, rounded(x.v[i]));
 }
 inline F vceil(F x) { MIKV_LANES(F, 16, __builtin_ceilf(x.v[i])); }
 inline I to_int(F x) {
@@ -115,7 +117,8 @@ inline uint16_t float_to_half(float x) {
     if (body > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
     if (body >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
     if (body < 0x38800000) {
-        // Adding 0.5 leaves the subnormal's integer, rounded to even, in the low mantissa bits.
+        // Adding 0.5 rounds to a multiple of 2**-24, the unit of fp16 subnormals. The lowest
+        // mantissa bits of the sum are then the bits of the subnormal.
         float magnitude;
         __builtin_memcpy(&magnitude, &body, 4);
         magnitude += 0.5f;
@@ -128,7 +131,7 @@ inline uint16_t float_to_half(float x) {
 }
 inline F load_bf16(const uint16_t* p) {
     I bits;
-    for (int i = 0; i < 16; ++i) bits.v[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
+    for (int i = 0; i < 16; ++i) bits.v[i] = static_cast<int32_t>(uint32_t{p[i]} << 16);
     return float_of(bits);
 }
 inline F load_fp16(const uint16_t* p) { MIKV_LANES(F, 16, half_to_float(p[i])); }
@@ -138,7 +141,9 @@ inline void store_u16(uint16_t* p, I x) {
 inline void store_fp16(uint16_t* p, F x) {
     for (int i = 0; i < 16; ++i) p[i] = float_to_half(x.v[i]);
 }
-inline I gather_u16(const uint16_t* base, const int32_t* index) { MIKV_LANES(I, 16, base[index[i]]); }
+inline I gather_u16(const uint16_t* base, const int32_t* index) {
+    MIKV_LANES(I, 16, base[index[i]]);
+}
 
 inline B load_b(const void* p) { return copy_from<B>(p); }
 inline void store_b(void* p, B x) { __builtin_memcpy(p, &x, sizeof x); }
@@ -157,7 +162,8 @@ template <bool Small> inline I dot_keys(I acc, B keys, const uint8_t* query) {
 }
 template <bool Small> inline I dot_values(I acc, B values, const uint8_t* weights) {
     for (int i = 0; i < 16; ++i) {
-        for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int8_t>(values.v[4 * i + j]) * weights[j];
+        const uint8_t* four = values.v + 4 * i;
+        for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int8_t>(four[j]) * weights[j];
     }
     return acc;
 }
