@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 
 from mikv_vllm.evaluation.methods import CacheMethod, HeadCache, Stored
-from mikv_vllm.evaluation.methods.two_tier import store_tiers
+from mikv_vllm.evaluation.methods.mikv import store_tiers
 from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel, divergence
 from mikv_vllm.evaluation.windows import Window
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat, TierGeometry

@@ -1,9 +1,9 @@
-"""What the paper (arXiv:2402.18096) says, seen on the embedded model."""
+"""Claims of the MiKV paper (arXiv:2402.18096), checked on the embedded model."""
 
 import pytest
 import torch
 
-from mikv_vllm.evaluation.methods import Balanced, HeavyHitters, MiKV, PaperMiKV, PerToken
+from mikv_vllm.evaluation.methods import H2O, Balanced, MiKV, PaperMiKV, PerToken
 from mikv_vllm.evaluation.reference_model import ReferenceModel, divergence
 from mikv_vllm.evaluation.tasks import windows_of
 
@@ -33,28 +33,28 @@ def compare(model_path):
     return measure
 
 
-def test_dropped_tokens_are_missed_and_three_bits_bring_them_back(compare):
+def test_a_passage_is_lost_if_tokens_are_dropped_and_kept_at_three_bits(compare):
     _, uncompressed = compare("copying", None)
-    _, dropped = compare("copying", HeavyHitters(5.0))
+    _, dropped = compare("copying", H2O(5.0))
     _, kept = compare("copying", PaperMiKV(3, 16))
     assert uncompressed > 0.9
     assert dropped < 0.3
     assert kept > 0.7
 
 
-def test_the_balancer_helps_at_two_bits(compare):
+def test_the_balancer_halves_divergence_at_two_bits(compare):
     plain, _ = compare("text", PerToken(2))
     balanced, _ = compare("text", Balanced(2))
     assert balanced < 0.5 * plain
 
 
-def test_important_tokens_need_their_bits_more_than_others(compare):
+def test_important_tokens_need_more_bits_than_other_tokens(compare):
     high, _ = compare("text", PaperMiKV(2, 16))
     low, _ = compare("text", PaperMiKV(2, 16, inverted=True))
     assert high < 0.7 * low
 
 
-def test_ours_needs_fewer_bytes_for_less_divergence(compare):
+def test_this_package_needs_fewer_bytes_for_less_divergence(compare):
     theirs, _ = compare("text", PaperMiKV(4, 8))
     ours, _ = compare("text", MiKV(3.5))
     assert ours < theirs

@@ -1,39 +1,62 @@
-"""Ways to store a prompt's keys and values, for comparison: one family a file."""
+"""Ways to store the KV cache of a prompt, to compare with: one method per file."""
 
+from collections.abc import Callable
+from functools import partial
+
+from mikv_vllm.evaluation.methods.balanced import Balanced
 from mikv_vllm.evaluation.methods.base import CacheMethod, HeadCache, Stored
-from mikv_vllm.evaluation.methods.eviction import HeavyHitters, Recent, SnapKV
-from mikv_vllm.evaluation.methods.two_tier import MiKV, PaperMiKV
-from mikv_vllm.evaluation.methods.uniform import (
-    Balanced,
-    PerChannelKeys,
-    PerToken,
-    RotatedLloydMax,
-)
+from mikv_vllm.evaluation.methods.h2o import H2O
+from mikv_vllm.evaluation.methods.kivi import KIVI
+from mikv_vllm.evaluation.methods.mikv import MiKV
+from mikv_vllm.evaluation.methods.mikv_paper import PaperMiKV
+from mikv_vllm.evaluation.methods.per_token import PerToken
+from mikv_vllm.evaluation.methods.snapkv import SnapKV
+from mikv_vllm.evaluation.methods.streaming_llm import StreamingLLM
+from mikv_vllm.evaluation.methods.turboquant import TurboQuant
 
 __all__ = [
+    "BITS",
+    "BY_BITS",
+    "BY_RATIO",
+    "H2O",
+    "KIVI",
     "Balanced",
     "CacheMethod",
     "HeadCache",
-    "HeavyHitters",
     "MiKV",
     "PaperMiKV",
-    "PerChannelKeys",
     "PerToken",
-    "Recent",
-    "RotatedLloydMax",
     "SnapKV",
     "Stored",
+    "StreamingLLM",
+    "TurboQuant",
     "every_method",
 ]
 
+BITS = (4, 3, 2)
+"""Bits at which :func:`every_method` includes each method of :data:`BY_BITS`."""
+BY_BITS: list[Callable[[int], CacheMethod]] = [
+    PerToken,
+    Balanced,
+    KIVI,
+    TurboQuant,
+    partial(PaperMiKV, high_bits=16),
+    partial(PaperMiKV, high_bits=8),
+]
+"""Methods whose setting is a number of bits."""
+BY_RATIO: list[Callable[[float], CacheMethod]] = [StreamingLLM, H2O, SnapKV]
+"""Methods whose setting is a compression ratio, besides :class:`MiKV`, which also has pages."""
+
 
 def every_method(ratios: list[float], block_size: int = 32) -> list[CacheMethod]:
-    """All methods, those with a ratio at each of ``ratios``."""
-    methods: list[CacheMethod] = []
-    for bits in (4, 3, 2):
-        methods += [PerToken(bits), Balanced(bits), PerChannelKeys(bits), RotatedLloydMax(bits)]
-        methods += [PaperMiKV(bits, 16), PaperMiKV(bits, 8)]
+    """List all methods in the order of the reports.
+
+    Args:
+        ratios: compression ratios at which each method that takes one is included.
+        block_size: tokens of a native page, for :class:`MiKV`.
+    """
+    methods = [method(bits) for bits in BITS for method in BY_BITS]
     for ratio in ratios:
-        methods += [Recent(ratio), HeavyHitters(ratio), SnapKV(ratio)]
+        methods += [method(ratio) for method in BY_RATIO]
         methods += [MiKV(ratio, block_size), MiKV(ratio, block_size, codec="balanced")]
     return methods

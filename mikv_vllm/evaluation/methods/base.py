@@ -1,23 +1,27 @@
-"""What every method of storing a prompt's keys and values has in common."""
+"""The interface of all methods: :class:`HeadCache` in, :class:`Stored` out."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 
-NATIVE_BYTES = 2
+from mikv_vllm.tiers.formats import NATIVE_BYTES
 
 
 @dataclass(frozen=True)
 class HeadCache:
-    """One layer's and KV head's cache after a prompt, float32, and what is known of its use.
+    """The KV cache of a prompt in one layer and KV head, and how the prompt used it. All float32.
+
+    Methods must not modify the tensors.
 
     Args:
-        keys, values: ``[tokens, head_dim]``, positions rotated into the keys.
-        queries: ``[group * window, head_dim]``, of the prompt's last tokens.
+        keys: ``[tokens, head_dim]``, with positions rotated into them.
+        values: ``[tokens, head_dim]``.
+        queries: ``[queries_per_kv_head * window, head_dim]``, the last ``window`` queries of the
+            prompt, of all query heads that share the KV head.
         largest_query: ``[head_dim]``, largest magnitude of each channel over all queries.
-        attention: ``[tokens]``, weights that the prompt's queries paid to each token, summed.
-        window_attention: the same of the last ``window`` queries.
+        attention: ``[tokens]``, attention weight that each token received, summed over all queries.
+        window_attention: ``[tokens]``, the same sum over the last ``window`` queries.
     """
 
     keys: torch.Tensor
@@ -37,15 +41,18 @@ class HeadCache:
 
     @property
     def native_bytes(self) -> int:
-        """Bytes of 16-bit keys and values."""
+        """Bytes of the keys and values at 16 bits."""
         return 2 * NATIVE_BYTES * self.num_tokens * self.head_dim
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a method keeps: keys and values ``[kept tokens, head_dim]`` as attention gets them back.
+    """What a method stored for one layer and KV head.
 
-    ``num_bytes`` counts everything that has to be stored, metadata included.
+    Args:
+        keys: ``[kept_tokens, head_dim]``, float32, as attention reads them back.
+        values: ``[kept_tokens, head_dim]``, float32, in the order of ``keys``.
+        num_bytes: bytes of everything that has to be stored, metadata included.
     """
 
     keys: torch.Tensor
@@ -54,31 +61,20 @@ class Stored:
 
 
 class CacheMethod(ABC):
-    """A way to store the cache of a prompt, head by head."""
+    """A way to store the KV cache of a prompt, one layer and KV head at a time."""
 
     family: str
-    """Name of the method, the same for all its settings."""
+    """Name of the method, the same for all its settings. Reports show it."""
 
     @property
     @abstractmethod
     def setting(self) -> str:
-        """What distinguishes it from others of the family."""
+        """What distinguishes this object from others of the same family. Reports show it."""
 
     @abstractmethod
     def store(self, cache: HeadCache) -> Stored:
-        """Store one head's cache. All heads keep the same number of tokens."""
+        """Store the cache of one head, and read it back.
 
-
-def quantize(x: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
-    """Asymmetric round-to-nearest along ``axis`` with fp16 scale and offset, and back."""
-    top = (1 << bits) - 1
-    low = x.amin(axis, keepdim=True)
-    scale = ((x.amax(axis, keepdim=True) - low) / top).clamp(min=6e-8).half().float()
-    low = low.half().float()
-    return ((x - low) / scale).round().clamp(0, top) * scale + low
-
-
-def by_groups(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Quantize ``[tokens, head_dim]`` per token; ``group`` channels share a scale and offset."""
-    size = min(group, x.shape[1])
-    return quantize(x.unflatten(1, (-1, size)), bits, -1).flatten(1)
+        The number of kept tokens depends on the number of tokens only, so that it is the same in
+        all heads of a layer.
+        """
