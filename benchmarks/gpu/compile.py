@@ -130,8 +130,8 @@ def compile_job(job: Job) -> Needs:
     kernel = KERNELS[job.kernel].jit
     low = job.low_format
     constants = {
-        "L": job.layout,
-        "C": LowLines(job.layout.head_dim, low),
+        "LAYER": job.layout,
+        "FORMAT": LowLines(job.layout.head_dim, low),
         "SOFTCAP": 0.0,
         "HAS_SINKS": False,
         "PARTS": PARTS,

@@ -190,7 +190,7 @@ class Simulation:
             self._read_native(request_id, computed[request_id] + scheduled[request_id])
         for request_id in native:
             if step := plan.compress.get(request_id):
-                self._read_native(request_id, step.after.num_tokens)
+                self._read_native(request_id, step.sizes.num_tokens)
                 for page in step.tiered_pages:
                     self._check_private(page)
                     self.memory[page] = request_id
