@@ -23,6 +23,7 @@ class RunningServer:
         log: file for its output.
         api_key: sent with every request of :attr:`client`.
         env: environment variables beside those of this process.
+        module: started with ``python -m``.
 
     As a context manager it is ready inside, and stopped after.
     """
@@ -33,13 +34,14 @@ class RunningServer:
         log: Path,
         api_key: str | None = None,
         env: dict[str, str] | None = None,
+        module: str = "mikv_vllm.server.cli",
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.client = httpx.Client(base_url=self.url, headers=headers, timeout=300)
-        command = [sys.executable, "-m", "mikv_vllm.server.cli", "--host", "127.0.0.1"]
+        command = [sys.executable, "-m", module, "--host", "127.0.0.1"]
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), *flags],
