@@ -12,8 +12,8 @@ DecodeRow = tuple[int, Any, TierSizes, AppendStep, LowFormat]
 """Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
 step; what the step does; low format."""
 
-ROW_FIELDS = 10
-TOKEN, PAGES, HIGH, LOW, LOW_END_LINE, MOVED, DEMOTED, NEXT_LOW_END_LINE, KEY_CODE, VALUE_BITS = (
+ROW_FIELDS = 11
+TOKEN, PAGES, HIGH, LOW, LOW_END_LINE, MOVED, DEMOTED, NEXT_LOW_END_LINE, KEY_CODE, VALUE_BITS, NEW_TOKENS = (
     range(ROW_FIELDS)
 )
 """Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
@@ -35,6 +35,7 @@ def row_numbers(
         step.after.low_end_bytes // LINE_BYTES,
         low_format.key_code,
         low_format.value_bits,
+        step.new_tokens,
     )
 
 

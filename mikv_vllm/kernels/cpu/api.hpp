@@ -27,7 +27,8 @@ struct Cache {
     int64_t page_stride, head_stride;
 };
 
-// One compressed request in a decode step. Python writes it as one row of an int32 array.
+// One block of a compressed request in a decode step. Python writes it as one row of an int32
+// array. The blocks of a request are consecutive rows with the same `token`.
 struct Row {
     int32_t token;  // row of q, k, v and out
     int32_t num_pages;
@@ -35,6 +36,7 @@ struct Row {
     int32_t moved_records, demoted_records;
     int32_t low_end_line_after;
     int32_t key_code, value_bits;  // see LowLayout
+    int32_t new_tokens;  // 1: the token joins this block, the last of its request; 0: only read
 };
 
 struct Batch {

@@ -1,4 +1,4 @@
-// Attention of a few query heads that share a KV head over a part of the tiers of one request.
+// Attention of a few query heads that share a KV head over a part of the blocks of one request.
 #pragma once
 
 #include "attend_high.hpp"
@@ -13,38 +13,34 @@ struct Partial {
     float *top, *total, *high_top;  // [heads]; high_top: the top that the kept weights refer to
 };
 
+// Call start() with the queries, run() for each block, and finish(). With AMX, the caller sets the
+// tile configuration.
 template <int D, int G> class Attention {
   public:
-    Attention(const Layer& layer, const Stream& stream, const HighLayout& high,
-              const LowLayout& low, AttendState<D, G>& state)
-        : layer_(layer),
-          stream_(stream),
-          high_(layer, stream, high, state),
-          low_(layer, stream, low, state),
-          s_(state) {}
+    Attention(const Layer& layer, const HighLayout& high, AttendState<D, G>& state)
+        : layer_(layer), high_(high), s_(state) {}
 
-    // Computes `partial`. Writes the weights 2**(logit - high_top) of the high tokens to `weights`,
-    // G rows of `stride` numbers.
-    void run(const uint16_t* query, const float* sinks, const Part& part, float* weights,
-             int stride, Partial partial) {
-#if defined(MIKV_USE_AMX)
-        const TileConfig config(2 * G);
-#endif
+    void start(const uint16_t* query, const float* sinks) { s_.start(layer_, query, sinks); }
+
+    // Adds a part of a block to the sums. Writes the weights 2**(logit - high_top) of its high
+    // tokens to `weights`, G rows of `stride` numbers, and high_top to `high_top`.
+    void run(const Stream& stream, const LowLayout& layout, const Part& part, float* weights,
+             int stride, float* high_top) {
+        HighAttention<D, G> high(layer_, stream, high_, s_);
+        LowAttention<D, G> low(layer_, stream, layout, s_);
         // Prefetches what is read first; the loops prefetch what follows. The processor's own
         // prefetcher does not keep up: runs of consecutive lines end with the page.
-        stream_.prefetch(0, header_lines(D));
-        high_.prefetch(part);
-        s_.start(layer_, stream_, query, sinks);
-        low_.prefetch(part);
-        high_.run(part, weights, stride);
-        for (int g = 0; g < G; ++g) partial.high_top[g] = s_.top[g];
-        low_.run(part);
-        finish(partial);
+        stream.prefetch(0, header_lines(D));
+        high.prefetch(part);
+        low.prefetch(part);
+        s_.enter(stream);
+        high.run(part, weights, stride);
+        for (int g = 0; g < G; ++g) high_top[g] = s_.top[g];
+        low.run(part);
     }
 
-  private:
     // Adds the zero points of the low values, rotates the low output back, and adds the high
-    // output.
+    // output. Writes `partial`, without its high_top.
     void finish(Partial partial) {
         for (int g = 0; g < G; ++g) {
             float* low = s_.low_out[g];
@@ -61,10 +57,9 @@ template <int D, int G> class Attention {
         }
     }
 
+  private:
     const Layer& layer_;
-    const Stream& stream_;
-    HighAttention<D, G> high_;
-    LowAttention<D, G> low_;
+    const HighLayout& high_;
     AttendState<D, G>& s_;
 };
 

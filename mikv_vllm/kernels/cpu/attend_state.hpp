@@ -1,4 +1,4 @@
-// State of the attention over one part of a stream: queries, running softmax, operands and sums.
+// State of the attention over parts of blocks: queries, running softmax, operands and sums.
 #pragma once
 
 #include "dot_operands.hpp"
@@ -7,10 +7,14 @@
 
 namespace mikv::MIKV_ISA {
 
-// A part of the tiers of one request.
+// A part of one block.
 struct Part {
-    int high_record_begin, high_record_end, high_tokens;   // high_tokens: of the whole request
+    int high_record_begin, high_record_end, high_tokens;   // high_tokens: of the whole block
     int low_record_begin, low_record_end, low_start_line;  // low_start_line: of low record 0
+
+    bool empty() const {
+        return high_record_begin == high_record_end && low_record_begin == low_record_end;
+    }
 };
 
 // State for G query heads of head size D that share a KV head. Logits and tops count in powers of
@@ -49,41 +53,23 @@ template <int D, int G> struct AttendState {
     alignas(64) uint8_t buffer[Shape<D>::block_high_records][kRecord];
 
     // Loads the queries of G heads and starts the softmax, with the logits `sinks` if not null.
-    void start(const Layer& layer, const Stream& stream, const uint16_t* q, const float* sinks) {
-        alignas(64) uint8_t header[header_lines(D) * kLine];
-        const KeyFrame frame(stream.view(0, header_lines(D), header), D);
-        for (int c = 0; c < D; c += 16) store(unit + c, load_fp16(frame.unit + c));
-        for (int c = 0; c < P; c += 16) store(magnitude + c, splat(0.0f));
+    void start(const Layer& layer, const uint16_t* q, const float* sinks) {
         __builtin_memset(ones, 1, P);
         // With a soft cap, the factor kLog2E is applied after the cap.
         const F scale = splat(layer.softcap == 0.0f ? layer.scale * kLog2E : layer.scale);
         for (int g = 0; g < G; ++g) {
-            F most = splat(0.0f), product = splat(0.0f);
+            F most = splat(0.0f);
             for (int c = 0; c < D; c += 16) {
                 const F x = mul(load_half(q + g * D + c, layer.dtype), scale);
                 most = vmax(most, vabs(x));
                 store(query[g] + c, x);
             }
-            for (int r = 0; r < D; ++r) ranked[g][r] = query[g][frame.order[r]];
-            for (int c = 0; c < D; c += 16) {
-                product = fma(load(ranked[g] + c), load_fp16(frame.center + c), product);
-            }
-            center[g] = sum(product);
             const float largest_query = largest(most);
             amplitude[g] = largest_query > 0.0f ? largest_query : 1.0f;
             const F inverse = splat(1.0f / amplitude[g]);
             for (int c = 0; c < P; c += 16) {
-                const auto divide = [&](float* channels) {
-                    const F quotient = c < D ? mul(load(channels), inverse) : splat(0.0f);
-                    store(channels, quotient);
-                    return quotient;
-                };
-                divide(query[g] + c);
-                const F quotient = divide(ranked[g] + c);
-                store(magnitude + c, vmax(load(magnitude + c), vabs(quotient)));
+                store(query[g] + c, c < D ? mul(load(query[g] + c), inverse) : splat(0.0f));
             }
-        }
-        for (int g = 0; g < G; ++g) {
             top[g] = sinks ? sinks[g] * kLog2E : kNever;
             total[g] = sinks ? 1.0f : 0.0f;
         }
@@ -91,6 +77,25 @@ template <int D, int G> struct AttendState {
         __builtin_memset(low_out, 0, sizeof low_out);
         for (auto& row : zeros) {
             for (F& zero : row) zero = splat(0.0f);
+        }
+    }
+
+    // Reads the header of a block: puts the queries into the order of its key channels.
+    void enter(const Stream& stream) {
+        alignas(64) uint8_t header[header_lines(D) * kLine];
+        const KeyFrame frame(stream.view(0, header_lines(D), header), D);
+        for (int c = 0; c < D; c += 16) store(unit + c, load_fp16(frame.unit + c));
+        for (int c = 0; c < P; c += 16) store(magnitude + c, splat(0.0f));
+        for (int g = 0; g < G; ++g) {
+            F product = splat(0.0f);
+            for (int r = 0; r < D; ++r) ranked[g][r] = query[g][frame.order[r]];
+            for (int c = D; c < P; ++c) ranked[g][c] = 0.0f;
+            for (int c = 0; c < D; c += 16) {
+                const F x = load(ranked[g] + c);
+                product = fma(x, load_fp16(frame.center + c), product);
+                store(magnitude + c, vmax(load(magnitude + c), vabs(x)));
+            }
+            center[g] = sum(product) * amplitude[g];
         }
     }
 

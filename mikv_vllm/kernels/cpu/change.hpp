@@ -8,9 +8,11 @@
 
 namespace mikv::MIKV_ISA {
 
-// Sizes of the tiers of one request.
+// Sizes of the tiers of one block.
 struct Sizes {
     int high_tokens, low_records, low_end_line;
+
+    int num_tokens() const { return high_tokens + kLowRecordTokens * low_records; }
 
     // First line of a low record; record 0 has the lowest one.
     int low_record_line(const LowLayout& low, int record) const {

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <utility>
+#include <vector>
 
 #include "attend.hpp"
 #include "change.hpp"
@@ -14,10 +15,22 @@ namespace {
 constexpr int kHeadsAtOnce = kAmx ? 8 : 4;  // query heads whose sums fit into registers
 constexpr int kLeastPartTokens = 512;       // smaller parts cost more to merge than they save
 
+// The rows of one request.
+struct Request {
+    const Row *begin, *end;
+    int64_t num_tokens;  // after the step
+
+    const Row& last() const { return end[-1]; }
+};
+
 // One request and one KV head of a step.
 struct Item {
-    const Row* row;
+    const Request* request;
     int head;
+};
+
+// One block of an item.
+struct Block {
     Stream stream;
     LowLayout low;
     Sizes sizes;  // after the changes
@@ -28,26 +41,32 @@ struct Step {
     const Cache& cache;
     const Batch& batch;
     const DecodeTensors& tensors;
+    const Request* requests;
     HighLayout high;
     int parts;
-    int stride;  // of the kept weights of high tokens
+    int stride;  // of the weights of high tokens
 
     Item item(int index) const {
-        const Row* row = batch.rows + index / layer.num_kv_heads;
-        const int head = index % layer.num_kv_heads;
+        return {requests + index / layer.num_kv_heads, index % layer.num_kv_heads};
+    }
+
+    static Sizes sizes_after(const Row& row) {
+        return {row.high_tokens - kLowRecordTokens * row.demoted_records + row.new_tokens,
+                row.low_records + row.demoted_records, row.low_end_line_after};
+    }
+
+    Block block(const Row& row, int head) const {
         const int32_t* table =
-            batch.tables + static_cast<int64_t>(row - batch.rows) * batch.max_pages;
-        return {row,
-                head,
-                Stream(cache, layer, head, table),
-                LowLayout(layer.head_dim, row->key_code, row->value_bits),
-                {row->high_tokens - kLowRecordTokens * row->demoted_records + 1,
-                 row->low_records + row->demoted_records, row->low_end_line_after}};
+            batch.tables + static_cast<int64_t>(&row - batch.rows) * batch.max_pages;
+        return {Stream(cache, layer, head, table),
+                LowLayout(layer.head_dim, row.key_code, row.value_bits), sizes_after(row)};
     }
 
     size_t weights_bytes() const {
         return static_cast<size_t>(layer.queries_per_kv_head() * stride) * 4;
     }
+    // Of the high tokens of blocks that are only read: they are not kept.
+    size_t read_weights_bytes() const { return static_cast<size_t>(kHeadsAtOnce * stride) * 4; }
     size_t partial_bytes() const {
         return static_cast<size_t>(layer.queries_per_kv_head()) * (layer.head_dim * 4 + 64);
     }
@@ -59,46 +78,71 @@ struct Step {
     }
 
     void change(const Item& item, ChangeScratch& scratch) const {
-        const Row& row = *item.row;
+        const Row& row = item.request->last();
+        if (!row.new_tokens) return;
+        const Block block = this->block(row, item.head);
         Sizes sizes{row.high_tokens, row.low_records, row.low_end_line};
-        move_low_records(item.stream, item.low, sizes, row.moved_records, row.low_end_line_after,
+        move_low_records(block.stream, block.low, sizes, row.moved_records, row.low_end_line_after,
                          scratch.source);
         for (int i = 0; i < row.demoted_records; ++i) {
-            demote(layer, item.stream, high, item.low, sizes, scratch);
+            demote(layer, block.stream, high, block.low, sizes, scratch);
         }
         const int64_t at = static_cast<int64_t>(item.head) * layer.head_dim;
-        append(layer, item.stream, high, sizes, tensors.k.at(row.token) + at,
+        append(layer, block.stream, high, sizes, tensors.k.at(row.token) + at,
                tensors.v.at(row.token) + at, 0.0f, scratch.source);
     }
 
-    Part range(const Item& item, int part) const {
-        const Sizes& sizes = item.sizes;
+    // The part of a block, of which `before` tokens of the request are in earlier blocks. Parts
+    // have equal shares of the tokens of the request.
+    Part range(const Request& request, const Block& block, int64_t before, int part) const {
+        const Sizes& sizes = block.sizes;
+        const int64_t tokens = sizes.num_tokens();
+        const auto bound = [&](int p) {
+            const int64_t token = request.num_tokens * p / parts - before;
+            return token < 0 ? 0 : token > tokens ? tokens : token;
+        };
+        const int64_t begin = bound(part), end = bound(part + 1);
         const int high_count = high_records(sizes.high_tokens);
-        return {.high_record_begin = high_count * part / parts,
-                .high_record_end = high_count * (part + 1) / parts,
+        const auto share = [&](int records, int64_t token) {
+            return static_cast<int>(records * token / tokens);
+        };
+        return {.high_record_begin = share(high_count, begin),
+                .high_record_end = share(high_count, end),
                 .high_tokens = sizes.high_tokens,
-                .low_record_begin = sizes.low_records * part / parts,
-                .low_record_end = sizes.low_records * (part + 1) / parts,
-                .low_start_line = sizes.low_record_line(item.low, 0)};
+                .low_record_begin = share(sizes.low_records, begin),
+                .low_record_end = share(sizes.low_records, end),
+                .low_start_line = sizes.low_record_line(block.low, 0)};
     }
 
+    // `weights`: kept ones, of the block that takes the new token.
     template <int D, int G>
-    void attend_heads(const Item& item, int part, int first, float* weights, Partial partial,
-                      uint8_t* scratch) const {
+    void attend_heads(const Item& item, int part, int first, float* weights, float* read_weights,
+                      Partial partial, uint8_t* scratch) const {
+#if defined(MIKV_USE_AMX)
+        const TileConfig config(2 * G);
+#endif
+        const Request& request = *item.request;
         const int head = item.head * layer.queries_per_kv_head() + first;
-        const Part range = this->range(item, part);
         const float* sinks = layer.sinks && part == 0 ? layer.sinks + head : nullptr;
-        Attention<D, G> attention(layer, item.stream, high, item.low,
-                                  *reinterpret_cast<AttendState<D, G>*>(scratch));
-        attention.run(tensors.q.at(item.row->token) + head * D, sinks, range,
-                      weights + first * stride + range.high_record_begin * kHighRecordTokens,
-                      stride,
-                      {partial.out + first * D, partial.top + first, partial.total + first,
-                       partial.high_top + first});
+        Attention<D, G> attention(layer, high, *reinterpret_cast<AttendState<D, G>*>(scratch));
+        attention.start(tensors.q.at(request.last().token) + head * D, sinks);
+        int64_t before = 0;
+        for (const Row* row = request.begin; row < request.end; ++row) {
+            const Block block = this->block(*row, item.head);
+            const Part range = this->range(request, block, before, part);
+            before += block.sizes.num_tokens();
+            if (range.empty() && !row->new_tokens) continue;
+            float read_top[G];
+            float* kept = weights + first * stride + range.high_record_begin * kHighRecordTokens;
+            attention.run(block.stream, block.low, range, row->new_tokens ? kept : read_weights,
+                          stride, row->new_tokens ? partial.high_top + first : read_top);
+        }
+        attention.finish(
+            {partial.out + first * D, partial.top + first, partial.total + first, nullptr});
     }
 
     template <int D>
-    void attend(const Item& item, int part, float* weights, Partial partial,
+    void attend(const Item& item, int part, float* weights, float* read_weights, Partial partial,
                 uint8_t* scratch) const {
         const int query_heads = layer.queries_per_kv_head();
         for (int first = 0; first < query_heads;) {
@@ -107,7 +151,8 @@ struct Step {
             const int count = (query_heads - first + runs - 1) / runs;
             [&]<int... G>(std::integer_sequence<int, G...>) {
                 const auto run = [&]<int Count>() {
-                    attend_heads<D, Count>(item, part, first, weights, partial, scratch);
+                    attend_heads<D, Count>(item, part, first, weights, read_weights, partial,
+                                           scratch);
                     return true;
                 };
                 (void)((count == G + 1 && run.template operator()<G + 1>()) || ...);
@@ -116,14 +161,14 @@ struct Step {
         }
     }
 
-    void attend(const Item& item, int part, float* weights, Partial partial,
+    void attend(const Item& item, int part, float* weights, float* read_weights, Partial partial,
                 uint8_t* scratch) const {
         switch (layer.head_dim) {
-            case 64: return attend<64>(item, part, weights, partial, scratch);
-            case 80: return attend<80>(item, part, weights, partial, scratch);
-            case 96: return attend<96>(item, part, weights, partial, scratch);
-            case 128: return attend<128>(item, part, weights, partial, scratch);
-            default: return attend<256>(item, part, weights, partial, scratch);
+            case 64: return attend<64>(item, part, weights, read_weights, partial, scratch);
+            case 80: return attend<80>(item, part, weights, read_weights, partial, scratch);
+            case 96: return attend<96>(item, part, weights, read_weights, partial, scratch);
+            case 128: return attend<128>(item, part, weights, read_weights, partial, scratch);
+            default: return attend<256>(item, part, weights, read_weights, partial, scratch);
         }
     }
 
@@ -141,7 +186,7 @@ struct Step {
                 total += x.total[g] * __builtin_exp2f(x.top[g] - top);
             }
             const int64_t head = item.head * query_heads + g;
-            uint16_t* out = tensors.out.at(item.row->token) + head * d;
+            uint16_t* out = tensors.out.at(item.request->last().token) + head * d;
             alignas(64) float merged[kMaxHeadDim];
             for (int p = 0; p < parts; ++p) {
                 const Partial x = partial(partials, p);
@@ -155,13 +200,17 @@ struct Step {
             }
             for (int c = 0; c < d; c += 16) store_half(out + c, load(merged + c), layer.dtype);
         }
+        const Row& row = item.request->last();
+        if (!row.new_tokens) return;
+        const Block block = this->block(row, item.head);
+        const int64_t before = item.request->num_tokens - block.sizes.num_tokens();
         for (int p = 0; p < parts; ++p) {
             const Partial x = partial(partials, p);
-            const Part range = this->range(item, p);
+            const Part range = this->range(*item.request, block, before, p);
             for (int at = range.high_record_begin; at < range.high_record_end; ++at) {
                 int rest;
                 float* scores =
-                    reinterpret_cast<float*>(item.stream.at(high.score_line(at), &rest));
+                    reinterpret_cast<float*>(block.stream.at(high.score_line(at), &rest));
                 F score = mul(load(scores), splat(layer.decay));
                 for (int g = 0; g < query_heads; ++g) {
                     const F w = load(weights + g * stride + at * kHighRecordTokens);
@@ -189,34 +238,38 @@ size_t attend_bytes(int head_dim) {
 
 void decode(const Layer& layer, const Cache& cache, const Batch& batch,
             const DecodeTensors& tensors) {
-    const int threads = omp_get_max_threads(), items = batch.num_rows * layer.num_kv_heads;
-    int max_high = 0, max_tokens = 0;
-    for (int r = 0; r < batch.num_rows; ++r) {
-        const Row& row = batch.rows[r];
-        const int tokens = row.high_tokens + kLowRecordTokens * row.low_records;
-        max_high = row.high_tokens > max_high ? row.high_tokens : max_high;
-        max_tokens = tokens > max_tokens ? tokens : max_tokens;
+    std::vector<Request> requests;
+    requests.reserve(batch.num_rows);
+    int max_high = 0;
+    int64_t max_tokens = 0;
+    for (const Row *row = batch.rows, *end = row + batch.num_rows; row < end; ++row) {
+        if (row == batch.rows || row[-1].token != row->token) requests.push_back({row, row, 0});
+        Request& request = requests.back();
+        request.end = row + 1;
+        request.num_tokens += Step::sizes_after(*row).num_tokens();
+        max_high = row->high_tokens > max_high ? row->high_tokens : max_high;
+        max_tokens = request.num_tokens > max_tokens ? request.num_tokens : max_tokens;
     }
+    const int threads = omp_get_max_threads();
+    const int items = static_cast<int>(requests.size()) * layer.num_kv_heads;
     // A small number of items is split into parts, so that all threads finish at about the same
     // time.
     int parts = 1;
     if (threads > 1 && items < 4 * threads) {
         parts = (4 * threads + items - 1) / items;
-        const int most = 1 + max_tokens / kLeastPartTokens;
+        const int most = 1 + static_cast<int>(max_tokens / kLeastPartTokens);
         parts = parts < most ? parts : most;
     }
-    const Step step{layer,
-                    cache,
-                    batch,
-                    tensors,
-                    HighLayout(layer.head_dim, layer.high_bits),
-                    parts,
-                    high_records(max_high + 1) * kHighRecordTokens};
+    const Step step{layer,           cache,
+                    batch,           tensors,
+                    requests.data(), HighLayout(layer.head_dim, layer.high_bits),
+                    parts,           high_records(max_high + 1) * kHighRecordTokens};
 
     const size_t item_bytes = step.weights_bytes() + parts * step.partial_bytes();
     const size_t change_bytes = ChangeScratch::bytes(max_high);
-    const size_t thread_bytes =
-        (change_bytes + attend_bytes(layer.head_dim) + item_bytes + 4095) / 4096 * 4096;
+    const size_t thread_bytes = (change_bytes + attend_bytes(layer.head_dim) +
+                                 step.read_weights_bytes() + item_bytes + 4095) /
+                                4096 * 4096;
     const size_t shared_bytes = parts > 1 ? items * item_bytes : 0;
     uint8_t* memory = scratch_memory(threads * thread_bytes + shared_bytes);
 
@@ -225,6 +278,7 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
         Arena arena{memory + static_cast<size_t>(omp_get_thread_num()) * thread_bytes};
         ChangeScratch* change = ChangeScratch::make(arena, max_high);
         uint8_t* scratch = arena.take<uint8_t>(attend_bytes(layer.head_dim));
+        float* read_weights = arena.take<float>(kHeadsAtOnce * step.stride);
         uint8_t* own = arena.take<uint8_t>(item_bytes);
         if (parts == 1) {
 #pragma omp for schedule(dynamic, 1)
@@ -233,7 +287,7 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
                 step.change(item, *change);
                 float* weights = reinterpret_cast<float*>(own);
                 uint8_t* partials = own + step.weights_bytes();
-                step.attend(item, 0, weights, step.partial(partials, 0), scratch);
+                step.attend(item, 0, weights, read_weights, step.partial(partials, 0), scratch);
                 step.finish(item, weights, partials);
             }
         } else {
@@ -244,7 +298,8 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
             for (int i = 0; i < items * parts; ++i) {
                 uint8_t* mine = shared + static_cast<size_t>(i / parts) * item_bytes;
                 step.attend(step.item(i / parts), i % parts, reinterpret_cast<float*>(mine),
-                            step.partial(mine + step.weights_bytes(), i % parts), scratch);
+                            read_weights, step.partial(mine + step.weights_bytes(), i % parts),
+                            scratch);
             }
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < items; ++i) {

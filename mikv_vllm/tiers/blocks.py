@@ -1,0 +1,234 @@
+"""Tiered blocks: compression ratio -> low format -> sizes of the blocks of a request.
+
+A compressed request is a list of *sealed blocks*, which never change, and one *tail*. A block
+covers :func:`block_tokens` consecutive tokens. Each block has a stream of its own
+(:mod:`mikv_vllm.tiers.formats`), whose low tier ends at the end of the stream: no record ever
+moves. A tail allocates the pages of its stream that its tiers touch::
+
+    position       0      1      2      3
+    tail       | high |      |      | low  |    2 pages allocated: high grows up, low grows down
+    sealed     | high     low           low|    the sizes of BlockPlanner.form()
+
+All sizes are pure functions of the ratio, the position of the block in the request, and the number
+of its tokens. The scheduler computes them; nothing here reads a key or a value.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from mikv_vllm.tiers.formats import (
+    HIGH_RECORD_TOKENS,
+    LADDER,
+    LOW_RECORD_TOKENS,
+    LowFormat,
+    TierGeometry,
+)
+from mikv_vllm.tiers.plan import LEAST_HIGH_FRACTION, TierSizes
+
+LEAST_BLOCK_TOKENS = 512
+"""Least tokens of a sealed block."""
+BLOCK_NATIVE_PAGES = 16
+"""Least native pages that the tokens of a sealed block would take."""
+
+
+def block_tokens(block_size: int) -> int:
+    """Tokens of a sealed block, for native pages of ``block_size`` tokens.
+
+    At least :data:`LEAST_BLOCK_TOKENS`, and enough that the pages of a block can follow a ratio.
+    """
+    return max(LEAST_BLOCK_TOKENS, BLOCK_NATIVE_PAGES * block_size)
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """What a block becomes when it is sealed: its low format and its sizes."""
+
+    low_format: LowFormat
+    sizes: TierSizes
+
+
+@dataclass(frozen=True)
+class TailStep:
+    """How a tail changes when tokens join it."""
+
+    new_tokens: int
+    """Tokens that join: 1 in a decode step."""
+    new_positions: tuple[int, ...]
+    """Positions in the stream of the pages to allocate."""
+    freed_positions: tuple[int, ...]
+    """Positions of pages that the tail no longer touches after the step."""
+    demoted_records: int
+    """Times 32 high tokens that become one low record."""
+    after: TierSizes
+    """Sizes afterwards."""
+
+
+@dataclass(frozen=True)
+class BlockPlanner:
+    """Sizes of the blocks of a request, for one ratio.
+
+    Args:
+        geometry: sizes of the model's records and pages.
+        ratio: requested compression ratio, above 1.
+        recent: newest tokens of a tail that are never demoted.
+        ladder: low formats, richest first.
+    """
+
+    geometry: TierGeometry
+    ratio: float
+    recent: int
+    ladder: tuple[LowFormat, ...] = LADDER
+
+    @cached_property
+    def block_tokens(self) -> int:
+        """Tokens of a sealed block."""
+        return block_tokens(self.geometry.block_size)
+
+    def budget(self, num_tokens: int) -> int:
+        """Pages that bring the first ``num_tokens`` tokens of a request closest to the ratio."""
+        return math.floor(num_tokens / (self.geometry.block_size * self.ratio) + 0.5)
+
+    def native_pages(self, num_tokens: int) -> int:
+        """Pages that ``num_tokens`` uncompressed tokens take."""
+        return -(-num_tokens // self.geometry.block_size)
+
+    def form(self, index: int) -> BlockForm:
+        """What the block at ``index`` of a request becomes when it is sealed."""
+        start = index * self.block_tokens
+        pages = self.budget(start + self.block_tokens) - self.budget(start)
+        pages = max(1, pages)
+        if pages not in self._forms:
+            self._forms[pages] = self._richest_form(pages)
+        return self._forms[pages]
+
+    @cached_property
+    def _forms(self) -> dict[int, BlockForm]:
+        """Forms by the pages that the ratio gives to a block."""
+        return {}
+
+    def _richest_form(self, pages: int) -> BlockForm:
+        """The richest form of a block in ``pages`` pages; if no format fits, in one page more."""
+        geometry, tokens = self.geometry, self.block_tokens
+        end = pages * geometry.page_bytes
+        for low_format in self.ladder:
+            record = geometry.low(low_format).num_bytes
+            # All high first: every low record then replaces two high records.
+            excess = geometry.high_bytes(tokens) - end
+            low = max(0, math.ceil(excess / (2 * geometry.high.num_bytes - record)))
+            high = tokens - LOW_RECORD_TOKENS * low
+            form = BlockForm(low_format, TierSizes(pages, high, low, end))
+            if high >= self.least_high(tokens) and self._can_be_filled(form):
+                return form
+        return self._richest_form(pages + 1)
+
+    def allocated(self, index: int, sizes: TierSizes) -> tuple[int, int]:
+        """Pages at the beginning and at the end of the stream that a block of ``sizes`` touches."""
+        geometry = self.geometry
+        low_bytes = sizes.low_records * geometry.low(self.form(index).low_format).num_bytes
+        high = -(-geometry.high_bytes(sizes.high_tokens) // geometry.page_bytes)
+        low = -(-low_bytes // geometry.page_bytes)
+        return high, min(low, sizes.pages - high)
+
+    def num_allocated(self, index: int, sizes: TierSizes) -> int:
+        """Pages that a block of ``sizes`` takes."""
+        return sum(self.allocated(index, sizes))
+
+    def least_high(self, num_tokens: int) -> int:
+        """High tokens of a block that demotion leaves: the recent ones and some important ones."""
+        return self.recent + int(LEAST_HIGH_FRACTION / 2 * num_tokens)
+
+    def tail(self, index: int, num_tokens: int) -> TierSizes:
+        """Sizes of the block at ``index`` if ``num_tokens`` tokens join it at once."""
+        form = self.form(index)
+        if num_tokens == self.block_tokens:
+            return form.sizes
+        limit = self._limit(index, num_tokens)
+        return self._choose(index, num_tokens, 0, limit, self.least_high(num_tokens))
+
+    def compress(self, num_tokens: int) -> list[TierSizes] | None:
+        """Sizes of the blocks of a native request, a tail last; None if no page is saved."""
+        blocks = self.blocks(num_tokens)
+        pages = sum(self.num_allocated(i, sizes) for i, sizes in enumerate(blocks))
+        return blocks if pages < self.native_pages(num_tokens) else None
+
+    def blocks(self, num_tokens: int) -> list[TierSizes]:
+        """Sizes of all blocks of a request that is compressed at once."""
+        sealed, rest = divmod(num_tokens, self.block_tokens)
+        blocks = [self.form(i).sizes for i in range(sealed)]
+        return [*blocks, self.tail(sealed, rest)] if rest else blocks
+
+    def append(self, index: int, sizes: TierSizes) -> TailStep:
+        """Plan how the tail at ``index`` takes one token."""
+        if sizes.num_tokens + 1 < self.block_tokens and sizes.high_tokens % HIGH_RECORD_TOKENS:
+            return TailStep(1, (), (), 0, replace(sizes, high_tokens=sizes.high_tokens + 1))
+        return self.extend(index, sizes, 1)
+
+    def extend(self, index: int, sizes: TierSizes, count: int) -> TailStep:
+        """Plan how the tail at ``index`` takes ``count`` tokens, up to a whole block."""
+        num_tokens = sizes.num_tokens + count
+        assert num_tokens <= self.block_tokens, "these tokens belong to the next block"
+        if num_tokens == self.block_tokens:
+            after = self.form(index).sizes
+        else:
+            limit = max(self._limit(index, num_tokens), self.num_allocated(index, sizes))
+            least = max(self.least_high(num_tokens), self.recent + 1)
+            after = self._choose(index, num_tokens, sizes.low_records, limit, least)
+        demoted = after.low_records - sizes.low_records
+        old, new = set(self.positions(index, sizes)), set(self.positions(index, after))
+        new_positions, freed_positions = tuple(sorted(new - old)), tuple(sorted(old - new))
+        return TailStep(count, new_positions, freed_positions, demoted, after)
+
+    def _choose(
+        self, index: int, num_tokens: int, least_low: int, limit: int, least_high: int
+    ) -> TierSizes:
+        """The sizes with the fewest low records that take at most ``limit`` pages.
+
+        If there are none, those that take the fewest pages. At least ``least_high`` tokens stay
+        high, or :attr:`recent` and one more if no other sizes fit.
+        """
+        form = self.form(index)
+        best = None
+        for low in range(least_low, form.sizes.low_records + 1):
+            high = num_tokens - LOW_RECORD_TOKENS * low
+            if low > least_low and (high <= self.recent or (best and high < least_high)):
+                break
+            sizes = replace(form.sizes, high_tokens=high, low_records=low)
+            if not self._fits(form, sizes):
+                continue
+            pages = self.num_allocated(index, sizes)
+            if best is None or pages < best[0] or (pages == best[0] > limit):
+                best = pages, sizes
+            if pages <= limit:
+                break
+        assert best, f"no sizes for a tail of {num_tokens} tokens"
+        return best[1]
+
+    def positions(self, index: int, sizes: TierSizes) -> tuple[int, ...]:
+        """Positions in the stream of the pages that a block of ``sizes`` takes, ascending."""
+        high, low = self.allocated(index, sizes)
+        return (*range(high), *range(sizes.pages - low, sizes.pages))
+
+    def _limit(self, index: int, num_tokens: int) -> int:
+        """Pages that a tail of ``num_tokens`` tokens should take."""
+        start = index * self.block_tokens
+        return max(1, self.budget(start + num_tokens) - self.budget(start))
+
+    def _fits(self, form: BlockForm, sizes: TierSizes) -> bool:
+        low_bytes = sizes.low_records * self.geometry.low(form.low_format).num_bytes
+        return self.geometry.high_bytes(sizes.high_tokens) + low_bytes <= sizes.low_end_bytes
+
+    def _can_be_filled(self, form: BlockForm) -> bool:
+        """Whether a tail can grow to ``form`` token by token, and never demotes recent tokens.
+
+        Before its last demotion, a tail has one high record more and one low record less.
+        """
+        sizes, spare = form.sizes, form.sizes.high_tokens - self.recent
+        if not sizes.low_records or spare >= LOW_RECORD_TOKENS:
+            return True
+        full = replace(
+            sizes,
+            high_tokens=sizes.high_tokens + HIGH_RECORD_TOKENS,
+            low_records=sizes.low_records - 1,
+        )
+        return spare >= HIGH_RECORD_TOKENS and self._fits(form, full)

@@ -1,0 +1,81 @@
+"""Sizes of tiered blocks: pure functions of counts."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mikv_vllm.tiers.blocks import BlockPlanner
+from mikv_vllm.tiers.formats import LADDERS, TierGeometry
+from mikv_vllm.tiers.plan import largest_ratio
+
+GEOMETRIES = [
+    TierGeometry(64, 32),
+    TierGeometry(64, 16),
+    TierGeometry(64, 128),
+    TierGeometry(128, 16),
+    TierGeometry(80, 32),
+    TierGeometry(256, 64, 16),
+]
+RECENTS = [1, 16, 100]
+RATIO = st.floats(1.1, 6.0)
+
+
+def check(planner, index, sizes):
+    """The tiers fit into the stream without touching each other, in the pages allocated."""
+    geometry, form = planner.geometry, planner.form(index)
+    low_bytes = sizes.low_records * geometry.low(form.low_format).num_bytes
+    assert sizes.pages == form.sizes.pages
+    assert sizes.low_end_bytes == sizes.pages * geometry.page_bytes
+    assert geometry.high_bytes(sizes.high_tokens) + low_bytes <= sizes.low_end_bytes
+    assert sizes.low_records <= form.sizes.low_records
+    positions = planner.positions(index, sizes)
+    page = geometry.page_bytes
+    high = range(-(-geometry.high_bytes(sizes.high_tokens) // page))
+    low = range((sizes.low_end_bytes - low_bytes) // page, sizes.pages if low_bytes else 0)
+    assert positions == tuple(sorted({*high, *low}))
+    assert planner.num_allocated(index, sizes) == len(positions)
+
+
+@pytest.mark.parametrize("codec", LADDERS)
+@pytest.mark.parametrize("recent", RECENTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=RATIO,
+    index=st.integers(0, 5),
+    first=st.integers(1, 511),
+    chunks=st.lists(st.integers(1, 200), max_size=4),
+)
+def test_a_tail_grows_to_the_sealed_sizes(geometry, recent, codec, ratio, index, first, chunks):
+    planner = BlockPlanner(geometry, ratio, recent, LADDERS[codec])
+    sizes = planner.tail(index, first)
+    assert sizes.num_tokens == first
+    check(planner, index, sizes)
+    counts = iter(chunks)
+    while sizes.num_tokens < planner.block_tokens:
+        count = min(next(counts, 1), planner.block_tokens - sizes.num_tokens)
+        step = planner.append(index, sizes) if count == 1 else planner.extend(index, sizes, count)
+        after = step.after
+        check(planner, index, after)
+        assert after.num_tokens == sizes.num_tokens + step.new_tokens
+        assert after.low_records == sizes.low_records + step.demoted_records
+        before, positions = planner.positions(index, sizes), planner.positions(index, after)
+        assert set(positions) == {*before, *step.new_positions} - {*step.freed_positions}
+        assert not {*before} & {*step.new_positions}
+        assert {*step.freed_positions} <= {*before}
+        # A decode step demotes before it appends, a chunk afterwards: recent tokens stay.
+        candidates = sizes.high_tokens + (step.new_tokens if count > 1 else 0) - recent
+        assert 32 * step.demoted_records <= max(0, candidates)
+        sizes = after
+    assert sizes == planner.form(index).sizes
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@settings(max_examples=100, deadline=None)
+@given(ratio=RATIO, num_tokens=st.integers(2000, 40_000))
+def test_the_blocks_of_a_request_follow_its_ratio(geometry, ratio, num_tokens):
+    planner = BlockPlanner(geometry, min(ratio, largest_ratio(geometry.head_dim)), 16)
+    blocks = planner.blocks(num_tokens)
+    assert sum(sizes.num_tokens for sizes in blocks) == num_tokens
+    for index, sizes in enumerate(blocks):
+        check(planner, index, sizes)
