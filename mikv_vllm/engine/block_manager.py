@@ -1,8 +1,7 @@
 """The block manager that gives a request's pages two precision tiers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -13,77 +12,26 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
-from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes, pages_needed
+from mikv_vllm.engine.tiered_request import Growth, TieredRequest, TierTotals
+from mikv_vllm.tiers.blocks import block_tokens, pages_needed, planner
 
 if TYPE_CHECKING:
     from mikv_vllm.engine.spec import TieredAttentionSpec
 
 
-class TieredRequest:
-    """The tiers of one compressed request; its pages are in ``req_to_blocks``."""
-
-    def __init__(self, planner: TierPlanner, sizes: TierSizes) -> None:
-        self.planner = planner
-        self._next: AppendStep | None = None
-        self.sizes = sizes
-
-    @property
-    def sizes(self) -> TierSizes:
-        """Sizes, this step's tokens included."""
-        known = self._sizes
-        high_tokens = self.num_tokens - known.low_tokens
-        return TierSizes(known.pages, high_tokens, known.low_records, known.low_end_bytes)
-
-    @sizes.setter
-    def sizes(self, sizes: TierSizes) -> None:
-        self._sizes = sizes
-        self.num_tokens = sizes.num_tokens
-        self.room = -sizes.high_tokens % HIGH_RECORD_TOKENS
-        """Free places in the last high group."""
-
-    def grow(self, num_tokens: int) -> AppendStep:
-        """How the tiers come to hold ``num_tokens`` tokens: one more, or a prompt's next chunk."""
-        step = self._next
-        if step is None or step.after.num_tokens != num_tokens:
-            count, planner = num_tokens - self.num_tokens, self.planner
-            step = planner.append(self.sizes) if count == 1 else planner.extend(self.sizes, count)
-            self._next = step  # vLLM asks for the pages first, and takes them later
-        return step
-
-
-@dataclass
-class TierTotals:
-    """What all compressed requests hold together; pages are in the pool, the rest in each head."""
-
-    pages: int = 0
-    high_tokens: int = 0
-    high_records: int = 0
-    low_records: int = 0
-    low_bytes: int = 0
-
-    def count(self, tiered: TieredRequest, sign: int) -> None:
-        """Add a request, or with ``sign`` -1 take it away."""
-        sizes = tiered.sizes
-        self.pages += sign * sizes.pages
-        self.high_tokens += sign * sizes.high_tokens
-        self.high_records += sign * -(-sizes.high_tokens // HIGH_RECORD_TOKENS)
-        self.low_records += sign * sizes.low_records
-        self.low_bytes += sign * sizes.low_records * tiered.planner.low_record_bytes
-
-
 class TieredBlockManager(FullAttentionManager):
     """A ``FullAttentionManager`` whose requests are native or tiered.
 
-    A native request is vLLM's own in every respect. For a tiered request the number of pages
-    follows from :class:`TierPlanner`; vLLM is given no new pages for it, since the workers take
-    them from the plan, and its pages never enter the prefix cache.
+    vLLM manages a native request as usual. A tiered request consists of blocks; their pages follow
+    from :class:`~mikv_vllm.tiers.blocks.BlockPlanner`. vLLM gets no new pages for it, since the
+    workers take them from the plan.
     """
 
     kv_cache_spec: "TieredAttentionSpec"
 
     def __init__(self, kv_cache_spec: "TieredAttentionSpec", **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self.geometry = kv_cache_spec.geometry
         self.ratios: dict[str, float] = {}
         """Requested ratio of each request that may be compressed; our scheduler's."""
         self.native_limit = 0
@@ -93,15 +41,10 @@ class TieredBlockManager(FullAttentionManager):
         self.num_compressed = 0
         self.num_compressed_in_place = 0
         self.num_demoted = 0
-        self._steps: dict[str, DecodeStep] = {}
+        self._steps: dict[str, list[DecodeStep]] = {}
         self._released: list[KVCacheBlock] = []
         self._dirty_pages: set[int] = set()
         self._to_zero: list[int] = []
-
-    @cached_property
-    def geometry(self):
-        """Sizes of the tiers (:class:`~mikv_vllm.tiers.formats.TierGeometry`)."""
-        return self.kv_cache_spec.geometry
 
     # What vLLM calls.
 
@@ -117,17 +60,11 @@ class TieredBlockManager(FullAttentionManager):
         if tiered is not None:
             if num_tokens <= tiered.num_tokens:
                 return 0
-            return tiered.grow(num_tokens).new_pages
+            return sum(len(growth.step.new_positions) for growth in tiered.grow(num_tokens))
         if kwargs.get("apply_admission_cap") and request_id in self.ratios:
-            # All of a prompt has to fit; but never more of it than this at once.
-            settings = self.kv_cache_spec.compression
-            pages = pages_needed(
-                self.geometry,
-                self.ratios[request_id],
-                settings.recent,
-                num_tokens,
-                settings.ladder,
-            )
+            # The whole prompt has to fit, but at most this much of it at once.
+            settings, ratio = self.kv_cache_spec.compression, self.ratios[request_id]
+            pages = pages_needed(self.geometry, ratio, settings.recent, num_tokens, settings.ladder)
             num_tokens = min(num_tokens, max(self.native_limit, pages * self.block_size))
         return super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
@@ -141,24 +78,35 @@ class TieredBlockManager(FullAttentionManager):
             blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
             self._clean(blocks)
             return blocks
-        if self.append_token(request_id, num_tokens):
-            return []
-        before = tiered.sizes
-        append = tiered.grow(num_tokens)
-        blocks = self.block_pool.get_new_blocks(append.new_pages)
-        self._dirty_pages.update(block.block_id for block in blocks)
-        self.req_to_blocks[request_id].extend(blocks)
-        self.totals.count(tiered, -1)
-        tiered.sizes = append.after
-        self.totals.count(tiered, 1)
-        self.num_demoted += append.demoted_records
-        self._steps[request_id] = DecodeStep(
-            before,
-            append,
-            tuple(block.block_id for block in blocks),
-            tiered.planner.low_format,
-        )
+        if not self.append_token(request_id, num_tokens):
+            growths = tiered.grow(num_tokens)
+            self.totals.add(tiered.totals(), -1)
+            self._steps[request_id] = [self._grow(request_id, tiered, one) for one in growths]
+            self.totals.add(tiered.totals())
         return []
+
+    def _grow(self, request_id: str, tiered: TieredRequest, growth: Growth) -> DecodeStep:
+        """Allocate the pages of a change of the last block, and change its sizes."""
+        step = growth.step
+        blocks = self.block_pool.get_new_blocks(len(step.new_positions))
+        self._dirty_pages.update(block.block_id for block in blocks)
+        held = self.req_to_blocks[request_id]
+        held.extend(blocks)
+        new_pages = dict(zip(step.new_positions, blocks, strict=True))
+        if growth.begins:
+            tiered.add_block(growth.before, new_pages)
+        else:
+            tiered.pages[growth.index].update(new_pages)
+        tiered.resize(step.after)
+        if step.freed_positions:
+            freed = [tiered.pages[growth.index].pop(at) for at in step.freed_positions]
+            ids = {block.block_id for block in freed}
+            held[:] = [block for block in held if block.block_id not in ids]
+            self._released.extend(freed)
+        self.num_demoted += step.demoted_records
+        page_ids = tuple(block.block_id for block in blocks)
+        low_format = tiered.low_format(growth.index)
+        return DecodeStep(growth.before, step, page_ids, low_format, growth.begins)
 
     def cache_blocks(self, request: Request, *args, **kwargs) -> None:
         if request.request_id not in self.tiered:
@@ -166,7 +114,7 @@ class TieredBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if tiered := self.tiered.pop(request_id, None):
-            self.totals.count(tiered, -1)
+            self.totals.add(tiered.totals(), -1)
         self._steps.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
@@ -186,8 +134,9 @@ class TieredBlockManager(FullAttentionManager):
     def wrap_other_manager(self, manager: SingleTypeKVCacheManager) -> None:
         """Follow what the manager of another cache group, say of sliding windows, does.
 
-        Some of the pages that it takes held tiers. And of a prompt's pages it leaves those in the
-        prefix cache that the same prompt will need; if it is compressed, it begins at its window.
+        Some of the pages that it allocates held tiers. And of a prompt's pages it leaves those in
+        the prefix cache that the same prompt will need; if it is compressed, it begins at its
+        window.
         """
         allocate, cache = manager.allocate_new_blocks, manager.cache_blocks
         window = self.kv_cache_spec.compression.window
@@ -207,17 +156,17 @@ class TieredBlockManager(FullAttentionManager):
         manager.cache_blocks = cache_blocks
 
     def append_token(self, request_id: str, num_tokens: int) -> bool:
-        """Let a compressed request's last high group take in one token, its ``num_tokens``-th.
+        """Fast path: append one token, the ``num_tokens``-th, to a tail's last high record.
 
-        Nothing else changes then, and the plan does not mention it.
+        Nothing else changes, and the plan omits it.
 
         Returns:
-            Whether the request is compressed and its group has room for the token.
+            Whether the request is compressed and the record has a free slot.
         """
         tiered = self.tiered.get(request_id)
-        if tiered is None or not tiered.room or num_tokens != tiered.num_tokens + 1:
+        if tiered is None or not tiered.free_slots or num_tokens != tiered.num_tokens + 1:
             return False
-        tiered.room -= 1
+        tiered.free_slots -= 1
         tiered.num_tokens = num_tokens
         self.totals.high_tokens += 1
         return True
@@ -227,66 +176,79 @@ class TieredBlockManager(FullAttentionManager):
         pages, self._to_zero = tuple(self._to_zero), []
         return pages
 
-    def drain_steps(self) -> dict[str, DecodeStep]:
+    def drain_steps(self) -> dict[str, list[DecodeStep]]:
         """Drain the steps since the last call that are more than :meth:`append_token`."""
         steps, self._steps = self._steps, {}
         return steps
 
-    def compress(self, request_id: str, num_tokens: int, most_tokens: int) -> CompressStep | None:
-        """Move a native request into tiers; None if that saves no page or no page is to be had.
+    def compress(self, request_id: str, num_tokens: int) -> CompressStep | None:
+        """Move a native request into blocks.
 
-        Args:
-            num_tokens: that it holds.
-            most_tokens: of its whole prompt.
+        The request's native pages stay allocated until :meth:`release_pages`: other requests of
+        the same step must not write to them before the workers have read them.
 
-        The request's native pages stay allocated until :meth:`release_native_pages`: other
-        requests of the same step must not write to them before the workers have read them.
+        Returns:
+            The step; None if it saves no page, or no pages are available.
         """
         settings, ratio = self.kv_cache_spec.compression, self.ratios[request_id]
-        planner = TierPlanner.choose(
-            self.geometry, ratio, settings.recent, most_tokens, settings.ladder
-        )
-        sizes = planner.compress(num_tokens)
-        if sizes is None:
+        tiered = TieredRequest(planner(self.geometry, ratio, settings.recent, settings.ladder))
+        blocks = tiered.planner.compress(num_tokens)
+        if blocks is None:
             return None
         native = self.req_to_blocks[request_id]
-        targets = self._take_targets(native, sizes.pages)
+        positions = [tiered.planner.positions(i, sizes) for i, sizes in enumerate(blocks)]
+        targets = self._allocate_targets(native, [len(one) for one in positions])
         if targets is None:
             return None
-        kept = {block.block_id for block in targets}
+        for sizes, at, pages in zip(blocks, positions, targets, strict=True):
+            tiered.add_block(sizes, dict(zip(at, pages, strict=True)))
+        tables = tuple(tiered.table(i, sizes) for i, sizes in enumerate(blocks))
+        kept = {block.block_id for pages in targets for block in pages}
         self._dirty_pages |= kept
         in_place = any(block.block_id in kept for block in native)
-        step = CompressStep(
-            tuple(block.block_id for block in native),
-            tuple(block.block_id for block in targets),
-            sizes,
-            planner.low_format,
-            in_place,
-        )
+        step = CompressStep(tuple(block.block_id for block in native), tables, in_place)
         self._released.extend(b for b in reversed(native) if b.block_id not in kept)
-        self.req_to_blocks[request_id] = targets
-        self.tiered[request_id] = tiered = TieredRequest(planner, sizes)
-        self.totals.count(tiered, 1)
+        self.req_to_blocks[request_id] = [block for pages in targets for block in pages]
+        self.tiered[request_id] = tiered
+        self.totals.add(tiered.totals())
         self.num_compressed += 1
         self.num_compressed_in_place += in_place
         return step
 
-    def _take_targets(
-        self, native: list[KVCacheBlock], num_pages: int
-    ) -> list[KVCacheBlock] | None:
-        """Pages to compress into: free ones, or the request's own where too few are free."""
-        num_free = self.block_pool.get_num_free_blocks()
-        if num_pages <= num_free:
-            return self.block_pool.get_new_blocks(num_pages)
-        # Nobody else may read a page that we write to: neither a request that shares it
-        # (ref_cnt) nor, later, one that finds it in the prefix cache (evict).
-        own = [b for b in reversed(native) if b.ref_cnt == 1 and not b.is_null][:num_pages]
-        if len(own) + num_free < num_pages:
-            return None
-        self.block_pool.evict_blocks({block.block_id for block in own})
-        return own + self.block_pool.get_new_blocks(num_pages - len(own))
+    def _allocate_targets(
+        self, native: list[KVCacheBlock], counts: list[int]
+    ) -> list[list[KVCacheBlock]] | None:
+        """Pages to compress into: free ones, or the request's own where too few are free.
 
-    def release_native_pages(self) -> None:
-        """Return the native pages of this step's compressed requests to the pool."""
+        A block is written when all blocks before it are. So its own pages come from those whose
+        tokens are in this block or in earlier ones.
+
+        Args:
+            counts: pages of each block.
+        """
+        num_free = self.block_pool.get_num_free_blocks()
+        if sum(counts) <= num_free:
+            pages = iter(self.block_pool.get_new_blocks(sum(counts)))
+            return [[next(pages) for _ in range(count)] for count in counts]
+        # A page that the workers write must have no other reader: neither a request that shares it
+        # (ref_cnt) nor, later, one that finds it in the prefix cache (evict_blocks).
+        per_block = block_tokens(self.block_size) // self.block_size
+        own: list[list[KVCacheBlock]] = []
+        available: list[KVCacheBlock] = []
+        for i, count in enumerate(counts):
+            part = native[per_block * i : per_block * (i + 1)]
+            available += [b for b in part if b.ref_cnt == 1 and not b.is_null]
+            own.append([available.pop() for _ in range(min(count, len(available)))])
+        missing = [count - len(pages) for count, pages in zip(counts, own, strict=True)]
+        if sum(missing) > num_free:
+            return None
+        self.block_pool.evict_blocks({block.block_id for pages in own for block in pages})
+        return [
+            pages + self.block_pool.get_new_blocks(count)
+            for pages, count in zip(own, missing, strict=True)
+        ]
+
+    def release_pages(self) -> None:
+        """Return the pages that this step's compressions and demotions no longer need."""
         self.block_pool.free_blocks(self._released)
         self._released = []

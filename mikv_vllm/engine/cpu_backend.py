@@ -26,6 +26,7 @@ from mikv_vllm.engine.tiered_metadata import (
 from mikv_vllm.engine.worker_context import context
 from mikv_vllm.kernels.batch import TOKEN
 from mikv_vllm.kernels.cpu import DecodeBatch, LayerOps
+from mikv_vllm.tiers.blocks import block_tokens
 
 
 class TieredCPUAttentionBackend(CPUAttentionBackend):
@@ -55,7 +56,9 @@ class TieredCPUAttentionMetadata(CPUAttentionMetadata):
     native_tokens: slice | torch.Tensor | None = None
     """Which tokens of the batch are native; None if none is."""
     decode: DecodeBatch | None = None
-    """The compressed rows; None if there are none."""
+    """Blocks of the compressed rows; None if there are none."""
+    begun: tuple[list[int], list[int]] = ([], [])
+    """First pages of the blocks before new tails, and of the new tails."""
     scored: list[ScoredRow] = field(default_factory=list)
     extended: list[tuple[ExtendedRow, CPUAttentionMetadata]] = field(default_factory=list)
     """Rows with a chunk of a prompt, and vLLM's metadata of each in a workspace."""
@@ -107,6 +110,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             **vars(metadata),
             native_tokens=native_tokens,
             decode=decode,
+            begun=split.begun,
             scored=split.scored,
             extended=extended,
         )
@@ -152,6 +156,8 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
             self._score(layer, query, kv_cache, row)
         if attn_metadata.decode is not None:
             ops = self._ops(layer, kv_cache)
+            if attn_metadata.begun[0]:
+                ops.begin(kv_cache, *attn_metadata.begun)
             ops.decode(kv_cache, attn_metadata.decode, query, key, value, output)
         for extended, metadata in attn_metadata.extended:
             t = extended.tokens
@@ -178,16 +184,36 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
         ops, step = self._ops(layer, kv_cache), row.step
         pages = metadata.block_table[0]
         native = context.workspace(kv_cache, len(pages))
-        ops.restore(kv_cache, row.table, step.before, step.low_format, native)
+        first, block_pages = 0, 0
+        for block in row.blocks:
+            ops.restore(kv_cache, block.table, block.sizes, block.low_format, native[block_pages:])
+            first = block_pages * native.shape[2]
+            block_pages += block_tokens(native.shape[2]) // native.shape[2]
         self.do_kv_cache_update(layer, key, value, native, metadata.slot_mapping)
         super().forward(layer, query, key, value, native, metadata, output)
-        num_tokens = step.append.after.num_tokens
+        num_tokens = step.first_token + step.num_tokens
         scores = torch.zeros(self.num_kv_heads, num_tokens)
         ops.score(native, pages, num_tokens, query[-step.num_queries :], scores)
         keep = float(context.compression.importance == "h2o")
-        ops.extend(
-            kv_cache, row.table, step.before, step.append, step.low_format, key, value, scores, keep
-        )
+        joined = 0
+        for change in row.changes:
+            if change.source is not None:
+                ops.begin(kv_cache, [change.source], [change.target])
+                first = step.first_token + joined
+            append, count = change.step.append, change.step.append.new_tokens
+            ops.extend(
+                kv_cache,
+                change.table,
+                change.step.before,
+                append,
+                change.step.low_format,
+                key[joined : joined + count],
+                value[joined : joined + count],
+                scores[:, first:],
+                context.compression.recent if change is row.changes[-1] else 0,
+                keep,
+            )
+            joined += count
 
     def _score(
         self, layer: AttentionLayer, query: torch.Tensor, kv_cache: torch.Tensor, row: ScoredRow
@@ -202,16 +228,32 @@ class TieredCPUAttentionImpl(CPUAttentionBackendImpl):
         queries = query[row.queries]
         ops.score(kv_cache, row.native_pages, step.num_tokens, queries, scores)
         if row.compress is not None:
-            assert context.compression is not None
+            self._compress(ops, kv_cache, row, scores, queries)
+
+    @staticmethod
+    def _compress(
+        ops: LayerOps,
+        kv_cache: torch.Tensor,
+        row: ScoredRow,
+        scores: torch.Tensor,
+        queries: torch.Tensor,
+    ) -> None:
+        """Compress a native row into its blocks."""
+        assert context.compression is not None
+        first = 0
+        for block in row.blocks:
+            is_tail = block is row.blocks[-1]
             ops.compress(
                 kv_cache,
-                row.native_pages,
-                row.tiered_pages,
-                row.compress.sizes,
-                row.compress.low_format,
-                scores,
+                row.native_pages[first // kv_cache.shape[2] :],
+                block.table,
+                block.sizes,
+                block.low_format,
+                scores[:, first:],
                 queries[-context.compression.window :],
+                min(context.compression.recent, block.sizes.high_tokens) if is_tail else 0,
             )
+            first += block.sizes.num_tokens
 
     @cached_property
     def _layer_ops(self) -> dict[str, LayerOps]:

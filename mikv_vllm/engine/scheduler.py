@@ -34,6 +34,7 @@ from mikv_vllm.engine.step_plan import (
     TieredSchedulerOutput,
     TierStats,
 )
+from mikv_vllm.engine.tiered_request import TierTotals
 from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
 from mikv_vllm.tiers.plan import largest_ratio
 
@@ -161,19 +162,19 @@ class TieredScheduler(Scheduler):
         """What a finished request took, true to the page."""
         geometry = self.tiers.geometry
         tiered = self.tiers.tiered.get(request.request_id)
-        sizes = tiered.sizes if tiered else None
-        tokens = sizes.num_tokens if sizes else request.num_computed_tokens
+        totals = tiered.totals() if tiered else TierTotals()
+        tokens = tiered.num_tokens if tiered else request.num_computed_tokens
         uncompressed = tokens * geometry.token_bytes * self._heads
-        stored = sizes.pages * geometry.page_bytes * self._heads if sizes else uncompressed
+        stored = totals.pages * geometry.page_bytes * self._heads if tiered else uncompressed
         return {
             "requested_ratio": self.tiers.ratios.get(request.request_id, 1.0),
             "achieved_ratio": round(uncompressed / stored, 4) if stored else 1.0,
             "kv_tokens": tokens,
-            "high_tokens": sizes.high_tokens if sizes else 0,
-            "low_tokens": sizes.low_tokens if sizes else 0,
+            "high_tokens": totals.high_tokens,
+            "low_tokens": LOW_RECORD_TOKENS * totals.low_records,
             "kv_bytes": stored,
             "uncompressed_kv_bytes": uncompressed,
-            "low_format": tiered.planner.low_format.name if tiered else None,
+            "low_format": tiered.low_format(0).name if tiered else None,
         }
 
     # A prompt's last queries have to be computed in one step: they score it.
@@ -232,12 +233,13 @@ class TieredScheduler(Scheduler):
     def _plan(self, num_scheduled_tokens: dict[str, int]) -> StepPlan:
         decode: dict[str, DecodeStep] = {}
         extend: dict[str, ExtendStep] = {}
-        for request_id, step in self.tiers.drain_steps().items():
+        for request_id, steps in self.tiers.drain_steps().items():
             num_new = num_scheduled_tokens[request_id]
             if num_new == 1:
-                decode[request_id] = step
+                (decode[request_id],) = steps
             else:
-                extend[request_id] = ExtendStep(**vars(step), num_queries=self._queries(num_new))
+                first = self.requests[request_id].num_computed_tokens - num_new
+                extend[request_id] = ExtendStep(first, tuple(steps), self._queries(num_new))
         score: dict[str, ScoreStep] = {}
         compress: dict[str, CompressStep] = {}
         for request_id in [r for r in self.tiers.ratios if r not in self.tiers.tiered]:
@@ -250,11 +252,10 @@ class TieredScheduler(Scheduler):
             num_tokens = request.num_computed_tokens
             if self._awaits_more_prompt(request) or num_tokens < self._least_tokens:
                 continue
-            most_tokens = max(num_tokens, request.num_tokens)
-            if done := self.tiers.compress(request_id, num_tokens, most_tokens):
+            if done := self.tiers.compress(request_id, num_tokens):
                 compress[request_id] = done
                 self._scoring.discard(request_id)
-        self.tiers.release_native_pages()
+        self.tiers.release_pages()
         zero = self.tiers.drain_pages_to_zero()
         self._stats = self._tier_stats()
         return StepPlan(score, compress, decode, extend, zero, self._stats)
@@ -298,7 +299,7 @@ class TieredScheduler(Scheduler):
         num_tiered = len(self.tiers.tiered)
         high, low = held.high_tokens, LOW_RECORD_TOKENS * held.low_records
         high_bytes = (
-            num_tiered * geometry.header_bytes + held.high_records * geometry.high.num_bytes
+            held.blocks * geometry.header_bytes + held.high_records * geometry.high.num_bytes
         )
         unused = held.pages * geometry.page_bytes - high_bytes - held.low_bytes
         return TierStats(

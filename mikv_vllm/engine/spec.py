@@ -13,8 +13,8 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.block_manager import TieredBlockManager
+from mikv_vllm.tiers.blocks import pages_needed
 from mikv_vllm.tiers.formats import NATIVE_BYTES, TierGeometry
-from mikv_vllm.tiers.plan import pages_needed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

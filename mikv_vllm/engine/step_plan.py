@@ -5,8 +5,9 @@ from typing import Self
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 
 @dataclass(frozen=True)
@@ -23,34 +24,59 @@ class ScoreStep:
 
 
 @dataclass(frozen=True)
-class CompressStep:
-    """Move a whole native request into tiered pages, after this step's attention."""
+class BlockTable:
+    """A block of a request, as kernels read it."""
 
-    native_pages: tuple[int, ...]
-    tiered_pages: tuple[int, ...]
+    pages: tuple[int, ...]
+    """Page ids by position in the stream; 0 where the block has no page."""
     sizes: TierSizes
     low_format: LowFormat
+
+
+@dataclass(frozen=True)
+class CompressStep:
+    """Move a whole native request into blocks, after this step's attention."""
+
+    native_pages: tuple[int, ...]
+    blocks: tuple[BlockTable, ...]
+    """The last one is the tail."""
     in_place: bool
-    """Whether some of ``tiered_pages`` are among ``native_pages``."""
+    """Whether some pages of ``blocks`` are among ``native_pages``."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the request."""
+        return sum(block.sizes.num_tokens for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One step of a compressed request."""
+    """Tokens join the last block of a compressed request: one, or those of a prompt chunk."""
 
     before: TierSizes
-    append: AppendStep
+    append: TailStep
     new_pages: tuple[int, ...]
-    """Pages that join the request's table, ``append.new_pages`` of them."""
+    """Page ids, one for each of ``append.new_positions``."""
     low_format: LowFormat
+    begins: bool
+    """Whether the block is new, with the header of the block before it."""
 
 
 @dataclass(frozen=True)
-class ExtendStep(DecodeStep):
+class ExtendStep:
     """The next chunk of a prompt whose beginning is compressed; it joins after its attention."""
 
+    first_token: int
+    """Tokens of the request before the step."""
+    changes: tuple[DecodeStep, ...]
+    """One for each block that takes tokens of the chunk, in order."""
     num_queries: int
     """Last queries of the chunk, which score all tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the chunk."""
+        return sum(change.append.new_tokens for change in self.changes)
 
 
 @dataclass(frozen=True)

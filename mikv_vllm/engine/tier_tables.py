@@ -7,20 +7,19 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mikv_vllm.engine.step_plan import DecodeStep
+from mikv_vllm.engine.step_plan import BlockTable, DecodeStep, ExtendStep
 from mikv_vllm.kernels.batch import (
     DEMOTED,
     HIGH,
     LOW,
     LOW_END_LINE,
-    MOVED,
-    NEXT_LOW_END_LINE,
+    NEW_TOKENS,
     PAGES,
     ROW_FIELDS,
     TOKEN,
     row_numbers,
 )
-from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, LowFormat
+from mikv_vllm.tiers.formats import LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 WIDTH = 16
@@ -32,18 +31,20 @@ def _whole(num_pages: int) -> int:
 
 
 class TierTables:
-    """Block table and sizes of each compressed request.
+    """Blocks of each compressed request: tables, sizes and low formats.
 
     A row's numbers are those of the step that comes next or runs now
-    (:mod:`mikv_vllm.kernels.batch`): as long as the plan says nothing else, one token in the last
-    high group.
+    (:mod:`mikv_vllm.kernels.batch`): unless the plan changes them, one token joins the last high
+    record of the last block, and the other blocks are only read.
     """
 
     def __init__(self) -> None:
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
-        self._rows = np.zeros((0, ROW_FIELDS), np.int32)
-        self._tables = np.zeros((0, 0), np.int32)
+        self._counts = np.zeros(0, np.int32)
+        self._rows = np.zeros((0, 0, ROW_FIELDS), np.int32)
+        self._tables = np.zeros((0, 0, 0), np.int32)
+        self._formats: dict[int, list[LowFormat]] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slots
@@ -51,39 +52,72 @@ class TierTables:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def add(
-        self, request_id: str, pages: Sequence[int], sizes: TierSizes, low_format: LowFormat
-    ) -> None:
-        """Take in a request that was just compressed."""
+    def add(self, request_id: str, blocks: Sequence[BlockTable]) -> None:
+        """Add a request with these blocks."""
         slot = self._free.pop() if self._free else len(self._slots)
         self._slots[request_id] = slot
-        self._reserve(slot, len(pages))
-        self._tables[slot, : len(pages)] = pages
-        self._rows[slot] = row_numbers(0, sizes, AppendStep(1, 0, 0, 0, sizes), low_format)
+        self._reserve(slot, len(blocks), max(len(block.pages) for block in blocks))
+        self._counts[slot] = 0
+        self._formats[slot] = []
+        for block in blocks:
+            self._add_block(slot, block)
+
+    def _add_block(self, slot: int, block: BlockTable) -> None:
+        """Add a block to a request; the block before it is only read from now on."""
+        index = self._counts[slot]
+        self._reserve(slot, index + 1, len(block.pages))
+        if index:
+            self._rows[slot, index - 1, NEW_TOKENS] = 0
+        step = AppendStep(1, 0, 0, 0, block.sizes)
+        self._rows[slot, index] = row_numbers(0, block.sizes, step, block.low_format)
+        self._tables[slot, index, : len(block.pages)] = block.pages
+        self._formats[slot].append(block.low_format)
+        self._counts[slot] = index + 1
 
     def discard(self, request_id: str) -> None:
-        """Forget a request, if it is one of ours."""
+        """Remove a request, if it is here."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
+            self._counts[slot] = 0
+            del self._formats[slot]
 
     def change(self, request_id: str, step: DecodeStep) -> None:
-        """Set what a request's next step does, and add its new pages."""
+        """Set what the request's last block does in the next step, and add its new pages."""
         slot = self._slots[request_id]
+        if step.begins:
+            empty = (0,) * step.before.pages
+            self._add_block(slot, BlockTable(empty, step.before, step.low_format))
+        index = self._counts[slot] - 1
         numbers = row_numbers(0, step.before, step.append, step.low_format)
-        known = self._rows[slot, HIGH : LOW_END_LINE + 1].tolist()
+        known = self._rows[slot, index, HIGH : LOW_END_LINE + 1].tolist()
         assert known == list(numbers[HIGH : LOW_END_LINE + 1]), (
             f"the plan and the worker disagree about {request_id}: {numbers}, {known}"
         )
-        before, after = step.before.pages, step.append.after.pages
-        self._reserve(slot, after)
-        self._tables[slot, before:after] = step.new_pages
-        self._rows[slot] = numbers
+        self._tables[slot, index, list(step.append.new_positions)] = step.new_pages
+        self._rows[slot, index] = numbers
 
-    def table(self, request_id: str) -> np.ndarray:
-        """Page ids of a request in stream order, int32 ``[pages]``."""
+    def blocks(self, request_id: str) -> list[BlockTable]:
+        """Blocks of a request, before this step."""
         slot = self._slots[request_id]
-        return self._tables[slot, : self._rows[slot, PAGES]]
+        blocks = []
+        for index, low_format in enumerate(self._formats[slot]):
+            pages, high, low, line = self._rows[slot, index, PAGES : LOW_END_LINE + 1].tolist()
+            table = tuple(self._tables[slot, index, :pages].tolist())
+            blocks.append(
+                BlockTable(table, TierSizes(pages, high, low, line * LINE_BYTES), low_format)
+            )
+        return blocks
+
+    def begun(self, request_ids: Iterable[str]) -> tuple[list[int], list[int]]:
+        """First pages of the last block but one, and of the last block, of each request."""
+        sources, targets = [], []
+        for request_id in request_ids:
+            slot = self._slots[request_id]
+            last = self._counts[slot] - 1
+            sources.append(int(self._tables[slot, last - 1, 0]))
+            targets.append(int(self._tables[slot, last, 0]))
+        return sources, targets
 
     def slots(self, request_ids: Iterable[str]) -> np.ndarray:
         """Slots of requests, int64 ``[requests]``; -1 for those that are not compressed."""
@@ -93,36 +127,53 @@ class TierTables:
     def rows(self, slots: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the kernels read of a step: rows and tables, as ``describe_rows`` returns them.
 
-        Tables are ``WIDTH`` pages wide, or a multiple.
+        A row for each block; those of a request are consecutive. Tables are ``WIDTH`` pages wide,
+        or a multiple.
 
         Args:
             tokens: row of q, k, v and out of each slot, ``[slots]``.
         """
-        rows = self._rows.take(slots, 0)
-        rows[:, TOKEN] = tokens
+        counts = self._counts[slots]
+        chosen = np.arange(self._rows.shape[1]) < counts[:, None]
+        rows = self._rows[slots][chosen]
+        rows[:, TOKEN] = np.repeat(tokens, counts)
         max_pages = rows[:, PAGES].max(initial=0)
-        return rows, self._tables[slots, : _whole(max_pages)]
+        return rows, self._tables[slots][chosen][:, : _whole(max_pages)]
 
-    def end_step(self, slots: np.ndarray, count: int = 1) -> None:
-        """Requests have run their step, which added ``count`` tokens to each."""
-        rows = self._rows[slots]
-        rows[:, HIGH] += count - LOW_RECORD_TOKENS * rows[:, DEMOTED]
+    def end_step(self, slots: np.ndarray) -> None:
+        """Requests have run their step, in which one token joined each."""
+        last = slots, self._counts[slots] - 1
+        rows = self._rows[last]
+        rows[:, HIGH] += 1 - LOW_RECORD_TOKENS * rows[:, DEMOTED]
         rows[:, LOW] += rows[:, DEMOTED]
-        rows[:, LOW_END_LINE] = rows[:, NEXT_LOW_END_LINE]
-        rows[:, [MOVED, DEMOTED]] = 0
-        self._rows[slots] = rows
+        rows[:, DEMOTED] = 0
+        self._rows[last] = rows
 
-    def _reserve(self, slot: int, num_pages: int) -> None:
-        """Make room for a row, and for pages in it."""
-        num_slots, most_pages = self._tables.shape
-        if slot < num_slots and num_pages <= most_pages:
+    def extend(self, request_id: str, step: ExtendStep) -> None:
+        """The request has run a step in which a chunk of its prompt joined."""
+        slot = self._slots[request_id]
+        for change in step.changes:
+            self.change(request_id, change)
+            numbers = AppendStep(1, 0, 0, 0, change.append.after)
+            self._rows[slot, self._counts[slot] - 1] = row_numbers(
+                0, change.append.after, numbers, change.low_format
+            )
+
+    def _reserve(self, slot: int, num_blocks: int, num_pages: int) -> None:
+        """Make room for a slot with ``num_blocks`` blocks of ``num_pages`` pages."""
+        num_slots, most_blocks, most_pages = self._tables.shape
+        if slot < num_slots and num_blocks <= most_blocks and num_pages <= most_pages:
             return
         if slot >= num_slots:
             num_slots = max(16, 2 * slot)
+        if num_blocks > most_blocks:
+            most_blocks = 2 * num_blocks
         if num_pages > most_pages:
-            most_pages = _whole(2 * num_pages)
-        tables = np.zeros((num_slots, most_pages), np.int32)
-        tables[: len(self._tables), : self._tables.shape[1]] = self._tables
-        rows = np.zeros((num_slots, ROW_FIELDS), np.int32)
-        rows[: len(self._rows)] = self._rows
-        self._tables, self._rows = tables, rows
+            most_pages = _whole(num_pages)
+        counts, rows, tables = self._counts, self._rows, self._tables
+        self._counts = np.zeros(num_slots, np.int32)
+        self._rows = np.zeros((num_slots, most_blocks, ROW_FIELDS), np.int32)
+        self._tables = np.zeros((num_slots, most_blocks, most_pages), np.int32)
+        self._counts[: len(counts)] = counts
+        self._rows[: len(rows), : rows.shape[1]] = rows
+        self._tables[: len(tables), : tables.shape[1], : tables.shape[2]] = tables

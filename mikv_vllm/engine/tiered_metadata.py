@@ -2,14 +2,50 @@
 
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from mikv_vllm.engine.step_plan import CompressStep, ExtendStep, ScoreStep
+from mikv_vllm.engine.step_plan import (
+    BlockTable,
+    CompressStep,
+    DecodeStep,
+    ExtendStep,
+    ScoreStep,
+)
 from mikv_vllm.engine.worker_context import WorkerContext
+from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.plan import TierSizes
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """A block of a request, with its table where the kernels read it."""
+
+    table: torch.Tensor
+    """Page ids, int32 ``[pages]``."""
+    sizes: TierSizes
+    low_format: LowFormat
+
+    @classmethod
+    def of(cls, block: BlockTable, device: torch.device) -> Self:
+        table = torch.tensor(block.pages, dtype=torch.int32, device=device)
+        return cls(table, block.sizes, block.low_format)
+
+
+@dataclass(frozen=True)
+class ChangeRow:
+    """Tokens of a chunk that join one block."""
+
+    step: DecodeStep
+    table: torch.Tensor
+    """Page ids, int32 ``[pages]``; the step's new ones included."""
+    source: int | None
+    """First page of the block before, if this one begins."""
+    target: int
+    """First page of this block."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +59,8 @@ class ScoredRow:
     """int32 ``[pages]``."""
     score: ScoreStep
     compress: CompressStep | None
-    tiered_pages: torch.Tensor | None
-    """int32 ``[pages]``, with ``compress``."""
+    blocks: list[BlockRow]
+    """Blocks to compress into, with ``compress``."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +70,10 @@ class ExtendedRow:
     row: int
     tokens: slice
     """Of the batch."""
-    table: Any
-    """Page ids, int32 ``[pages]``: an array, or on a GPU a tensor."""
+    blocks: list[BlockRow]
+    """Blocks before the step."""
+    changes: list[ChangeRow]
+    """Changes of the last of them, and of new blocks."""
     step: ExtendStep
 
 
@@ -46,7 +84,9 @@ class BatchSplit:
     rows: np.ndarray
     """Which rows are compressed requests with one token, int64 ``[rows]``."""
     decode: tuple[np.ndarray, np.ndarray]
-    """Their rows and tables as the kernels read them."""
+    """Rows and tables of their blocks, as the kernels read them."""
+    begun: tuple[list[int], list[int]]
+    """First pages of the blocks before new tails, and of the new tails."""
     extended: list[ExtendedRow]
     scored: list[ScoredRow]
     native_rows: np.ndarray
@@ -68,35 +108,45 @@ def split_batch(
     native = slots < 0
     extended, scored = [], []
     if plan.extend or plan.score:
+        device = block_table.device
         rows = {request_id: row for row, request_id in enumerate(request_ids)}
         for request_id, extend in plan.extend.items():
             row = rows[request_id]
             slots[row] = -1
             span = slice(int(starts[row]), int(starts[row + 1]))
-            extended.append(ExtendedRow(row, span, tiers.table(request_id), extend))
+            known = tiers.blocks(request_id)
+            blocks = [BlockRow.of(block, device) for block in known]
+            changes = changed_blocks(known, extend, device)
+            extended.append(ExtendedRow(row, span, blocks, changes, extend))
         for request_id, score in plan.score.items():
             row = rows[request_id]
             end = int(starts[row + 1])
             compress = plan.compress.get(request_id)
-            scored.append(
-                ScoredRow(
-                    request_id,
-                    slice(end - score.num_queries, end),
-                    block_table[row],
-                    score,
-                    compress,
-                    torch.tensor(
-                        compress.tiered_pages, dtype=torch.int32, device=block_table.device
-                    )
-                    if compress
-                    else None,
-                )
-            )
+            blocks = [BlockRow.of(b, device) for b in compress.blocks] if compress else []
+            queries = slice(end - score.num_queries, end)
+            scored.append(ScoredRow(request_id, queries, block_table[row], score, compress, blocks))
+    begun = tiers.begun(request_id for request_id, step in plan.decode.items() if step.begins)
     tiered = np.flatnonzero(slots >= 0)
     tokens = starts[tiered]
     assert (starts[tiered + 1] == tokens + 1).all(), "a compressed request decodes by one"
     decode = tiers.rows(slots[tiered], tokens)
-    return BatchSplit(tiered, decode, extended, scored, np.flatnonzero(native))
+    return BatchSplit(tiered, decode, begun, extended, scored, np.flatnonzero(native))
+
+
+def changed_blocks(
+    blocks: list[BlockTable], step: ExtendStep, device: torch.device
+) -> list[ChangeRow]:
+    """The changes of an extended request's blocks, with their tables."""
+    changes, previous = [], blocks[-1].pages
+    for change in step.changes:
+        table = [0] * change.before.pages if change.begins else list(previous)
+        for position, page in zip(change.append.new_positions, change.new_pages, strict=True):
+            table[position] = page
+        source = previous[0] if change.begins else None
+        tensor = torch.tensor(table, dtype=torch.int32, device=device)
+        changes.append(ChangeRow(change, tensor, source, table[0]))
+        previous = tuple(table)
+    return changes
 
 
 def token_selection(rows: np.ndarray, query_start_loc: np.ndarray) -> slice | torch.Tensor:
@@ -131,7 +181,8 @@ def restored_part(
     batch: CommonAttentionMetadata, row: ExtendedRow, block_size: int
 ) -> CommonAttentionMetadata:
     """vLLM's metadata of one extended row, in native pages 0, 1, … that hold all its tokens."""
-    first, num_tokens = row.step.before.num_tokens, row.step.append.after.num_tokens
+    first = row.step.first_token
+    num_tokens = first + row.step.num_tokens
     device = batch.seq_lens.device
     part = copy(batch)
     part.num_reqs = 1

@@ -60,9 +60,8 @@ class WorkerContext:
         for request_id, score in plan.score.items():
             if score.reset:
                 self.scores[request_id] = {}
-        for steps in (plan.decode, plan.extend):
-            for request_id, step in steps.items():
-                self.tiers.change(request_id, step)
+        for request_id, step in plan.decode.items():
+            self.tiers.change(request_id, step)
         slots = self.tiers.slots(r for r in output.num_scheduled_tokens if r not in plan.extend)
         self._appended = slots[slots >= 0]
 
@@ -71,11 +70,10 @@ class WorkerContext:
         plan = self.plan
         self.tiers.end_step(self._appended)
         for request_id, step in plan.extend.items():
-            count = step.append.after.num_tokens - step.before.num_tokens
-            self.tiers.end_step(self.tiers.slots([request_id]), count)
+            self.tiers.extend(request_id, step)
         for request_id, done in plan.compress.items():
             self.scores.pop(request_id, None)
-            self.tiers.add(request_id, done.tiered_pages, done.sizes, done.low_format)
+            self.tiers.add(request_id, done.blocks)
         # A dummy step, as data parallelism runs them, has no plan of its own.
         self.plan, self._appended = StepPlan(stats=plan.stats), NO_SLOTS
 

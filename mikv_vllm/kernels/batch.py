@@ -13,9 +13,19 @@ DecodeRow = tuple[int, Any, TierSizes, AppendStep, LowFormat]
 step; what the step does; low format."""
 
 ROW_FIELDS = 11
-TOKEN, PAGES, HIGH, LOW, LOW_END_LINE, MOVED, DEMOTED, NEXT_LOW_END_LINE, KEY_CODE, VALUE_BITS, NEW_TOKENS = (
-    range(ROW_FIELDS)
-)
+(
+    TOKEN,
+    PAGES,
+    HIGH,
+    LOW,
+    LOW_END_LINE,
+    MOVED,
+    DEMOTED,
+    NEXT_LOW_END_LINE,
+    KEY_CODE,
+    VALUE_BITS,
+    NEW_TOKENS,
+) = range(ROW_FIELDS)
 """Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
 and demoted; low end after it; bits of keys (``key_code``) and of values. Ends count in lines."""
 

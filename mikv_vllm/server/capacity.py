@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig
+from mikv_vllm.tiers.blocks import most_tokens
 from mikv_vllm.tiers.formats import TierGeometry
-from mikv_vllm.tiers.plan import most_tokens
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

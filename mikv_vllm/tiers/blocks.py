@@ -15,7 +15,7 @@ of its tokens. The scheduler computes them; nothing here reads a key or a value.
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from mikv_vllm.tiers.formats import (
     HIGH_RECORD_TOKENS,
@@ -62,6 +62,7 @@ class TailStep:
     """Times 32 high tokens that become one low record."""
     after: TierSizes
     """Sizes afterwards."""
+    moved_records = 0
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,10 @@ class BlockPlanner:
         new_positions, freed_positions = tuple(sorted(new - old)), tuple(sorted(old - new))
         return TailStep(count, new_positions, freed_positions, demoted, after)
 
+    def empty(self, index: int) -> TierSizes:
+        """Sizes of a tail without tokens."""
+        return replace(self.form(index).sizes, high_tokens=0, low_records=0)
+
     def _choose(
         self, index: int, num_tokens: int, least_low: int, limit: int, least_high: int
     ) -> TierSizes:
@@ -232,3 +237,44 @@ class BlockPlanner:
             low_records=sizes.low_records - 1,
         )
         return spare >= HIGH_RECORD_TOKENS and self._fits(form, full)
+
+
+planner = lru_cache(256)(BlockPlanner)
+"""A :class:`BlockPlanner`, the same one for equal arguments."""
+
+
+def pages_needed(
+    geometry: TierGeometry,
+    ratio: float,
+    recent: int,
+    num_tokens: int,
+    ladder: tuple[LowFormat, ...] = LADDER,
+) -> int:
+    """Pages that a request takes until it holds ``num_tokens`` tokens, once it is compressed.
+
+    One more than the ratio allows for: a step may take the next page early.
+    """
+    blocks = planner(geometry, ratio, recent, ladder)
+    sizes = blocks.compress(num_tokens) if ratio > 1.0 else None
+    if sizes is None:
+        return blocks.native_pages(num_tokens)
+    return sum(blocks.num_allocated(i, block) for i, block in enumerate(sizes)) + 1
+
+
+@lru_cache(256)
+def most_tokens(
+    geometry: TierGeometry,
+    ratio: float,
+    recent: int,
+    pages: int,
+    ladder: tuple[LowFormat, ...] = LADDER,
+) -> int:
+    """Tokens that a request can hold in ``pages`` pages."""
+    fits, too_many = 0, int(2 * ratio * pages + 2) * geometry.block_size
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if pages_needed(geometry, ratio, recent, middle, ladder) <= pages:
+            fits = middle
+        else:
+            too_many = middle
+    return fits

@@ -71,8 +71,9 @@ class Layer:
         high_tokens: int,
         low_records: int,
         low_end_line: int,
-        key_bits: int,
+        key_code: int,
         value_bits: int,
+        recent: int,
         scores: int,
         score_stride: int,
         queries: int,
@@ -117,6 +118,7 @@ class Layer:
         num_tokens: int,
         scores: int,
         score_stride: int,
+        recent: int,
         keep: float,
         /,
     ) -> None: ...

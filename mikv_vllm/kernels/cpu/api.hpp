@@ -63,6 +63,7 @@ struct Compression {
     int num_tokens, tiered_pages;
     int high_tokens, low_records, low_end_line;  // sizes to reach
     int key_code, value_bits;
+    int recent;           // newest tokens that stay high
     const float* scores;  // [num_kv_heads, score_stride]
     int64_t score_stride;
     Rows queries;  // the last queries of the prompt, at least one
@@ -84,6 +85,7 @@ struct Extension {
     int num_tokens;
     const float* scores;  // [num_kv_heads, score_stride]: tokens of the tiers, then new tokens
     int64_t score_stride;
+    int recent;  // newest tokens that stay high
     float keep;  // factor on the stored scores of the high tokens, before `scores` is added
 };
 

@@ -88,7 +88,7 @@ struct Compressor {
             store(h.center + c, load_fp16(half));
         }
         select_high(job.scores + head * job.score_stride, job.num_tokens, job.high_tokens,
-                    layer.recent, h.sort_keys, h.chosen);
+                    job.recent, h.sort_keys, h.chosen);
         int32_t *to_high = h.high, *to_low = h.low;
         for (int t = 0; t < job.num_tokens; ++t) {
             if (h.chosen[t]) {

@@ -101,7 +101,7 @@ struct Extender {
         read_scores(stream, high, high_tokens, s.scores);
         for (int i = 0; i < high_tokens; ++i) s.scores[i] = job.keep * s.scores[i] + added[i];
         added += high_tokens + kLowRecordTokens * job.tiers.low_records;
-        const int all = high_tokens + job.num_tokens, candidates = all - layer.recent;
+        const int all = high_tokens + job.num_tokens, candidates = all - job.recent;
         for (int i = 0; i < job.num_tokens; ++i) s.scores[high_tokens + i] = added[i];
         __builtin_memset(s.chosen, 0, static_cast<size_t>(all));
         if (job.demoted_records) {

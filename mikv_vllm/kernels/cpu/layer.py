@@ -7,7 +7,7 @@ import torch
 
 from mikv_vllm.kernels.cpu import _C
 from mikv_vllm.kernels.cpu.batch import DecodeBatch
-from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
+from mikv_vllm.tiers.formats import LINE_BYTES, HeaderLayout, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 128, 256)
@@ -83,6 +83,7 @@ class LayerOps:
         index = [i.to(torch.int32).contiguous().flatten() for i in (key_index, value_index)]
         assert all(len(i) == block_size * head_dim for i in index), "index of the wrong size"
         sinks = None if sinks is None else sinks.float().contiguous()
+        self._header_bytes = HeaderLayout(head_dim).num_bytes
         self._layer = _C.Layer(
             head_dim,
             num_heads,
@@ -164,8 +165,9 @@ class LayerOps:
         low_format: LowFormat,
         scores: torch.Tensor,
         q: torch.Tensor,
+        recent: int,
     ) -> None:
-        """Write a native request into its tiers.
+        """Write native tokens into a block.
 
         Args:
             native_table, tiered_table: page ids, integers; they may share pages.
@@ -173,6 +175,7 @@ class LayerOps:
             scores: ``[kv_heads, >= sizes.num_tokens]``, float32, contiguous.
             q: ``[n, heads, head_dim]``, the prompt's last queries, at least one: the channels
                 of low keys whose rounding would cost these most get more bits.
+            recent: newest tokens that stay high, at most ``sizes.high_tokens``.
         """
         native = np.ascontiguousarray(native_table, np.int32)
         tiered = np.ascontiguousarray(tiered_table, np.int32)
@@ -183,6 +186,7 @@ class LayerOps:
             sizes.num_tokens,
             sizes.pages,
             *_size_arguments(sizes, low_format),
+            recent,
             scores.data_ptr(),
             scores.stride(0),
             q.data_ptr(),
@@ -219,6 +223,7 @@ class LayerOps:
         k: torch.Tensor,
         v: torch.Tensor,
         scores: torch.Tensor,
+        recent: int,
         keep: float,
     ) -> None:
         """Take the next tokens of a prompt into a compressed request's tiers.
@@ -230,6 +235,7 @@ class LayerOps:
             k, v: ``[tokens, kv_heads, head_dim]``; heads and channels contiguous.
             scores: ``[kv_heads, sizes.num_tokens + tokens]``, float32, contiguous, in the order
                 of :meth:`restore`, the new tokens last.
+            recent: newest tokens that stay high.
             keep: factor on the high tokens' own scores, to which theirs are added.
         """
         tiered = np.ascontiguousarray(tiered_table, np.int32)
@@ -247,5 +253,16 @@ class LayerOps:
             len(k),
             scores.data_ptr(),
             scores.stride(0),
+            recent,
             keep,
         )
+
+    def begin(self, cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Give new tails the headers of the blocks before them.
+
+        Args:
+            source, target: first pages of the blocks and of the new tails, integers ``[tails]``.
+        """
+        parts = cache.flatten(2)
+        size = self._header_bytes // cache.element_size()
+        parts[target, :, :size] = parts[source, :, :size]

@@ -143,14 +143,14 @@ class LayerHandle {
 
     void compress(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t native_table,
                   uintptr_t tiered_table, int num_tokens, int tiered_pages, int high_tokens,
-                  int low_records, int low_end_line, int key_code, int value_bits, uintptr_t scores,
-                  int64_t score_stride, uintptr_t queries, int64_t query_stride,
+                  int low_records, int low_end_line, int key_code, int value_bits, int recent,
+                  uintptr_t scores, int64_t score_stride, uintptr_t queries, int64_t query_stride,
                   int num_queries) const {
         nb::gil_scoped_release unlocked;
         active->compress(
             layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
             {pointer<const int32_t>(native_table), pointer<const int32_t>(tiered_table), num_tokens,
-             tiered_pages, high_tokens, low_records, low_end_line, key_code, value_bits,
+             tiered_pages, high_tokens, low_records, low_end_line, key_code, value_bits, recent,
              pointer<const float>(scores), score_stride, rows(queries, query_stride), num_queries});
     }
 
@@ -168,7 +168,7 @@ class LayerHandle {
                 int high_tokens, int low_records, int low_end_line, int key_code, int value_bits,
                 int moved_records, int demoted_records, int low_end_line_after, uintptr_t k,
                 int64_t k_stride, uintptr_t v, int64_t v_stride, int num_tokens, uintptr_t scores,
-                int64_t score_stride, float keep) const {
+                int64_t score_stride, int recent, float keep) const {
         nb::gil_scoped_release unlocked;
         active->extend(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
                        {{pointer<const int32_t>(table), high_tokens, low_records, low_end_line,
@@ -181,6 +181,7 @@ class LayerHandle {
                         num_tokens,
                         pointer<const float>(scores),
                         score_stride,
+                        recent,
                         keep});
     }
 
