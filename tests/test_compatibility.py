@@ -1,25 +1,30 @@
-"""A vLLM that moved is found before it does harm."""
+"""A change of vLLM is reported at start-up, and the list of vLLM APIs is complete."""
 
+import ast
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from mikv_vllm import compatibility
+from mikv_vllm.vllm_api import VLLM_API
+
+from .vllm_usage import Function, missing, unused, uses
 
 VLLM = Path(find_spec("vllm").submodule_search_locations[0])
+PACKAGE = Path(compatibility.__file__).parent
 
 
 @pytest.fixture
 def copied(tmp_path):
-    """A folder like vLLM's with the files that are relied on, to change."""
-    for file in (*compatibility.RELIED_ON, "_version.py"):
+    """A copy of the files of vLLM that are in the list, for tests to change."""
+    for file in (*VLLM_API, "_version.py"):
         (tmp_path / "vllm" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(VLLM / file, tmp_path / "vllm" / file)
-    (tmp_path / "vllm/__init__.py").touch()
     return tmp_path / "vllm"
 
 
@@ -29,7 +34,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def test_the_installed_vllm_has_all_that_is_relied_on(copied):
+def test_the_installed_vllm_has_all_listed_apis(copied):
     compatibility.check()
     compatibility.check(copied)
 
@@ -53,7 +58,7 @@ def test_the_installed_vllm_has_all_that_is_relied_on(copied):
         ("v1/core/block_pool.py", "class BlockPool", "class PagePool", "BlockPool.evict_blocks"),
     ],
 )
-def test_what_moved_is_named_in_one_sentence(copied, file, old, new, named):
+def test_a_changed_api_is_named_in_one_sentence(copied, file, old, new, named):
     edit(copied / file, old, new)
     edit(copied / "_version.py", "version = '", "version = '9.")
     with pytest.raises(compatibility.Incompatible) as error:
@@ -63,26 +68,32 @@ def test_what_moved_is_named_in_one_sentence(copied, file, old, new, named):
     assert f"install vLLM {compatibility.SUPPORTED}.x" in str(error.value)
 
 
-def test_a_parameter_with_a_default_is_no_change(copied):
+@pytest.mark.parametrize(
+    ("parameter", "is_change"),
+    [("more: int = 0", False), ("*, more: int = 0", False), ("*, more: int", True)],
+)
+def test_only_a_parameter_without_a_default_is_a_change(copied, parameter, is_change):
     edit(
         copied / "v1/core/sched/scheduler.py",
         "throttle_prefills: bool = False",
-        "throttle_prefills: bool = False, more: int = 0",
+        f"throttle_prefills: bool = False, {parameter}",
     )
-    compatibility.check(copied)
+    found = list(compatibility.changes(copied))
+    assert found == ["v1/core/sched/scheduler.py: Scheduler.schedule"] * is_change
 
 
 def test_a_missing_file_is_named(copied):
-    (copied / "v1/worker/cpu_worker.py").unlink()
-    assert list(compatibility.changes(copied)) == ["v1/worker/cpu_worker.py: CPUWorker.init_device"]
+    file = "v1/worker/cpu_worker.py"
+    (copied / file).unlink()
+    assert list(compatibility.changes(copied)) == [f"{file}: {name}" for name in VLLM_API[file]]
 
 
 @pytest.mark.parametrize(
     "command", [["-m", "mikv_vllm.server.cli"], ["-c", "from mikv_vllm import LLM"]]
 )
-def test_a_start_with_another_vllm_ends_with_the_sentence(copied, command):
+def test_a_start_with_an_incompatible_vllm_ends_with_one_sentence(copied, command):
     edit(copied / "v1/core/block_pool.py", "class BlockPool", "class PagePool")
-    # In front of the installed one; importing it would fail, it is a few files.
+    # This vLLM precedes the installed one. It has only a few files, so importing it would fail.
     result = subprocess.run(
         [sys.executable, *command],
         env={"PYTHONPATH": f"{copied.parent}:{Path(__file__).parent.parent}", "PATH": ""},
@@ -95,3 +106,110 @@ def test_a_start_with_another_vllm_ends_with_the_sentence(copied, command):
     assert "v1/core/block_pool.py: BlockPool.evict_blocks (and 3 more) is missing" in last
     if "cli" in command[-1]:
         assert result.stderr.count("\n") == 1
+
+
+def test_every_api_that_the_package_uses_is_listed():
+    assert missing(PACKAGE, VLLM, VLLM_API) == []
+
+
+def test_every_listed_api_is_used():
+    assert unused(PACKAGE, VLLM, VLLM_API) == []
+
+
+def test_every_listed_function_has_parameters():
+    without = []
+    for file, names in VLLM_API.items():
+        found = compatibility.definitions(ast.parse((VLLM / file).read_text()))
+        for name, parameters in names.items():
+            node = found[name]
+            if parameters is None and isinstance(node, Function):
+                decorators = map(ast.unparse, node.decorator_list)
+                if not any("property" in decorator for decorator in decorators):
+                    without.append(f"{file}: {name}")
+    assert without == []
+
+
+MADE_UP = {
+    "vllm/__init__.py": "from vllm.core import Base",
+    "vllm/core.py": """
+        class Root:
+            limit: int = 0
+            def run(self): ...
+        class Base(Root):
+            def __init__(self, pool: "Pool"):
+                self.pool = pool
+            def step(self, x): ...
+        class Fast(Root):
+            def step(self, x): ...
+        class Pool:
+            def take(self, n): ...
+        def helper(a): ...
+        """,
+    "mikv_vllm/__init__.py": "",
+    "mikv_vllm/uses.py": """
+        from typing import TYPE_CHECKING
+        from vllm import Base
+        from vllm.core import Fast
+        if TYPE_CHECKING:
+            from vllm.core import Pool
+        class Mixin:
+            def step(self, x):
+                return super().step(x)
+        class TieredBase(Mixin, Base):
+            limit = 1
+            def grow(self):
+                return self.pool.take(1)
+        class TieredFast(Mixin, Fast):
+            pass
+        def late():
+            from vllm import core
+            return core.helper(1)
+        """,
+    "mikv_vllm/vllm_hooks.py": """
+        from vllm.core import Pool
+        def hook(pool: "Pool | None", other) -> None:
+            def take(n): ...
+            pool.take = take
+            other.take = take
+        """,
+}
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """A small package and a small vLLM."""
+    for file, text in MADE_UP.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(textwrap.dedent(text))
+    return tmp_path / "mikv_vllm", tmp_path / "vllm"
+
+
+def test_imports_overrides_replacements_and_calls_are_collected(made_up):
+    assert uses(*made_up) == {
+        ("__init__.py", "Base"),  # imported through a re-export, and where it is defined
+        ("core.py", "Base"),
+        ("core.py", "Fast"),
+        ("core.py", "Pool"),  # imported for annotations only
+        ("core.py", "helper"),  # imported inside a function, as a member of a module
+        ("core.py", "Base.step"),  # overridden by a mixin
+        ("core.py", "Fast.step"),
+        ("core.py", "Root.limit"),  # overridden in a base of the base
+        ("core.py", "Base.pool"),  # read
+        ("core.py", "Pool.take"),  # called, and replaced
+        ("method of an unknown class", "mikv_vllm.vllm_hooks: other.take"),
+    }
+
+
+def test_an_unlisted_and_an_unused_api_are_found(made_up):
+    listed = {
+        "__init__.py": {"Base": None},
+        "core.py": dict.fromkeys(
+            ("Base.step", "Base.pool", "Fast.step", "Root.limit", "Root.run", "helper")
+        ),
+    }
+    assert missing(*made_up, listed) == [
+        ("core.py", "Pool"),
+        ("core.py", "Pool.take"),
+        ("method of an unknown class", "mikv_vllm.vllm_hooks: other.take"),
+    ]
+    assert unused(*made_up, listed) == [("core.py", "Root.run")]

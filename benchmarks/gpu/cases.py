@@ -62,7 +62,7 @@ class Prompt:
     def __init__(self, heads: Heads, tokens: int, scratch: Scratch) -> None:
         self.heads, self.tokens, self.scratch = heads, tokens, scratch
         pages = -(-tokens // BLOCK_SIZE)
-        size = (2, pages, BLOCK_SIZE, heads.kv_heads, heads.head_dim)
+        size = (pages, heads.kv_heads, BLOCK_SIZE, 2 * heads.head_dim)
         self.cache = torch.randn(size, dtype=DTYPE, device=DEVICE)
         self.table = torch.randperm(pages, device=DEVICE).to(torch.int32)
         size = (WINDOW, heads.heads, heads.head_dim)
@@ -71,7 +71,7 @@ class Prompt:
         self.ops = heads.ops(scratch)
 
     def score(self) -> None:
-        self.ops.score(self.cache[0], self.table, self.tokens, self.q, self.scores)
+        self.ops.score(self.cache, self.table, self.tokens, self.q, self.scores)
 
     def planner(self, ratio: float, high_bits: int = 8) -> TierPlanner:
         geometry = TierGeometry(self.heads.head_dim, BLOCK_SIZE, high_bits)
@@ -85,8 +85,8 @@ class Prompt:
         pages: torch.Tensor,
         table: torch.Tensor,
     ) -> None:
-        low_format = planner.low_format
-        ops.compress(*self.cache, self.table, pages, table, sizes, low_format, self.scores, self.q)
+        tiers = (table, sizes, planner.low_format)
+        ops.compress(pages, self.table, *tiers, self.scores, self.q, native=self.cache)
 
 
 class Compressed:

@@ -23,9 +23,9 @@ from triton.compiler import ASTSource
 
 from benchmarks.gpu import sass
 from mikv_vllm.kernels.triton import attend, change, compress, extend, merge, restore, score
-from mikv_vllm.kernels.triton.jit import COUNTS, TABLES
-from mikv_vllm.kernels.triton.layer import OPTIONS, PARTS, SCORE_ROWS
 from mikv_vllm.kernels.triton.layout import Layout, LowLines
+from mikv_vllm.kernels.triton.native import PARTS
+from mikv_vllm.kernels.triton.score import SCORE_ROWS
 from mikv_vllm.tiers.formats import LADDER, LADDERS, LowFormat
 
 TARGETS = {80: "A100", 90: "H100", 100: "B200"}
@@ -127,7 +127,7 @@ class Needs:
 @cache
 def compile_job(job: Job) -> Needs:
     """Compile and read the resources out of the binary."""
-    kernel = KERNELS[job.kernel].jit
+    kernel = KERNELS[job.kernel]
     low = job.low_format
     constants = {
         "LAYER": job.layout,
@@ -139,18 +139,20 @@ def compile_job(job: Job) -> Needs:
         "DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16}[job.dtype],
     }
     signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[name] = "constexpr", constants[name]
-            continue
-        signature[name] = TYPES.get(name, f"*{job.dtype}" if name in NATIVE else "i32")
-        if signature[name] != "fp32" and name not in COUNTS | TABLES:
+    for i, name in enumerate(kernel.names):
+        if name in kernel.integers:
+            signature[name] = "i32"
+        else:
+            signature[name] = f"*{job.dtype}" if name in NATIVE else TYPES[name]
+        if signature[name] != "fp32" and name not in kernel.counts | kernel.tables:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    options = dict(OPTIONS.get(job.kernel, {}))
+    for name in kernel.constants:
+        signature[name], constexprs[name] = "constexpr", constants[name]
+    options = dict(kernel.options)
     if job.kernel == "attend":
         options["num_warps"] = job.layout.warps
     compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes),
+        ASTSource(fn=kernel.jit, signature=signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", job.target, 32),
         options=options,
     )

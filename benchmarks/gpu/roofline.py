@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from benchmarks.gpu.cases import RECENT, WINDOW
 from benchmarks.gpu.compile import H100_CLOCK, H100_PROCESSORS, Job, Needs, compile_job
 from mikv_vllm.evaluation.tables import markdown_table
-from mikv_vllm.kernels.triton.attend import HIGH_COST, LEAST_COST, LOW_COST
-from mikv_vllm.kernels.triton.layer import (
-    LEAST_SPLITS,
-    PARTS,
-    PROGRAMS,
-    SCORE_ROWS,
-)
 from mikv_vllm.kernels.triton.layout import Layout
-from mikv_vllm.kernels.triton.merge import MOST_SPLITS, TOKENS_AT_ONCE
-from mikv_vllm.kernels.triton.score import KEYS
+from mikv_vllm.kernels.triton.merge import TOKENS_AT_ONCE
+from mikv_vllm.kernels.triton.native import PARTS
+from mikv_vllm.kernels.triton.score import KEYS, SCORE_ROWS
 from mikv_vllm.kernels.triton.select import BLOCK
+from mikv_vllm.kernels.triton.splits import (
+    HIGH_COST,
+    LEAST_COST,
+    LOW_COST,
+    PROGRAMS,
+    most_splits,
+)
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import TierPlanner, TierSizes
 
@@ -94,8 +95,7 @@ def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
 
 def split_sizes(sizes: TierSizes, batch: int) -> list[tuple[str, int]]:
     """Tier and blocks of each split of one request and head, as ``splits_of`` shares them out."""
-    most = PROGRAMS * H100_PROCESSORS // (batch * KV_HEADS)
-    most = min(max(most, LEAST_SPLITS), MOST_SPLITS.value)
+    most = most_splits(PROGRAMS * H100_PROCESSORS, batch * KV_HEADS)
     chunks, blocks = sizes.low_records, -(-sizes.high_tokens // LOW_RECORD_TOKENS)
     low_cost = LOW_COST.value * chunks
     cost = low_cost + HIGH_COST.value * blocks

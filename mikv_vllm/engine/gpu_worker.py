@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from mikv_vllm.engine.gpu_backend import TieredImpl
+from mikv_vllm.engine.gpu_impl import TieredGPUImpl
 from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.tiered_worker import TieredWorker
 from mikv_vllm.engine.worker_context import context
@@ -70,7 +70,7 @@ class TieredGPUWorker(TieredWorker):
         """Compile our kernels, for each shape of layer."""
         logger.info("MiKV: compiling the tiers' kernels; later starts find them in Triton's cache.")
         layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
-        tiered = [layer for layer in layers if isinstance(layer.impl, TieredImpl)]
+        tiered = [layer for layer in layers if isinstance(layer.impl, TieredGPUImpl)]
         for layer in {layer.impl.shape: layer for layer in tiered}.values():
             layer.impl.warm_up(layer.kv_cache)
 

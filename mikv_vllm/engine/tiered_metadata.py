@@ -1,5 +1,6 @@
 """One step's batch, split into the rows that vLLM's kernel runs and the rows that ours run."""
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Self
@@ -24,21 +25,29 @@ from mikv_vllm.tiers.plan import TierSizes
 class BlockRow:
     """A block of a request, with its table where the kernels read it."""
 
+    first_token: int
     table: torch.Tensor
     """Page ids, int32 ``[pages]``."""
     sizes: TierSizes
     low_format: LowFormat
 
     @classmethod
-    def of(cls, block: BlockTable, device: torch.device) -> Self:
-        table = torch.tensor(block.pages, dtype=torch.int32, device=device)
-        return cls(table, block.sizes, block.low_format)
+    def of_request(cls, blocks: Sequence[BlockTable], device: torch.device) -> list[Self]:
+        """The blocks of one request."""
+        rows, first_token = [], 0
+        for block in blocks:
+            table = torch.tensor(block.pages, dtype=torch.int32, device=device)
+            rows.append(cls(first_token, table, block.sizes, block.low_format))
+            first_token += block.sizes.num_tokens
+        return rows
 
 
 @dataclass(frozen=True)
 class ChangeRow:
     """Tokens of a chunk that join one block."""
 
+    first_token: int
+    """First token of the block."""
     step: DecodeStep
     table: torch.Tensor
     """Page ids, int32 ``[pages]``; the step's new ones included."""
@@ -115,14 +124,14 @@ def split_batch(
             slots[row] = -1
             span = slice(int(starts[row]), int(starts[row + 1]))
             known = tiers.blocks(request_id)
-            blocks = [BlockRow.of(block, device) for block in known]
+            blocks = BlockRow.of_request(known, device)
             changes = changed_blocks(known, extend, device)
             extended.append(ExtendedRow(row, span, blocks, changes, extend))
         for request_id, score in plan.score.items():
             row = rows[request_id]
             end = int(starts[row + 1])
             compress = plan.compress.get(request_id)
-            blocks = [BlockRow.of(b, device) for b in compress.blocks] if compress else []
+            blocks = BlockRow.of_request(compress.blocks if compress else (), device)
             queries = slice(end - score.num_queries, end)
             scored.append(ScoredRow(request_id, queries, block_table[row], score, compress, blocks))
     begun = tiers.begun(request_id for request_id, step in plan.decode.items() if step.begins)
@@ -138,13 +147,16 @@ def changed_blocks(
 ) -> list[ChangeRow]:
     """The changes of an extended request's blocks, with their tables."""
     changes, previous = [], blocks[-1].pages
+    first_token = step.first_token - blocks[-1].sizes.num_tokens
     for change in step.changes:
         table = [0] * change.before.pages if change.begins else list(previous)
         for position, page in zip(change.append.new_positions, change.new_pages, strict=True):
             table[position] = page
         source = previous[0] if change.begins else None
+        if change.begins:
+            first_token = step.first_token + sum(c.step.append.new_tokens for c in changes)
         tensor = torch.tensor(table, dtype=torch.int32, device=device)
-        changes.append(ChangeRow(change, tensor, source, table[0]))
+        changes.append(ChangeRow(first_token, change, tensor, source, table[0]))
         previous = tuple(table)
     return changes
 

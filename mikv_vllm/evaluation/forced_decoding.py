@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import SamplingParams
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logits_process import LogitsProcessor as RequestLogitsProcessor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 

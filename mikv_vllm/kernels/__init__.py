@@ -1,1 +1,4 @@
-"""Native kernels of the tier operations, one package per device; none of them imports vLLM."""
+"""Kernels of the tier operations, one package per device. They import neither vLLM nor the server.
+
+:class:`~mikv_vllm.kernels.layer_ops.LayerOps` is their interface.
+"""

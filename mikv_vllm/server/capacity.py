@@ -1,10 +1,11 @@
-"""Requests that the page pool cannot hold at their ratio, refused before they are queued."""
+"""Refuses requests that the page pool cannot hold at their ratio, before they are queued."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig
+from mikv_vllm.server.vllm_hooks import check_inputs
 from mikv_vllm.tiers.blocks import most_tokens
 from mikv_vllm.tiers.formats import TierGeometry
 
@@ -17,25 +18,28 @@ if TYPE_CHECKING:
 def check_capacity(
     processor: "InputProcessor", vllm_config: "VllmConfig", config: CompressionConfig
 ) -> None:
-    """Make vLLM's input processor refuse prompts that do not fit, and end the others in time.
+    """Make an input processor refuse prompts that do not fit, and limit the tokens of the others.
 
-    vLLM itself makes sure that a request of the model's whole length fits; here it need only do
-    so at the server's default ratio, and a request may ask for a smaller one.
+    At start-up vLLM checks that a request of ``max_model_len`` tokens fits. With MiKV that holds at
+    the server's default ratio only, and a request may choose a smaller ratio.
+
+    Args:
+        processor: changed in place. It then raises ``VLLMValidationError`` for a prompt that does
+            not fit, and lowers ``max_tokens`` to what fits after the prompt.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     geometry = TierGeometry(model.get_head_size(), cache.block_size, config.high_bits)
     engines = vllm_config.parallel_config.data_parallel_size
-    process_inputs, process_inputs_async = processor.process_inputs, processor.process_inputs_async
 
-    def check(request: "EngineCoreRequest") -> "EngineCoreRequest":
+    def check(request: "EngineCoreRequest") -> None:
         params = request.sampling_params
         if params is None or not cache.num_gpu_blocks:
-            return request
+            return
         ratio = (params.extra_args or {}).get(RATIO_FIELD)
         if request.resumable:
-            ratio = 1.0  # it stays native: more of its prompt comes later
+            ratio = 1.0  # it stays native, because more prompt tokens arrive later
         ratio = config.ratio if ratio is None else float(ratio)
-        # vLLM keeps one page of each engine for itself.
+        # vLLM reserves one page of each engine.
         pages = cache.num_gpu_blocks // engines - 1
         fits = most_tokens(geometry, ratio, config.recent, pages, config.ladder)
         prompt = len(request.prompt_token_ids or ())
@@ -47,13 +51,5 @@ def check_capacity(
             )
         if params.max_tokens is not None:
             params.max_tokens = min(params.max_tokens, fits - prompt)
-        return request
 
-    def process_and_check(*args: Any, **kwargs: Any) -> "EngineCoreRequest":
-        return check(process_inputs(*args, **kwargs))
-
-    async def process_and_check_async(*args: Any, **kwargs: Any) -> "EngineCoreRequest":
-        return check(await process_inputs_async(*args, **kwargs))
-
-    processor.process_inputs = process_and_check
-    processor.process_inputs_async = process_and_check_async
+    check_inputs(processor, check)

@@ -1,7 +1,7 @@
 """MiKV in vLLM's API server: the middleware, ``GET /mikv/stats``, reports and metrics."""
 
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from starlette.datastructures import State
@@ -15,14 +15,18 @@ from mikv_vllm.server.capacity import check_capacity
 from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.middleware import RatioMiddleware
 from mikv_vllm.server.reports import collect_reports
+from mikv_vllm.server.vllm_hooks import check_params
 from mikv_vllm.tiers.plan import largest_ratio
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
 STATS_METHOD = "mikv_stats"
-"""Worker method that returns the scheduler's statistics."""
+"""Name of the worker method that returns the scheduler's statistics."""
 
 
 class MiKVEndpoint:
-    """Entry point of ``vllm.endpoint_plugins``; does nothing in a vLLM that is not MiKV."""
+    """Plugin for ``vllm.endpoint_plugins``; does nothing in a server that runs without MiKV."""
 
     name = "mikv"
     required_tasks = ("generate",)
@@ -30,8 +34,8 @@ class MiKVEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add the route and the middleware.
 
-        vLLM adds its own middleware after this, and what is added later is further out: requests
-        are authenticated before ours sees them.
+        vLLM adds its own middleware after this one. Middleware that is added later runs earlier, so
+        requests are already authenticated when they reach this middleware.
         """
         if CompressionConfig.from_additional_config(app.state.args.additional_config) is None:
             return
@@ -41,7 +45,7 @@ class MiKVEndpoint:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Collect reports and metrics from this process's engine client."""
+        """Check requests, and collect reports and metrics, in this process's engine client."""
         config = CompressionConfig.from_additional_config(args.additional_config)
         if config is None or engine_client is None:
             return
@@ -55,28 +59,30 @@ class MiKVEndpoint:
         install_metrics(engine.logger_manager, vllm_config)
 
 
-def check_ratios(engine: Any, largest: float) -> None:
-    """Make an ``AsyncLLM`` refuse a wrong ratio on whatever route it came."""
-    add_request = engine.add_request
+def check_ratios(engine: "AsyncLLM", largest: float) -> None:
+    """Make an ``AsyncLLM`` refuse a wrong ratio on every route.
 
-    async def check_and_add(
-        request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    Args:
+        engine: changed in place. It then raises ``VLLMValidationError`` for a wrong ratio.
+        largest: the largest ratio of the served model.
+    """
+
+    def check(params: Any) -> None:
         ratio = (getattr(params, "extra_args", None) or {}).get(RATIO_FIELD)
         if ratio is not None:
             try:
                 parse_ratio(ratio, largest)
             except RatioError as error:
                 raise VLLMValidationError(str(error), parameter=RATIO_FIELD) from None
-        return await add_request(request_id, prompt, params, *args, **kwargs)
 
-    engine.add_request = check_and_add
+    check_params(engine, check)
 
 
 def _router(args: Namespace) -> APIRouter:
-    """The routes under ``/mikv``, behind the API key if there is one.
+    """Return the routes under ``/mikv``, which require the API key if there is one.
 
-    vLLM guards only the path prefixes that it knows, so these guard themselves by its own check.
+    vLLM authenticates only requests to path prefixes that it knows. These routes therefore call its
+    check themselves.
     """
     tokens = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
@@ -89,16 +95,19 @@ def _router(args: Namespace) -> APIRouter:
 
     @router.get("/stats")
     async def stats(request: Request) -> dict[str, dict[str, int]]:
-        """Pool pages, tokens, bytes and requests by tier, and totals of operations."""
+        """Pages, tokens, bytes and requests by tier, and total numbers of operations."""
         return await engine_stats(request.app.state.engine_client)
 
     return router
 
 
 async def engine_stats(engine: Any) -> dict[str, dict[str, int]]:
-    """The statistics of all engines of an ``AsyncLLM``, summed.
+    """Return the statistics of all engines of an ``AsyncLLM``, summed.
 
-    Every worker of one engine has the same figures, so its first one answers for it.
+    All workers of one engine return equal statistics; those of its first worker are used.
+
+    Returns:
+        Numbers by section and key, as in :class:`mikv_vllm.engine.step_plan.TierStats`.
     """
     per_engine = await engine.engine_core.call_utility_all_async(
         "collective_rpc", STATS_METHOD, None, (), None

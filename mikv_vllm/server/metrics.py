@@ -1,4 +1,4 @@
-"""Prometheus metrics of the two tiers, in vLLM's own ``/metrics``."""
+"""Prometheus metrics of the two tiers, exported by vLLM's ``/metrics``."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from mikv_vllm.config import ADDITIONAL_CONFIG_KEY
+from mikv_vllm.server.vllm_hooks import insert_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,36 +18,37 @@ GAUGES = {
     "pages": (
         "mikv_kv_cache_pages",
         "state",
-        "Pages of vLLM's block pool, by what they hold (pages). Free ones may still serve the "
-        "prefix cache.",
+        "Pages of vLLM's block pool, by content (pages). Free pages may still be in the prefix "
+        "cache.",
     ),
     "tokens": ("mikv_kv_cache_tokens", "tier", "Tokens in the KV cache, by tier (tokens)."),
     "bytes": (
         "mikv_kv_cache_bytes",
         "tier",
-        "Pages of compressed requests, by what their bytes hold, over all layers (bytes).",
+        "Bytes of the pages of compressed requests, by content, in all layers (bytes).",
     ),
     "requests": (
         "mikv_requests",
         "tier",
-        "Running requests: native ones are untouched, tiered ones compressed (requests).",
+        "Running requests: native ones are uncompressed, tiered ones compressed (requests).",
     ),
 }
-"""Name, label and help text of a gauge, by section of the scheduler's statistics."""
+"""Name, label and help text of each gauge, by section of the scheduler's statistics."""
 
 OPERATIONS = (
     "mikv_operations_total",
     "kind",
-    "Operations since the engine's start, by kind (operations).",
+    "Operations since the engine started, by kind (operations).",
 )
+"""Name, label and help text of the counter."""
 
 
 class TierMetrics(AggregateStatLoggerBase):
-    """Turns the statistics that the scheduler sends with each step into metrics.
+    """Converts the statistics that the scheduler sends with each step into Prometheus metrics.
 
-    They come in ``SchedulerStats.kv_connector_stats``. vLLM's own loggers take those for a KV
-    connector's and fail if there is none, so this logger must come before them: it takes the
-    statistics out.
+    They arrive in ``SchedulerStats.kv_connector_stats``. vLLM's own loggers expect the statistics
+    of a KV connector there, and fail if no connector is configured. This logger must therefore run
+    before them; it removes the statistics.
     """
 
     def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int]) -> None:
@@ -71,7 +73,7 @@ class TierMetrics(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Take the statistics of one step of one engine."""
+        """Update the metrics from one step of one engine, and remove MiKV's statistics from it."""
         if scheduler_stats is None or not scheduler_stats.kv_connector_stats:
             return
         stats = scheduler_stats.kv_connector_stats.pop(ADDITIONAL_CONFIG_KEY, None)
@@ -81,20 +83,21 @@ class TierMetrics(AggregateStatLoggerBase):
         engine = str(engine_idx)
         for section, gauge in self._gauges.items():
             for key, value in stats[section].items():
-                if key != "total":  # the sum of the others
+                if key != "total":  # the sum of the other values
                     gauge.labels(self._model, engine, key).set(value)
         for kind, total in stats["operations"].items():
             self._operations.set(self._model, engine, kind, total)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say at start-up."""
+        """Do nothing; vLLM requires the method."""
 
 
 class _Operations:
-    """A counter that follows totals counted elsewhere.
+    """A counter whose totals are counted in the engine.
 
-    With several API servers each sees only some of the totals, and Prometheus' multiprocess mode
-    sums counters over processes; there it is a gauge that shows the latest total.
+    With several API servers each process receives only some of the totals, and Prometheus'
+    multiprocess mode adds counters of all processes. There the metric is a gauge with the latest
+    total instead.
     """
 
     def __init__(self) -> None:
@@ -117,17 +120,17 @@ class _Operations:
 
 
 def _unregister() -> None:
-    """Forget the metrics of an earlier engine in this process, as vLLM does with its own."""
+    """Remove the metrics of an earlier engine in this process, as vLLM does with its own."""
     for collector in list(REGISTRY._collector_to_names):
         if getattr(collector, "_name", "").startswith("mikv_"):
             REGISTRY.unregister(collector)
 
 
 def install_metrics(manager: "StatLoggerManager | None", vllm_config: "VllmConfig") -> None:
-    """Put :class:`TierMetrics` before vLLM's own loggers; without statistics there are none.
+    """Add :class:`TierMetrics` before vLLM's own loggers.
 
-    An entry point of ``vllm.stat_logger_plugins`` would do the same, but would also switch
-    statistics on in every stock vLLM that runs with ``--disable-log-stats`` beside this package.
+    Args:
+        manager: changed in place; None if statistics are disabled, and then there are no metrics.
     """
     if manager is not None:
-        manager.stat_loggers.insert(0, TierMetrics(vllm_config, manager.engine_indexes))
+        insert_logger(manager, TierMetrics(vllm_config, manager.engine_indexes))

@@ -1,8 +1,8 @@
-"""From the engine's per-sequence reports to one report per request.
+"""Collects the reports of all sequences of a request and combines them into one report.
 
-The scheduler attaches a report to the last output of every sequence. vLLM's frontend keeps only
-one of them per prompt (n > 1 loses the others), and none in a stream, so they are collected
-where all pass: in front of the ``OutputProcessor`` of this process.
+The scheduler attaches a report to the last output of every sequence. vLLM's frontend keeps only one
+report for each prompt (with ``n > 1`` the others are lost), and a stream contains none. Reports are
+therefore collected before the outputs enter the ``OutputProcessor`` of this process.
 """
 
 from collections.abc import Iterable
@@ -11,38 +11,44 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from mikv_vllm.config import REPORT_FIELD
+from mikv_vllm.server.vllm_hooks import observe_outputs
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor
 
 Report = dict[str, Any]
-"""One report, as the scheduler makes it."""
+"""One report as the scheduler creates it, by field name."""
 
 SUMMED = ("kv_tokens", "high_tokens", "low_tokens", "kv_bytes", "uncompressed_kv_bytes")
 
 
 class ReportGroup:
-    """Reports of the sequences that belong to one request, the latest of each."""
+    """The latest report of each sequence of one request."""
 
     def __init__(self) -> None:
         self._by_sequence: dict[str, Report] = {}
 
     def add(self, sequence_id: str, report: Report) -> None:
-        """Take the report of one sequence; a later one replaces it."""
+        """Store the report of one sequence, in place of an earlier report of the same sequence."""
         self._by_sequence[sequence_id] = report
 
     def total(self) -> Report | None:
-        """One report for all sequences, or None if there is none yet."""
+        """Return one report for all sequences, or None if there are no reports yet."""
         return sum_reports(self._by_sequence.values()) if self._by_sequence else None
 
 
 current_group: ContextVar[ReportGroup | None] = ContextVar("current_group", default=None)
-"""Where sequences that are started in this context report to. The middleware sets it for each
-HTTP request; tasks and generators of the request inherit it."""
+"""The group for the reports of sequences that are started in this context. The middleware sets it
+for each HTTP request; tasks and generators of the request inherit it."""
 
 
 def sum_reports(reports: Iterable[Report]) -> Report:
-    """Tokens and bytes summed, and the ratio that they make; the first low format that there is."""
+    """Combine the reports of several sequences into one.
+
+    Tokens and bytes are sums, and the achieved ratio follows from them. ``low_format`` is that of
+    the first compressed sequence. The other fields are those of the first report.
+    """
     reports = list(reports)
     if len(reports) == 1:
         return reports[0]
@@ -57,33 +63,32 @@ def sum_reports(reports: Iterable[Report]) -> Report:
 
 
 def collect_reports(processor: "OutputProcessor") -> None:
-    """Make an ``OutputProcessor`` hand every report to its request's group.
+    """Make an ``OutputProcessor`` add every report to the group of its request.
 
-    The final ``RequestOutput`` of a prompt with n > 1 then carries the sum over its sequences.
+    The final ``RequestOutput`` of a prompt with ``n > 1`` then contains the sum over its sequences.
+
+    Args:
+        processor: changed in place.
     """
     groups: WeakKeyDictionary[Any, ReportGroup] = WeakKeyDictionary()
-    add_request, process_outputs = processor.add_request, processor.process_outputs
 
-    def add_and_group(request: Any, *args: Any, **kwargs: Any) -> None:
-        add_request(request, *args, **kwargs)
+    def assign_group(request: "EngineCoreRequest") -> None:
         state = processor.request_states[request.request_id]
         owner = state.parent_req or state
         if owner not in groups:
             groups[owner] = current_group.get() or ReportGroup()
 
-    def collect_and_process(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    def collect(outputs: list["EngineCoreOutput"]) -> None:
         for output in outputs:
             params = output.kv_transfer_params
             if not params or REPORT_FIELD not in params:
                 continue
             state = processor.request_states.get(output.request_id)
             if state is None:
-                continue  # aborted meanwhile
+                continue  # the request was aborted in the meantime
             group = groups[state.parent_req or state]
             group.add(output.request_id, params[REPORT_FIELD])
             if state.parent_req is not None:
                 output.kv_transfer_params = params | {REPORT_FIELD: group.total()}
-        return process_outputs(outputs, *args, **kwargs)
 
-    processor.add_request = add_and_group
-    processor.process_outputs = collect_and_process
+    observe_outputs(processor, assign_group, collect)

@@ -13,12 +13,7 @@ from functools import cache
 
 import torch
 
-from mikv_vllm.tiers.formats import VALUE_GROUP
-
-SCALE_BIAS = 22
-"""Exponent bias of the 8-bit scale: 5 bits of exponent, 3 of mantissa, no sign."""
-HIGH_OFFSET = 128
-"""Added to an int8 of the high tier, which is stored as an unsigned byte."""
+from mikv_vllm.tiers.formats import HIGH_OFFSET, SCALE_BIAS, VALUE_GROUP
 
 
 def hadamard_size(head_dim: int) -> int:

@@ -31,6 +31,10 @@ VALUE_GROUP = 64
 """Value channels that share one scale per token in the low tier."""
 KEY_ZERO_STEPS = 2
 """A key zero point counts in units of its scale divided by this, with codec ``channel``."""
+SCALE_BIAS = 22
+"""Exponent bias of an 8-bit scale of the low tier: 5 bits of exponent, 3 of mantissa, no sign."""
+HIGH_OFFSET = 128
+"""Added to an int8 of the high tier, which is stored as an unsigned byte."""
 NATIVE_BYTES = 2
 """Bytes per number of an uncompressed cache (bf16 or fp16)."""
 KEYS_PER_TOKEN_BIT = 16

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from benchmarks.gpu.launches import Driver
-from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.kernels.triton.jit import kernel
 
 
-@Kernel
+@kernel(counts=("num_tokens",), tables=("starts",), specialized=("stride",))
 def fill_kernel(out, starts, num_tokens, stride, scale, bias, SIZE: tl.constexpr):
     at = tl.program_id(0) * stride + tl.arange(0, SIZE)
     value = tl.load(starts) * scale + num_tokens

@@ -18,14 +18,14 @@ from .triton_layer import RECENT, layer
 
 
 def native_cache(shape, keys, values, table, num_pages, device):
-    """Key and value caches as FlashAttention has them, views of one ``[2, …]`` tensor."""
-    size = (num_pages, shape.block_size, 2, shape.kv_heads, shape.head_dim)
-    cache = torch.full(size, float("nan"), dtype=shape.dtype).movedim(2, 0)
-    for data, part in ((keys, cache[0]), (values, cache[1])):
+    """Native pages with tokens outside heads in memory, and NaN where no token is."""
+    size = (num_pages, shape.block_size, shape.kv_heads, 2 * shape.head_dim)
+    cache = torch.full(size, float("nan"), dtype=shape.dtype)
+    for data, part in zip((keys, values), cache.split(shape.head_dim, -1), strict=True):
         for page, start in zip(table, range(0, len(data), shape.block_size), strict=False):
             tokens = data[start : start + shape.block_size]
             part[page, : len(tokens)] = tokens
-    return cache.to(device)
+    return cache.to(device).transpose(1, 2)
 
 
 def table_tensor(table, device):
@@ -81,14 +81,14 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, devi
     )
     pages = before.to(device)
     layer(shape, device).compress(
-        *native_cache(shape, keys, values, native, num_native + 2, device),
-        table_tensor(native, device),
         pages,
+        table_tensor(native, device),
         table_tensor(table, device),
         sizes,
         low_format,
         scores.to(device),
         q.to(device),
+        native=native_cache(shape, keys, values, native, num_native + 2, device),
     )
     pages = pages.cpu()
     assert_same_tiers(pages, expected, table, shape, low_format, sizes)
@@ -121,7 +121,7 @@ def test_scores_of_a_prompt(shape, num_tokens, num_queries, kwargs, device):
     }
     scores = torch.ones(shape.kv_heads, num_tokens + 3, device=device)
     layer(shape, device, **on_device).score(
-        cache[0], table_tensor(table, device), num_tokens, q.to(device), scores
+        cache, table_tensor(table, device), num_tokens, q.to(device), scores
     )
     scores = scores.cpu()
     expected = attention.score_prompt(q, keys, shape.head_dim**-0.5, **kwargs)
@@ -138,6 +138,6 @@ def test_scores_add_up_over_the_chunks_of_a_prefill(device):
     scores = torch.zeros(shape.kv_heads, 200, device=device)
     for start, stop in ((0, 50), (50, 129), (129, 200)):
         cache = native_cache(shape, keys[:stop], values[:stop], table, 4, device)
-        ops.score(cache[0], table_tensor(table, device), stop, q[start:stop].to(device), scores)
+        ops.score(cache, table_tensor(table, device), stop, q[start:stop].to(device), scores)
     expected = attention.score_prompt(q, keys, shape.head_dim**-0.5)
     torch.testing.assert_close(scores.cpu(), expected, rtol=1e-3, atol=2e-5)

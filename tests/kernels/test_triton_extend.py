@@ -37,12 +37,13 @@ def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device)
     table = torch.randperm(len(pages))[: sizes.pages].tolist()
     filled(shape, low_format, sizes, pages, table, seed=high, recent=RECENT)
     count = -(-sizes.num_tokens // shape.block_size)
-    # Keys and values of a page beside each other: a page's stride is not its tokens'.
-    size = (count, 2, shape.block_size, shape.kv_heads, shape.head_dim)
-    native = torch.full(size, 7.0, dtype=shape.dtype).to(device)
+    # Every second page of a larger tensor: the page stride does not follow from the token stride.
+    size = (2 * count, shape.block_size, shape.kv_heads, 2 * shape.head_dim)
+    native = torch.full(size, 7.0, dtype=shape.dtype).to(device)[::2]
     ops = layer(shape, device)
-    ops.restore(pages.to(device), on(device, table), sizes, low_format, native[:, 0], native[:, 1])
-    restored = native.cpu().movedim(1, 0).flatten(1, 2)
+    args = (pages.to(device), on(device, table), sizes, low_format)
+    ops.restore(*args, native.transpose(1, 2))
+    restored = native.cpu().unflatten(-1, (2, -1)).movedim(3, 0).flatten(1, 2)
     assert (restored[:, sizes.num_tokens :] == 7.0).all()
     for head in range(shape.kv_heads):
         stream = records.Stream(pages, table, head)

@@ -5,7 +5,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch, layer
+from mikv_vllm.kernels.triton import (
+    DecodeBatch,
+    LayerOps,
+    Scratch,
+    compress_ops,
+    decode_ops,
+    extend_ops,
+)
 from mikv_vllm.tiers.formats import TierGeometry
 from mikv_vllm.tiers.plan import AppendStep, TierPlanner
 
@@ -22,9 +29,10 @@ class NoKernel:
 
 @pytest.fixture
 def scratch(monkeypatch):
-    for name in vars(layer).copy():
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(layer, name, NoKernel())
+    for module in (compress_ops, decode_ops, extend_ops):
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, NoKernel())
     return Scratch("cpu")
 
 
@@ -38,7 +46,7 @@ def test_scratch_is_little_more_than_one_layer_of_the_longest_request(scratch):
         HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, 8, 0.1, 0.0, None, 0.9, RECENT, scratch, 2112
     )
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
-    native = torch.zeros(1, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    native = torch.zeros(1, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM, dtype=torch.bfloat16)
     pages = TOKENS // BLOCK_SIZE
     cache = torch.zeros(pages, KV_HEADS, geometry.page_bytes // 4, dtype=torch.int32)
     table = torch.zeros(pages, dtype=torch.int32)
@@ -50,8 +58,8 @@ def test_scratch_is_little_more_than_one_layer_of_the_longest_request(scratch):
         low = planner.low_format
         sizes, short = planner.compress(TOKENS), planner.compress(1024)
         ops.score(native, table, TOKENS, q[:32], scores)
-        ops.compress(native, native, table, cache, table, sizes, low, scores, q[:32])
-        ops.restore(cache, table, sizes, low, native, native)
+        ops.compress(cache, table, table, sizes, low, scores, q[:32], native=native)
+        ops.restore(cache, table, sizes, low, native)
         extended = planner.extend(sizes, CHUNK)
         ops.extend(cache, table, sizes, extended, low, chunk, chunk, scores, 1.0)
         # One of the longest beside many short ones.

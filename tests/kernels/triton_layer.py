@@ -1,6 +1,10 @@
-"""A layer's Triton kernels, as the tests of them set one up."""
+"""A layer with Triton kernels, and batches, as the tests set them up."""
+
+import torch
 
 from mikv_vllm.kernels import triton as kernels
+from mikv_vllm.kernels.batch import ROW_FIELDS, TOKEN, describe_rows
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
 
 RECENT, DECAY = 16, 0.9
 
@@ -18,3 +22,20 @@ def layer(shape, device, **kwargs):
         scratch=kernels.Scratch(device),
         **parameters | kwargs,
     )
+
+
+def empty_batch(rows, max_pages, low_formats, max_high, device):
+    """A batch of rows without requests, with space for ``max_high`` high tokens in each."""
+    numbers = torch.full((rows, ROW_FIELDS), -1, dtype=torch.int32, device=device)
+    tables = torch.zeros(rows, max_pages, dtype=torch.int32, device=device)
+    space = -(-max_high // LOW_RECORD_TOKENS) * LOW_RECORD_TOKENS
+    starts = torch.arange(0, rows * space, space, dtype=torch.int32, device=device)
+    return kernels.DecodeBatch(numbers, tables, starts, rows * space, tuple(low_formats))
+
+
+def fill_batch(batch, rows):
+    """Replace the requests of a batch, whose tensors stay where they are."""
+    numbers, tables = describe_rows(rows)
+    batch.rows[:, TOKEN] = -1
+    batch.rows[: len(rows)].copy_(torch.from_numpy(numbers))
+    batch.tables[: len(rows), : tables.shape[1]].copy_(torch.from_numpy(tables))

@@ -1,14 +1,15 @@
-"""What a decode step changes before it attends: move chunks, demote, append the new token."""
+"""Changes of the tiers in a decode step, before attention: move low records, demote, append."""
 
 import triton
 import triton.language as tl
 
+from mikv_vllm.kernels.triton.constants import LOW_RECORD_TOKENS
 from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import compact, read_high, score_pointers, store_high
-from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_low_record
-from mikv_vllm.kernels.triton.row import CHUNK, load_row
+from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.select import split_tokens
 from mikv_vllm.kernels.triton.stream import line_pointer, load_frame
 
@@ -17,7 +18,7 @@ COPY_LINES = tl.constexpr(64)
 
 @triton.jit
 def copy_lines(stream, source, to, count, LAYER: tl.constexpr):
-    """Copy ``count`` lines of the stream to lines that do not overlap them."""
+    """Copy ``count`` lines of a stream from line ``source`` to line ``to``, without overlap."""
     word = tl.arange(0, 16)[None, :]
     for start in range(0, count, COPY_LINES):
         line = start + tl.arange(0, COPY_LINES)[:, None]
@@ -42,10 +43,10 @@ def demote(
     LAYER: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Turn the 32 high tokens with the lowest scores into a chunk below the others.
+    """Quantize the 32 high tokens with the lowest scores into a new low record below the others.
 
     Args:
-        scores, kept, victims, integers: scratch: float32 and int32 for every high token, int32
+        scores, kept, victims, integers: scratch: float32 and int32 ``[high tokens]``, int32
             ``[32]``, uint8 ``[2, 32, head_dim]``.
     """
     high = row.high_before
@@ -55,7 +56,7 @@ def demote(
         at = score_pointers(stream, tl.minimum(token, high - 1), LAYER)
         tl.store(scores + token, tl.load(at), mask=token < high)
     tl.debug_barrier()
-    split_tokens(scores, high, high - recent, CHUNK, victims, kept, False)
+    split_tokens(scores, high, high - recent, LOW_RECORD_TOKENS, victims, kept, False)
     tl.debug_barrier()
 
     token = tl.load(victims + tl.arange(0, 32))
@@ -67,13 +68,18 @@ def demote(
     tl.debug_barrier()
 
     first = tl.load(victims)
-    # It makes room for the chunk, whose keys and values are in registers.
-    compact(stream, kept, first, high - CHUNK, DTYPE, LAYER)
+    # The new low record may use the freed bytes, so its keys and values are already in registers.
+    compact(stream, kept, first, high - LOW_RECORD_TOKENS, DTYPE, LAYER)
     line = row.low_end_line - row.low_records * FORMAT.count
     write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)
 
 
-@Kernel
+@kernel(
+    counts=("table_stride", "recent"),
+    tables=("starts",),
+    specialized=("page_stride", "head_stride", "scratch_stride"),
+    num_warps=8,
+)
 def change_kernel(
     pages,
     page_stride,
@@ -93,16 +99,17 @@ def change_kernel(
     LAYER: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Move chunks and demote, where the plan says so.
+    """Move low records and demote, in the rows whose step says so.
 
-    Grid ``(kv_heads, rows)``. Arguments as in ``attend_kernel``, and:
+    Grid ``(kv_heads, rows)``. Programs of rows with another low format return at once. Arguments
+    are as in ``attend_kernel``, and:
 
     Args:
-        recent: newest tokens that are never demoted.
-        scores: scratch, float32 ``[kv_heads, scratch_stride]``; order: int32, as much; both have
-            room for each row's high tokens and 32 more.
-        integers: uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
-        DTYPE: of 16-bit high tokens.
+        recent: number of the newest tokens, which are never demoted.
+        scores: scratch, float32 ``[kv_heads, scratch_stride]``; order: scratch, int32 of this
+            shape. Each row uses the size of its high tier and 32 more.
+        integers: scratch, uint8 ``[rows, kv_heads, 2, 32, head_dim]``.
+        DTYPE: dtype of 16-bit high tokens.
     """
     head, index = tl.program_id(0), tl.program_id(1)
     row = load_row(rows, index)
@@ -121,7 +128,9 @@ def change_kernel(
         )
     if row.demoted_records > 0:
         tl.debug_barrier()
-        place = head.to(tl.int64) * scratch_stride + tl.load(starts + index) + index * CHUNK
+        place = (
+            head.to(tl.int64) * scratch_stride + tl.load(starts + index) + index * LOW_RECORD_TOKENS
+        )
         victims = order + place
         demote(
             stream,
@@ -130,7 +139,7 @@ def change_kernel(
             hadamard_scale,
             recent,
             scores + place,
-            victims + CHUNK,
+            victims + LOW_RECORD_TOKENS,
             victims,
             integers + slot * 64 * LAYER.head_dim,
             DTYPE,
@@ -139,7 +148,11 @@ def change_kernel(
         )
 
 
-@Kernel
+@kernel(
+    counts=("table_stride",),
+    specialized=("page_stride", "head_stride", "k_stride", "v_stride"),
+    num_warps=1,
+)
 def append_kernel(
     pages,
     page_stride,
@@ -153,10 +166,10 @@ def append_kernel(
     v_stride,
     LAYER: tl.constexpr,
 ):
-    """Store the new token as the last high one. Grid ``(kv_heads, rows)``.
+    """Store the new token of each row as its last high token. Grid ``(kv_heads, rows)``.
 
     Args:
-        k, v: ``[tokens, kv_heads, head_dim]``, rows ``k_stride`` and ``v_stride`` apart.
+        k, v: ``[tokens, kv_heads, head_dim]``; k_stride, v_stride: elements per token.
     """
     head, index = tl.program_id(0), tl.program_id(1)
     row = load_row(rows, index)

@@ -1,27 +1,34 @@
-"""Native pages into tiers: select, measure the keys, write high groups and low chunks."""
+"""Kernels of compress: select high tokens, measure keys, write the header and both tiers."""
 
 import triton.language as tl
 
+from mikv_vllm.kernels.triton.constants import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS
 from mikv_vllm.kernels.triton.dot import dot
 from mikv_vllm.kernels.triton.high_tier import store_high
-from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_low_record
 from mikv_vllm.kernels.triton.native import NativePages, load_native
 from mikv_vllm.kernels.triton.quantize import INFINITY, clamp, key_tops
-from mikv_vllm.kernels.triton.row import CHUNK
 from mikv_vllm.kernels.triton.select import split_tokens
 from mikv_vllm.kernels.triton.stream import frame_pointers, load_frame
 
 KEYS_AT_ONCE = tl.constexpr(64)
+"""Tokens whose keys a program loads at a time."""
 
 
-@Kernel
+@kernel(
+    counts=("score_stride", "num_tokens", "num_high", "recent", "order_stride"),
+    num_warps=8,
+)
 def select_kernel(scores, score_stride, num_tokens, num_high, recent, order, order_stride):
-    """Write each head's high positions, then its low ones, both ascending. Grid ``(kv_heads,)``.
+    """Write the positions of the high tokens, then those of the low tokens, both ascending.
+
+    Grid ``(kv_heads,)``.
 
     Args:
-        scores: float32 ``[kv_heads, score_stride]``; order: int32 ``[kv_heads, order_stride]``.
+        scores: float32 ``[kv_heads, score_stride]``.
+        order: out, int32 ``[kv_heads, order_stride]``.
     """
     head = tl.program_id(0)
     order += head * order_stride
@@ -30,7 +37,12 @@ def select_kernel(scores, score_stride, num_tokens, num_high, recent, order, ord
     split_tokens(scores, num_tokens, older, num_high - recent, order, order + num_high, True)
 
 
-@Kernel
+@kernel(
+    counts=("order_stride", "num_tokens", "first_low"),
+    tables=("native_table",),
+    specialized=("native_page_stride", "native_token_stride", "native_head_stride"),
+    num_warps=8,
+)
 def measure_kernel(
     keys,
     native_page_stride,
@@ -46,13 +58,17 @@ def measure_kernel(
     PARTS: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    """Sums and extremes of a part of a head's keys, by channel. Grid ``(PARTS, kv_heads)``.
+    """Write sums and extremes of a part of the keys of a head, by channel.
+
+    Grid ``(PARTS, kv_heads)``.
 
     Args:
-        first_low: place in ``order`` of the first token whose keys are among the extremes.
-        partial: float32 ``[kv_heads, PARTS, 3, padded]``: sum, least and largest.
-        ranges: float64 ``[kv_heads, PARTS, padded]``: sum over chunks from ``first_low`` on of
-            their squared ranges.
+        keys: native keys; their strides are in elements.
+        order: of :func:`select_kernel`.
+        first_low: index in ``order`` of the first token whose keys count for the extremes.
+        partial: out, float32 ``[kv_heads, PARTS, 3, padded]``: sum, least and largest key.
+        ranges: out, float64 ``[kv_heads, PARTS, padded]``: sum of the squared ranges of the low
+            records, which start at ``first_low``.
     """
     part, head = tl.program_id(0), tl.program_id(1)
     native = NativePages(native_page_stride, native_token_stride, native_table)
@@ -62,8 +78,8 @@ def measure_kernel(
     least = tl.full([LAYER.padded], INFINITY, tl.float32)
     largest = tl.full([LAYER.padded], -INFINITY, tl.float32)
     squares = tl.full([LAYER.padded], 0, tl.float64)
-    # Chunks start at multiples of their size from here.
-    first = first_low - tl.cdiv(first_low, CHUNK) * CHUNK
+    # Low records start at multiples of their size from here.
+    first = first_low - tl.cdiv(first_low, LOW_RECORD_TOKENS) * LOW_RECORD_TOKENS
     share = tl.cdiv(tl.cdiv(num_tokens - first, PARTS), KEYS_AT_ONCE) * KEYS_AT_ONCE
     first += part * share
     for start in range(first, tl.minimum(first + share, num_tokens), KEYS_AT_ONCE):
@@ -73,9 +89,13 @@ def measure_kernel(
         x = load_native(keys, native, token, channel, mask, LAYER).to(tl.float32)
         total += tl.sum(x, 0)
         is_low = (mask & (place >= first_low))[:, None]
-        chunked: tl.constexpr = (KEYS_AT_ONCE // CHUNK, CHUNK, LAYER.padded)
-        low = tl.min(tl.reshape(tl.where(is_low, x, INFINITY), chunked), 1)
-        high = tl.max(tl.reshape(tl.where(is_low, x, -INFINITY), chunked), 1)
+        by_record: tl.constexpr = (
+            KEYS_AT_ONCE // LOW_RECORD_TOKENS,
+            LOW_RECORD_TOKENS,
+            LAYER.padded,
+        )
+        low = tl.min(tl.reshape(tl.where(is_low, x, INFINITY), by_record), 1)
+        high = tl.max(tl.reshape(tl.where(is_low, x, -INFINITY), by_record), 1)
         least = tl.minimum(least, tl.min(low, 0))
         largest = tl.maximum(largest, tl.max(high, 0))
         span = tl.where(low <= high, high - low, 0.0).to(tl.float64)
@@ -88,7 +108,11 @@ def measure_kernel(
     tl.store(partial + 2 * LAYER.padded, largest)
 
 
-@Kernel
+@kernel(
+    counts=("num_tokens",),
+    tables=("tiered_table",),
+    specialized=("page_stride", "head_stride"),
+)
 def frame_kernel(
     pages,
     page_stride,
@@ -102,12 +126,13 @@ def frame_kernel(
     LAYER: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Write each head's header: centres, units and channels, by rank. Grid ``(kv_heads,)``.
+    """Write the header of each head: centres, units and channels, by rank. Grid ``(kv_heads,)``.
 
     Args:
-        partial: of :func:`measure_kernel`; channels: of each rank, int64 ``[kv_heads, head_dim]``.
-        largest_queries: of each channel without signs, float32 ``[kv_heads, head_dim]``, read if
-            keys are balanced.
+        partial: of :func:`measure_kernel`.
+        channels: channel of each rank, int64 ``[kv_heads, head_dim]``.
+        largest_queries: largest absolute query of each channel, float32 ``[kv_heads, head_dim]``;
+            read if keys have one scale per token.
     """
     head = tl.program_id(0)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
@@ -128,7 +153,7 @@ def frame_kernel(
         query = tl.load(largest_queries + head * LAYER.head_dim + channel)
         unit = clamp(tl.sqrt_rn(tl.div_rn(far, tl.maximum(query, 1e-6))), 1e-3, 65504.0)
     else:
-        # The largest scale, 255, covers twice the farthest key.
+        # With the largest scale, 255, keys twice as far from the centre can be stored.
         share = tl.div_rn(2.0, 255.0 * key_tops(rank, LAYER, FORMAT))
         unit = clamp(far * share, 6e-8, 65504.0)
     center_at, unit_at, channel_at = frame_pointers(stream, rank, LAYER)
@@ -137,7 +162,15 @@ def frame_kernel(
     tl.store(channel_at, channel.to(tl.uint8), mask=inside)
 
 
-@Kernel
+@kernel(
+    counts=("score_stride", "order_stride", "num_high"),
+    tables=("native_table", "tiered_table"),
+    specialized=(
+        *("native_page_stride", "native_token_stride", "native_head_stride"),
+        *("page_stride", "head_stride"),
+    ),
+    num_warps=8,
+)
 def write_high_kernel(
     keys,
     values,
@@ -156,14 +189,14 @@ def write_high_kernel(
     num_high,
     LAYER: tl.constexpr,
 ):
-    """Write a high group. Grid ``(groups, kv_heads)``."""
-    group, head = tl.program_id(0), tl.program_id(1)
+    """Write one high record. Grid ``(high records, kv_heads)``."""
+    record, head = tl.program_id(0), tl.program_id(1)
     native = NativePages(native_page_stride, native_token_stride, native_table)
     keys += head * native_head_stride
     values += head * native_head_stride
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
     channel = tl.arange(0, LAYER.padded)
-    place = group * 16 + tl.arange(0, 16)
+    place = record * HIGH_RECORD_TOKENS + tl.arange(0, HIGH_RECORD_TOKENS)
     mask = place < num_high
     token = tl.load(order + head * order_stride + place, mask=mask, other=0)
     k = load_native(keys, native, token, channel, mask, LAYER)
@@ -173,7 +206,16 @@ def write_high_kernel(
     store_high(stream, k, v, score, place, mask, LAYER)
 
 
-@Kernel
+@kernel(
+    counts=("order_stride", "num_high", "num_low_records", "low_end_line"),
+    tables=("native_table", "tiered_table"),
+    specialized=(
+        *("native_page_stride", "native_token_stride", "native_head_stride"),
+        *("page_stride", "head_stride"),
+    ),
+    num_warps=4,
+    maxnreg=168,
+)
 def write_low_kernel(
     keys,
     values,
@@ -196,27 +238,27 @@ def write_low_kernel(
     LAYER: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Quantize a chunk and write it. Grid ``(chunks, kv_heads)``.
+    """Quantize 32 tokens and write their low record. Grid ``(low records, kv_heads)``.
 
     Args:
-        low_end_line: line behind the last chunk.
-        integers: scratch, uint8 ``[kv_heads, chunks, 2, 32, head_dim]``.
-        hadamard: bf16 ``[padded, padded]``, signs, 0 beyond the channels.
-        hadamard_scale: what makes them a rotation.
+        low_end_line: line where the last low record ends.
+        integers: scratch, uint8 ``[kv_heads, low records, 2, 32, head_dim]``.
+        hadamard: signs of the rotation, bf16 ``[padded, padded]``, 0 from ``head_dim`` on.
+        hadamard_scale: factor of the signs that makes them a rotation.
     """
-    chunk, head = tl.program_id(0), tl.program_id(1)
+    record, head = tl.program_id(0), tl.program_id(1)
     native = NativePages(native_page_stride, native_token_stride, native_table)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    line = low_end_line - (num_low_records - chunk) * FORMAT.count
-    integers += (head * num_low_records + chunk) * 64 * LAYER.head_dim
+    line = low_end_line - (num_low_records - record) * FORMAT.count
+    integers += (head * num_low_records + record) * 64 * LAYER.head_dim
     row = tl.arange(0, 32)
     every = row >= 0
-    token = tl.load(order + head * order_stride + num_high + chunk * CHUNK + row)
+    token = tl.load(order + head * order_stride + num_high + record * LOW_RECORD_TOKENS + row)
     center, unit, key_channel = load_frame(stream, LAYER)
     k = load_native(keys + head * native_head_stride, native, token, key_channel, every, LAYER)
     channel = tl.arange(0, LAYER.padded)
     v = load_native(values + head * native_head_stride, native, token, channel, every, LAYER)
-    # Products with signs are exact in the cache's dtype.
+    # Products with signs are exact in the dtype of the cache.
     signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :]).to(v.dtype)
     rotated = dot(v, signs, tl.full([32, LAYER.padded], 0, tl.float32)) * hadamard_scale
     write_low_record(stream, line, k, center, unit, rotated, integers, LAYER, FORMAT)

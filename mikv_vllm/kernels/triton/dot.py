@@ -1,4 +1,4 @@
-"""Matrix products that also hold in Triton's interpreter."""
+"""Matrix products that are also correct in Triton's interpreter."""
 
 import triton
 import triton.language as tl
@@ -8,10 +8,10 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def dot(a, b, acc):
-    """``a @ b + acc`` with float32 sums; float32 operands are multiplied as such, not as tf32.
+    """Compute ``a @ b + acc`` with float32 sums. float32 operands are not rounded to tf32.
 
-    Triton 3.9's interpreter would take bf16's bits for integers: there, operands are widened, which
-    changes no product.
+    The interpreter of Triton 3.9 reads the bits of bf16 operands as integers. There, operands are
+    converted to float32, which does not change the products.
     """
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -20,7 +20,10 @@ def dot(a, b, acc):
 
 @triton.jit
 def dot_signs(x, signs):
-    """``x @ signs`` of float32 ``x`` and bf16 signs: three bf16 parts keep 24 bits of every x."""
+    """Compute ``x @ signs`` for float32 ``x`` and bf16 ``signs``.
+
+    ``x`` is multiplied in three bf16 parts, which together have its 24 bits of precision.
+    """
     out = tl.zeros([x.shape[0], signs.shape[1]], tl.float32)
     for _ in range(3):
         part = x.to(tl.bfloat16)

@@ -1,12 +1,13 @@
-"""The next tokens of a prompt into the tiers: choose per head which become low, then write both.
+"""Kernels of extend: choose the tokens of each head that become low, then write both tiers.
 
-The high tier is read from a copy, so that programs may write to it in any order.
+The high tier is read from a copy, so that programs can write to it in any order.
 """
 
 import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.change import copy_lines
+from mikv_vllm.kernels.triton.constants import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS
 from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import (
     load_stored,
@@ -15,15 +16,18 @@ from mikv_vllm.kernels.triton.high_tier import (
     store_high,
     store_stored,
 )
-from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_low_record
-from mikv_vllm.kernels.triton.row import CHUNK
 from mikv_vllm.kernels.triton.select import BLOCK, split_tokens
 from mikv_vllm.kernels.triton.stream import load_frame
 
 
-@Kernel
+@kernel(
+    counts=("score_stride", "num_high", "num_restored", "num_tokens", "recent", "num_leaving"),
+    tables=("tiered_table",),
+    specialized=("page_stride", "head_stride"),
+)
 def choose_kernel(
     pages,
     page_stride,
@@ -41,18 +45,20 @@ def choose_kernel(
     order,
     LAYER: tl.constexpr,
 ):
-    """Choose each head's least important of its high tokens and the new ones. Grid ``(kv_heads,)``.
+    """Choose the least important tokens among the high and the new tokens of each head.
 
-    High tokens count from 0, the new ones follow them.
+    Tokens are numbered from the first high token on; new tokens follow the high tokens. Grid
+    ``(kv_heads,)``.
 
     Args:
-        scores: float32 ``[kv_heads, score_stride]``, of restored tokens, then of new ones.
-        keep: factor on the high tokens' own scores, to which theirs are added.
-        num_restored: tokens of both tiers; num_tokens: high and new ones.
-        recent: newest tokens, which stay.
-        merged: out, float32 ``[kv_heads, num_tokens]``, scores.
-        order: out, int32 ``[kv_heads, num_tokens]``: the ``num_leaving`` chosen tokens, then the
-            rest, both ascending.
+        scores: float32 ``[kv_heads, score_stride]``, of restored tokens, then of new tokens.
+        keep: factor of the stored scores of high tokens, before ``scores`` are added to them.
+        num_restored: number of tokens in both tiers; num_tokens: number of high and new tokens.
+        recent: number of the newest tokens, which are not chosen.
+        num_leaving: number of tokens to choose.
+        merged: out, float32 ``[kv_heads, num_tokens]``: the new scores.
+        order: out, int32 ``[kv_heads, num_tokens]``: the chosen tokens, then all others, both
+            ascending.
     """
     head = tl.program_id(0)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
@@ -72,13 +78,17 @@ def choose_kernel(
     split_tokens(merged, num_tokens, older, num_leaving, order, order + num_leaving, False)
 
 
-@Kernel
+@kernel(
+    counts=("source", "to", "num_lines"),
+    tables=("tiered_table",),
+    specialized=("page_stride", "head_stride"),
+)
 def move_kernel(
     pages, page_stride, head_stride, tiered_table, source, to, num_lines, LAYER: tl.constexpr
 ):
-    """Move chunks of ``num_lines`` from line ``source`` on to line ``to``, where nothing lies yet.
+    """Copy low records of ``num_lines`` lines from line ``source`` on to line ``to`` on.
 
-    Grid ``(chunks, kv_heads)``.
+    Source and destination must not overlap. Grid ``(low records, kv_heads)``.
     """
     head = tl.program_id(1)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
@@ -88,17 +98,25 @@ def move_kernel(
 
 @triton.jit
 def load_new(data, stride, tokens, channel, mask, LAYER: tl.constexpr):
-    """Keys or values of new ``tokens [n]`` at ``channel [c]``: ``[n, c]``, 0 where ``mask [n]`` is
-    not.
+    """Load keys or values of new ``tokens [n]`` at ``channel [c]``: ``[n, c]``, 0 where masked.
 
     Args:
-        data: pointer to the head's, ``stride`` from a token to the next.
+        data: pointer to the keys or values of the KV head; stride: elements per token.
+        mask: ``[n]``.
     """
     at = data + tokens.to(tl.int64)[:, None] * stride + channel[None, :]
     return tl.load(at, mask=mask[:, None] & (channel < LAYER.head_dim)[None, :], other=0.0)
 
 
-@Kernel
+@kernel(
+    counts=("num_high", "num_tokens", "num_leaving"),
+    tables=("tiered_table",),
+    specialized=(
+        *("copied_page_stride", "copied_head_stride"),
+        *("page_stride", "head_stride", "k_stride", "v_stride"),
+    ),
+    num_warps=8,
+)
 def extend_high_kernel(
     copied,
     copied_page_stride,
@@ -119,18 +137,19 @@ def extend_high_kernel(
     num_leaving,
     LAYER: tl.constexpr,
 ):
-    """Write a high group: old tokens as they were stored, then new ones.
+    """Write one high record. Old tokens are copied as stored, new tokens are quantized.
 
-    Grid ``(groups, kv_heads)``. Arguments as in :func:`choose_kernel`, and:
+    Grid ``(high records, kv_heads)``. Arguments are as in :func:`choose_kernel`, and:
 
     Args:
-        copied: pages of the high tier as it was.
-        k, v: ``[tokens, kv_heads, head_dim]``, the new tokens, ``k_stride`` and ``v_stride`` apart.
+        copied: a copy of the pages of the high tier; copied_table: their block table.
+        k, v: the new tokens, ``[tokens, kv_heads, head_dim]``; k_stride, v_stride: elements per
+            token.
     """
-    group, head = tl.program_id(0), tl.program_id(1)
+    record, head = tl.program_id(0), tl.program_id(1)
     before = Stream(copied + head * copied_head_stride, copied_page_stride, copied_table)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    place = group * 16 + tl.arange(0, 16)
+    place = record * HIGH_RECORD_TOKENS + tl.arange(0, HIGH_RECORD_TOKENS)
     mask = place < num_tokens - num_leaving
     place = tl.minimum(place, num_tokens - num_leaving - 1)
     token = tl.load(order + head * num_tokens + num_leaving + place)
@@ -149,7 +168,15 @@ def extend_high_kernel(
     store_high(stream, key, value, score, place, mask, LAYER)
 
 
-@Kernel
+@kernel(
+    counts=("num_high", "num_tokens", "low_line"),
+    tables=("tiered_table",),
+    specialized=(
+        *("copied_page_stride", "copied_head_stride"),
+        *("page_stride", "head_stride", "k_stride", "v_stride"),
+    ),
+    num_warps=8,
+)
 def extend_low_kernel(
     copied,
     copied_page_stride,
@@ -173,20 +200,20 @@ def extend_low_kernel(
     LAYER: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Quantize 32 of the chosen tokens and write them, each chunk below the one before.
+    """Quantize 32 of the chosen tokens and write their low record, each below the one before.
 
-    Grid ``(chunks, kv_heads)``. Arguments as in :func:`extend_high_kernel`, and:
+    Grid ``(new low records, kv_heads)``. Arguments are as in :func:`extend_high_kernel`, and:
 
     Args:
-        low_line: line of the lowest chunk that is there.
-        integers: scratch, uint8 ``[kv_heads, chunks, 2, 32, head_dim]``.
+        low_line: line where the existing low records start.
+        integers: scratch, uint8 ``[kv_heads, new low records, 2, 32, head_dim]``.
         hadamard, hadamard_scale: as in ``write_low_kernel``.
     """
-    chunk, head = tl.program_id(0), tl.program_id(1)
+    record, head = tl.program_id(0), tl.program_id(1)
     before = Stream(copied + head * copied_head_stride, copied_page_stride, copied_table)
     stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    integers += (head * tl.num_programs(0) + chunk).to(tl.int64) * 64 * LAYER.head_dim
-    token = tl.load(order + head * num_tokens + chunk * CHUNK + tl.arange(0, 32))
+    integers += (head * tl.num_programs(0) + record).to(tl.int64) * 64 * LAYER.head_dim
+    token = tl.load(order + head * num_tokens + record * LOW_RECORD_TOKENS + tl.arange(0, 32))
     is_new = token >= num_high
     new = token - num_high
     channel = tl.arange(0, LAYER.padded)
@@ -201,5 +228,5 @@ def extend_low_kernel(
     values = tl.where(is_new[:, None], v, values)
     signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
     rotated = dot_signs(values, signs) * hadamard_scale
-    line = low_line - (chunk + 1) * FORMAT.count
+    line = low_line - (record + 1) * FORMAT.count
     write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)

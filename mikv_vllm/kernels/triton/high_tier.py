@@ -1,17 +1,21 @@
-"""Where high tokens lie, and how they are read, stored and moved."""
+"""Reading, writing and moving of high tokens."""
 
 import triton
 import triton.language as tl
 
-from mikv_vllm.kernels.triton.quantize import HIGH_OFFSET, quantize_high
-from mikv_vllm.kernels.triton.stream import LINE_BYTES, byte_pointer
+from mikv_vllm.kernels.triton.constants import HIGH_OFFSET, HIGH_RECORD_TOKENS, LINE_BYTES
+from mikv_vllm.kernels.triton.quantize import quantize_high
+from mikv_vllm.kernels.triton.stream import byte_pointer
 
 
 @triton.jit
 def high_pointers(stream, tokens, channel, DTYPE: tl.constexpr, LAYER: tl.constexpr):
-    """Keys' and values' numbers of tokens ``[n]`` at channels ``[1, c]``: bytes, or ``DTYPE``."""
-    line = (LAYER.header_lines + tokens // 16 * LAYER.high_record_lines)[:, None]
-    slot = tokens[:, None] % 16
+    """Pointers ``[n, c]`` to keys and values of tokens ``[n]`` at channels ``[1, c]``.
+
+    They point to bytes, or to ``DTYPE`` if high tokens have 16 bits.
+    """
+    line = (LAYER.header_lines + tokens // HIGH_RECORD_TOKENS * LAYER.high_record_lines)[:, None]
+    slot = tokens[:, None] % HIGH_RECORD_TOKENS
     if LAYER.high_bits == 16:
         byte = 2 * (LAYER.head_dim * slot + channel)
         keys = byte_pointer(stream, line, byte, LAYER).to(tl.pointer_type(DTYPE))
@@ -29,9 +33,9 @@ def high_pointers(stream, tokens, channel, DTYPE: tl.constexpr, LAYER: tl.conste
 
 @triton.jit
 def scale_pointers(stream, tokens, LAYER: tl.constexpr):
-    """fp16 scales of 8-bit tokens' keys and values."""
-    line = LAYER.header_lines + tokens // 16 * LAYER.high_record_lines
-    byte = 2 * (tokens % 16)
+    """Pointers to the fp16 scales of the keys and values of 8-bit high tokens."""
+    line = LAYER.header_lines + tokens // HIGH_RECORD_TOKENS * LAYER.high_record_lines
+    byte = 2 * (tokens % HIGH_RECORD_TOKENS)
     keys = byte_pointer(stream, line, LAYER.high_key_scales + byte, LAYER)
     values = byte_pointer(stream, line, LAYER.high_value_scales + byte, LAYER)
     return keys.to(tl.pointer_type(tl.float16)), values.to(tl.pointer_type(tl.float16))
@@ -39,19 +43,21 @@ def scale_pointers(stream, tokens, LAYER: tl.constexpr):
 
 @triton.jit
 def score_pointers(stream, tokens, LAYER: tl.constexpr):
-    """float32 scores of high tokens."""
-    line = LAYER.header_lines + tokens // 16 * LAYER.high_record_lines
-    at = byte_pointer(stream, line, LAYER.high_scores + 4 * (tokens % 16), LAYER)
+    """Pointers to the float32 scores of high tokens."""
+    line = LAYER.header_lines + tokens // HIGH_RECORD_TOKENS * LAYER.high_record_lines
+    at = byte_pointer(stream, line, LAYER.high_scores + 4 * (tokens % HIGH_RECORD_TOKENS), LAYER)
     return at.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
 def read_high(stream, tokens, key_channel, DTYPE: tl.constexpr, LAYER: tl.constexpr):
-    """Keys and values of tokens ``[n]``, dequantized, float32 ``[n, padded]``; 0 beyond the
-    channels.
+    """Dequantize keys and values of tokens ``[n]``.
 
     Args:
-        key_channel: which channels of the keys, ``[padded]``.
+        key_channel: channel of each column of the keys, ``[padded]``.
+
+    Returns:
+        Two float32 ``[n, padded]``, with 0 from ``head_dim`` on.
     """
     channel = tl.arange(0, LAYER.padded)[None, :]
     inside = (channel < LAYER.head_dim) & (tokens[:, None] >= 0)
@@ -71,12 +77,12 @@ def read_high(stream, tokens, key_channel, DTYPE: tl.constexpr, LAYER: tl.conste
 
 @triton.jit
 def store_high(stream, keys, values, scores, tokens, mask, LAYER: tl.constexpr):
-    """Store high tokens.
+    """Quantize high tokens and store them.
 
     Args:
-        keys, values: ``[n, padded]`` in the cache's dtype, 0 beyond the channels.
-        scores: float32 ``[n]``; tokens: their places in the tier, ``[n]``.
-        mask: which of them exist, ``[n]``.
+        keys, values: ``[n, padded]`` in the dtype of the cache, 0 from ``head_dim`` on.
+        scores: float32 ``[n]``; tokens: positions in the high tier, ``[n]``.
+        mask: which of them to store, ``[n]``.
     """
     channel = tl.arange(0, LAYER.padded)[None, :]
     inside = mask[:, None] & (channel < LAYER.head_dim)
@@ -97,7 +103,7 @@ def store_high(stream, keys, values, scores, tokens, mask, LAYER: tl.constexpr):
 
 @triton.jit
 def load_stored(stream, tokens, mask, DTYPE: tl.constexpr, LAYER: tl.constexpr):
-    """Numbers of tokens ``[n]`` as they are stored, for :func:`store_stored`."""
+    """Load tokens ``[n]`` as they are stored, for :func:`store_stored`."""
     channel = tl.arange(0, LAYER.padded)[None, :]
     inside = mask[:, None] & (channel < LAYER.head_dim)
     keys, values = high_pointers(stream, tokens, channel, DTYPE, LAYER)
@@ -110,7 +116,7 @@ def load_stored(stream, tokens, mask, DTYPE: tl.constexpr, LAYER: tl.constexpr):
 
 @triton.jit
 def store_stored(stream, stored, tokens, mask, DTYPE: tl.constexpr, LAYER: tl.constexpr):
-    """Store numbers of :func:`load_stored` as other tokens: nothing is quantized again."""
+    """Store the result of :func:`load_stored` at other tokens, without quantizing again."""
     channel = tl.arange(0, LAYER.padded)[None, :]
     inside = mask[:, None] & (channel < LAYER.head_dim)
     keys, values = high_pointers(stream, tokens, channel, DTYPE, LAYER)
@@ -124,14 +130,14 @@ def store_stored(stream, stored, tokens, mask, DTYPE: tl.constexpr, LAYER: tl.co
 
 @triton.jit
 def compact(stream, kept, first, count, DTYPE: tl.constexpr, LAYER: tl.constexpr):
-    """Close the holes of the high tier.
+    """Move the tokens that stay in the high tier to positions ``0 .. count - 1``.
 
     Args:
-        kept: int32 pointer to the places of the ``count`` tokens that stay, ascending; those before
-            ``first`` stay where they are.
+        kept: int32 pointer to the positions of the ``count`` tokens that stay, ascending.
+        first: first position that does not stay; earlier tokens are not moved.
     """
-    for start in range(first // 16 * 16, count, 16):
-        to = start + tl.arange(0, 16)
+    for start in range(first // HIGH_RECORD_TOKENS * HIGH_RECORD_TOKENS, count, HIGH_RECORD_TOKENS):
+        to = start + tl.arange(0, HIGH_RECORD_TOKENS)
         mask = to < count
         source = tl.load(kept + to, mask=mask, other=0)
         stored = load_stored(stream, source, mask, DTYPE, LAYER)

@@ -1,4 +1,4 @@
-"""What the kernels are compiled for: sizes from ``tiers/formats.py``, counted in lines."""
+"""Compile-time arguments of the kernels: sizes and offsets of ``tiers/formats.py``, in lines."""
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -14,21 +14,20 @@ from mikv_vllm.tiers.formats import (
 from mikv_vllm.tiers.packing import PLANES
 
 SMALLEST_TILE = 8
-"""Least query heads in a tensor core's tile: fewer are padded."""
+"""Least number of query heads in the tile of a tensor core. Fewer heads are padded."""
 
 
 def next_power_of_two(n: int) -> int:
-    """The least power of two that is not below ``n``."""
+    """Return the least power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A model's layer, as one compile-time argument."""
+    """An attention layer. One compile-time argument."""
 
     head_dim: int
     queries_per_kv_head: int
-    """Query heads of a KV head."""
     block_size: int
     high_bits: int
 
@@ -38,22 +37,22 @@ class Layout:
 
     @property
     def padded(self) -> int:
-        """Channels rounded up to a power of two."""
+        """Number of channels, rounded up to a power of two."""
         return next_power_of_two(self.head_dim)
 
     @property
     def heads(self) -> int:
-        """Query heads of a KV head, padded to a tile."""
+        """Query heads per KV head, padded to a tile."""
         return max(SMALLEST_TILE, next_power_of_two(self.queries_per_kv_head))
 
     @property
     def members(self) -> int:
-        """Columns of queries: in two parts they fill a tile, if ``group`` leaves half of it."""
+        """Query heads per KV head, padded to half a tile: the two parts of queries fill a tile."""
         return max(SMALLEST_TILE // 2, next_power_of_two(self.queries_per_kv_head))
 
     @property
     def warps(self) -> int:
-        """Warps of a decode program: one, if queries and outputs fit its registers."""
+        """Warps of a decode program: one, unless queries and outputs do not fit its registers."""
         return max(1, self.padded * 2 * self.members * self.high_bits // 8192)
 
     @property
@@ -65,18 +64,33 @@ class Layout:
         return self.geometry.header_bytes // LINE_BYTES
 
     @property
+    def header_centers(self) -> int:
+        """Offset of the centres in the header, in fp16 numbers."""
+        return self.geometry.header.centers // 2
+
+    @property
+    def header_units(self) -> int:
+        """Offset of the units in the header, in fp16 numbers."""
+        return self.geometry.header.units // 2
+
+    @property
+    def header_order(self) -> int:
+        """Offset of the channels in the header, in bytes."""
+        return self.geometry.header.order
+
+    @property
     def key_bands(self) -> int:
-        """Bands of key channels, neighbours by rank, that share their bits."""
+        """Number of bands of key channels."""
         return self.head_dim // BAND_CHANNELS
 
     @property
     def high_record_lines(self) -> int:
-        """Lines of a high group."""
+        """Lines of a high record."""
         return self.geometry.high.num_bytes // LINE_BYTES
 
     @property
     def high_values(self) -> int:
-        """Byte offsets in a high group, from here on."""
+        """Byte offset in a high record, as the next three."""
         return self.geometry.high.values
 
     @property
@@ -94,7 +108,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class LowLines:
-    """A low format of one head size, as one compile-time argument. Offsets in lines."""
+    """A low format and a head size. One compile-time argument. Offsets and sizes are in lines."""
 
     head_dim: int
     low_format: LowFormat
@@ -109,7 +123,7 @@ class LowLines:
 
     @property
     def key_code(self) -> int:
-        """Bits of keys, and whether they are balanced, as rows of a batch have them."""
+        """As in the rows of a batch."""
         return self.low_format.key_code
 
     @property
@@ -118,7 +132,7 @@ class LowLines:
 
     @property
     def count(self) -> int:
-        """Lines of a chunk."""
+        """Lines of a low record."""
         return self._layout.num_bytes // LINE_BYTES
 
     @property
@@ -131,7 +145,10 @@ class LowLines:
 
     @property
     def key_slices(self) -> int:
-        """Key scales, and as many zero points, a byte each: by channel, by token if balanced."""
+        """Number of key scales (:meth:`~mikv_vllm.tiers.formats.KeyScales.count`), a byte each.
+
+        As many zero points follow them.
+        """
         return self._layout.key_zeros - self._layout.key_scales
 
     @property
@@ -144,50 +161,50 @@ class LowLines:
 
     @property
     def band_bits(self) -> tuple[int, ...]:
-        """Bits of each band of keys; up to a power of two, bands of 0 bits follow."""
+        """Bits of each band of keys, padded with 0 up to a power of two."""
         bits = self.low_format.band_bits(self.head_dim)
         return (*bits, *[0] * (next_power_of_two(len(bits)) - len(bits)))
 
     @property
     def band_lines(self) -> tuple[int, ...]:
-        """First line of each band, whose 8 tiles take a line for each bit."""
+        """First line of each band. The 8 tiles of a band take one line per bit."""
         return tuple(accumulate(self.band_bits[:-1], initial=0))
 
     @property
     def band_mains(self) -> tuple[int, ...]:
-        """Bits of each band's first plane; a second one holds the rest of 3, 5 and 6 bits."""
+        """Bits in the first plane of each band. A second plane has the rest of 3, 5 or 6 bits."""
         return tuple(PLANES[bits][0] for bits in self.band_bits if bits)
 
     @property
     def key_gap(self) -> int:
-        """Bits between two integers of a word, as keys are unpacked: the most that a plane has."""
+        """Bits from an integer to the next in an unpacked word: the most that a plane has."""
         return self.band_mains[0]
 
     @property
     def band_runs(self) -> tuple[tuple[int, int], ...]:
-        """Bands with the same bits: the first, and how many."""
+        """Runs of bands with equal bits: the first band and the number of bands of each run."""
         bands = range(len(self.band_mains))
         runs = [list(run) for _, run in groupby(bands, self.band_bits.__getitem__)]
         return tuple((run[0], len(run)) for run in runs)
 
     @property
     def value_main(self) -> int:
-        """Bits of the values' first plane; a second one holds the rest of 3 and 5 bits."""
+        """Bits in the first plane of the values. A second plane has the rest of 3 or 5 bits."""
         return PLANES[self.value_bits][0]
 
     @property
     def value_tiles_taken(self) -> int:
-        """Tiles of four tokens' values that one thread takes out of a word of the first plane."""
+        """Number of value tiles that one thread unpacks from a word of the first plane."""
         per_line = 8 // self.value_main
         return per_line if self.head_dim // 16 % per_line == 0 else 1
 
 
 class Stream(NamedTuple):
-    """Where a request's stream of one head lies, for device functions."""
+    """The stream of a request in one KV head, for device functions."""
 
     pages: object
-    """int32 pointer to the head's part of page 0."""
+    """int32 pointer to the part of page 0 that belongs to the head."""
     page_stride: object
-    """Words from a page to the next."""
+    """Words from one page to the next."""
     table: object
-    """int32 pointer to the request's block table."""
+    """int32 pointer to the block table of the request."""

@@ -1,4 +1,4 @@
-"""How a low chunk is written."""
+"""Writing of low records."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from mikv_vllm.kernels.triton.stream import byte_pointer
 
 @triton.jit
 def store_signed(stream, line, byte, numbers, mask, LAYER: tl.constexpr):
-    """Store numbers -128 to 127, float32, ``byte`` bytes behind ``line``."""
+    """Store float32 numbers from -128 to 127 as bytes, at offset ``byte`` from ``line``."""
     at = byte_pointer(stream, line, byte, LAYER)
     tl.store(at, numbers.to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
 
@@ -18,11 +18,11 @@ def store_signed(stream, line, byte, numbers, mask, LAYER: tl.constexpr):
 def write_low_record(
     stream, line, keys, center, unit, values, integers, LAYER: tl.constexpr, FORMAT: tl.constexpr
 ):
-    """Quantize 32 tokens into the chunk at ``line``.
+    """Quantize 32 tokens and write them as the low record at ``line``.
 
     Args:
-        keys: ``[32, padded]``, by rank; center, unit: float32 ``[padded]``, of the header.
-        values: float32 ``[32, padded]``, rotated.
+        keys: ``[32, padded]``, by rank; center, unit: float32 ``[padded]``, from the header.
+        values: rotated values, float32 ``[32, padded]``.
         integers: scratch, uint8 ``[2, 32, head_dim]``.
     """
     row = tl.arange(0, 32)[:, None]
@@ -55,10 +55,11 @@ def write_low_record(
 
 @triton.jit
 def pack_keys(stream, line, integers, RUN: tl.constexpr, LAYER: tl.constexpr, FORMAT: tl.constexpr):
-    """Write a run of bands of the chunk at ``line``.
+    """Write the keys of a run of bands of the low record at ``line``.
 
     Args:
         integers: uint8 pointer to ``[32, head_dim]``.
+        RUN: index in ``FORMAT.band_runs``.
     """
     FIRST: tl.constexpr = FORMAT.band_runs[RUN][0]
     COUNT: tl.constexpr = FORMAT.band_runs[RUN][1]
@@ -73,7 +74,11 @@ def pack_keys(stream, line, integers, RUN: tl.constexpr, LAYER: tl.constexpr, FO
 
 @triton.jit
 def pack_values(stream, line, integers, LAYER: tl.constexpr, FORMAT: tl.constexpr):
-    """Write a chunk's values from ``line`` on; integers as in :func:`pack_keys`."""
+    """Write the values of a low record from ``line`` on.
+
+    Args:
+        integers: uint8 pointer to ``[32, head_dim]``.
+    """
     MAIN: tl.constexpr = FORMAT.value_main
     BITS: tl.constexpr = FORMAT.value_bits
     pack_plane(stream, line, integers, 0, MAIN, 0, 1, 0, False, LAYER)
@@ -95,15 +100,15 @@ def pack_plane(
     IS_KEY: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    """Write bits ``SHIFT`` to ``SHIFT + BITS`` of some bands' integers as planes.
+    """Write bits ``SHIFT`` to ``SHIFT + BITS`` of the integers of bands, as one plane per band.
 
-    Values are one band.
+    All values together are one band.
 
     Args:
-        line: of the plane of band ``FIRST``.
+        line: line of the plane of band ``FIRST``.
         integers: uint8 pointer to ``[32, head_dim]``.
-        BANDS: how many bands.
-        STRIDE: lines from a band's plane to the next one's.
+        BANDS: number of bands.
+        STRIDE: lines from the plane of one band to that of the next.
     """
     TILES: tl.constexpr = 8 if IS_KEY else LAYER.head_dim // 2
     LINES: tl.constexpr = TILES * BITS // 8

@@ -1,17 +1,17 @@
-"""The merge of the splits, and what it adds to the importance of the high tokens."""
+"""Merge of the splits of decode attention, and update of the scores of the high tokens."""
 
 import triton
 import triton.language as tl
 
-from mikv_vllm.kernels.triton.attend import splits_of
 from mikv_vllm.kernels.triton.high_tier import score_pointers
-from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER
+from mikv_vllm.kernels.triton.splits import MOST_SPLITS, splits_of
 
-MOST_SPLITS = tl.constexpr(256)
 PARTS_AT_ONCE = tl.constexpr(16)
+"""Splits whose outputs a program loads at a time."""
 TOKENS_AT_ONCE = tl.constexpr(128)
 """High tokens whose scores a program loads at a time."""
 
@@ -20,11 +20,11 @@ TOKENS_AT_ONCE = tl.constexpr(128)
 def merge_output(
     sums, outputs, splits, low_splits, g, top, hadamard, hadamard_scale, LAYER: tl.constexpr
 ):
-    """Output of one query head over all splits, ``[padded]``, not yet divided by the weights' sum.
+    """Compute the output of query head ``g`` over all splits, ``[padded]``, before normalization.
 
     Args:
-        sums, outputs: of split 0, as ``attend_kernel`` writes them.
-        top: the head's maximum.
+        sums, outputs: pointers to ``partial_sums`` and ``partial_out`` of split 0.
+        top: maximum of the logits of the query head.
     """
     channel = tl.arange(0, LAYER.padded)
     low = tl.full([LAYER.padded], 0, tl.float32)
@@ -48,11 +48,12 @@ def merge_output(
 def add_importance(
     stream, logits, logits_stride, first, last, high_tokens, top, total, decay, LAYER: tl.constexpr
 ):
-    """Let scores of high tokens decay, and add their weights.
+    """Multiply the scores of high tokens by ``decay``, and add their attention weights.
 
     Args:
-        first, last: blocks of ``TOKENS_AT_ONCE`` tokens.
-        logits: ``[group, logits_stride]``; top, total: of each head's softmax, ``[heads]``.
+        logits: ``[queries_per_kv_head, logits_stride]``.
+        first, last: blocks of ``TOKENS_AT_ONCE`` tokens, ``last`` excluded.
+        top, total: maximum and sum of the softmax of each head, ``[heads]``.
     """
     member = tl.arange(0, LAYER.heads)
     for block in range(first, last):
@@ -66,7 +67,11 @@ def add_importance(
         tl.store(at, score + tl.sum(tl.where(mask, weights, 0.0), 1), mask=valid)
 
 
-@Kernel
+@kernel(
+    counts=("table_stride",),
+    tables=("starts",),
+    specialized=("page_stride", "head_stride", "logits_stride", "out_stride"),
+)
 def merge_kernel(
     pages,
     page_stride,
@@ -88,15 +93,17 @@ def merge_kernel(
     HAS_SINKS: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    """Write the output of some query heads and update the scores of some high tokens.
+    """Write the output of some query heads, and update the scores of some high tokens.
 
-    Grid ``(splits, kv_heads, rows)``, at most ``MOST_SPLITS`` of the first; arguments as in
+    Grid ``(splits, kv_heads, rows)``, with at most ``MOST_SPLITS`` splits. Arguments are as in
     ``attend_kernel``, and:
 
     Args:
-        hadamard: bf16 ``[padded, padded]``, signs, 0 beyond the channels.
-        hadamard_scale: what makes them a rotation.
+        out: out, ``[tokens, heads, head_dim]``; out_stride: elements per token.
+        hadamard: signs of the rotation, bf16 ``[padded, padded]``, 0 from ``head_dim`` on.
+        hadamard_scale: factor of the signs that makes them a rotation.
         sinks: float32 ``[heads]``, read if ``HAS_SINKS``.
+        decay: factor of every score.
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = load_row(rows, index)

@@ -1,13 +1,19 @@
-"""Where native keys and values lie: vLLM's pages, any strides, channels contiguous."""
+"""Loading and storing of keys and values in native pages, with any strides.
+
+Channels are contiguous.
+"""
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+PARTS = 32
+"""Parts into which the tokens of a prompt are divided, one per program."""
+
 
 class NativePages(NamedTuple):
-    """A native request's pages, for device functions. Strides count elements."""
+    """The native pages of a request, for device functions. Strides are in elements."""
 
     page_stride: object
     token_stride: object
@@ -17,10 +23,11 @@ class NativePages(NamedTuple):
 
 @triton.jit
 def load_native(data, native, tokens, channel, mask, LAYER: tl.constexpr):
-    """Keys or values of ``tokens [n]`` at ``channel [c]``: ``[n, c]``, 0 where ``mask [n]`` is not.
+    """Load keys or values of ``tokens [n]`` at ``channel [c]``: ``[n, c]``, 0 where masked.
 
     Args:
-        data: pointer to the head's keys or values.
+        data: pointer to the keys or values of the KV head.
+        mask: which tokens to load, ``[n]``.
     """
     page = tl.load(native.table + tokens // LAYER.block_size).to(tl.int64)
     token = page * native.page_stride + tokens % LAYER.block_size * native.token_stride
@@ -35,8 +42,8 @@ def store_native(data, strides, tokens, channel, numbers, mask, LAYER: tl.conste
     Channels from ``head_dim`` on are not stored.
 
     Args:
-        data: pointer to the head's keys or values.
-        strides: from a page and from a token to the next, in elements.
+        data: pointer to the keys or values of the KV head.
+        strides: elements per page and per token.
     """
     page = (tokens // LAYER.block_size).to(tl.int64)
     at = page * strides[0] + tokens % LAYER.block_size * strides[1]

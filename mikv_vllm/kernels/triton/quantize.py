@@ -1,22 +1,23 @@
-"""The codecs of ``tiers/codec.py`` as device functions."""
+"""The codecs of ``tiers/codec.py`` and ``tiers/key_codecs.py`` as device functions."""
 
 import triton
 import triton.language as tl
 
-from mikv_vllm.kernels.triton.stream import BAND
-from mikv_vllm.tiers import codec as _codec
-from mikv_vllm.tiers.formats import KEY_ZERO_STEPS as _KEY_ZERO_STEPS
+from mikv_vllm.kernels.triton.constants import (
+    BAND_CHANNELS,
+    HIGH_OFFSET,
+    KEY_ZERO_STEPS,
+    SCALE_BIAS,
+)
 
-KEY_ZERO_STEPS = tl.constexpr(_KEY_ZERO_STEPS)
-CODE_BIAS = tl.constexpr((127 - _codec.SCALE_BIAS) << 3)
-HIGH_OFFSET = tl.constexpr(_codec.HIGH_OFFSET)
+CODE_BIAS = tl.constexpr((127 - SCALE_BIAS.value) << 3)
 INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
 def rint(x):
-    """Round to the nearest integer, halves to even, as torch does; for ``|x| < 2**22``."""
-    # 1.5 * 2**23: what is added to it keeps no fraction.
+    """Round to the nearest integer, halves to even, as torch does. Requires ``|x| < 2**22``."""
+    # 1.5 * 2**23: a sum with this number has no bits for a fraction.
     return (x + 12582912.0) - 12582912.0
 
 
@@ -27,17 +28,19 @@ def clamp(x, low, high):
 
 @triton.jit
 def key_tops(rank, LAYER: tl.constexpr, FORMAT: tl.constexpr):
-    """Largest integers of key channels, float32; those of the last quarter beyond the last rank."""
-    quarter = tl.minimum(4 * (rank // BAND) // LAYER.key_bands, 3)
+    """Largest integer of the keys of each rank, float32. Ranks from ``head_dim`` on use the last
+    quarter."""
+    quarter = tl.minimum(4 * (rank // BAND_CHANNELS) // LAYER.key_bands, 3)
     bits = FORMAT.key_code >> 4 * quarter & 0xF
     return ((1 << bits) - 1).to(tl.float32)
 
 
 @triton.jit
 def key_steps(low, high, unit, tops):
-    """Scales (1 to 255), steps and zero points of keys between ``low`` and ``high``; float32.
+    """Return scales (1 to 255), steps and zero points of keys in ``[low, high]``, float32.
 
     Args:
+        unit: units of the channels, float32.
         tops: largest integers, float32.
     """
     scale = tl.maximum(tl.div_rn(high - low, tops), tl.abs(low) * (KEY_ZERO_STEPS / 127))
@@ -49,20 +52,22 @@ def key_steps(low, high, unit, tops):
 
 @triton.jit
 def round_keys(x, steps, zeros, tops):
-    """Integers of keys, float32."""
+    """Return the integers of keys, float32."""
     ratio = tl.div_rn(x, steps) - zeros / KEY_ZERO_STEPS
     return rint(clamp(ratio, 0.0, tops))
 
 
 @triton.jit
 def quantize_keys(x, unit, LAYER: tl.constexpr, FORMAT: tl.constexpr):
-    """Quantize a chunk's keys per channel; balanced ones per token, in units of their channels.
+    """Quantize the keys of a low record per channel, or per token if the format says so.
 
     Args:
-        x: float32 ``[32, padded]``, by rank, less the centres; unit: float32 ``[padded]``.
+        x: keys minus centres, float32 ``[32, padded]``, by rank.
+        unit: units, float32 ``[padded]``, by rank.
 
     Returns:
-        Integers as ``x``; scales as stored, and zero points: ``[padded]``, or ``[32]``.
+        Integers, shaped like ``x``; scales as stored and zero points, ``[padded]`` (per channel) or
+        ``[32]`` (per token).
     """
     rank = tl.arange(0, LAYER.padded)
     if FORMAT.keys_per_token:
@@ -78,19 +83,20 @@ def quantize_keys(x, unit, LAYER: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def decode_scale(codes):
-    """What 8-bit scales stand for: int32 to float32."""
+    """Decode 8-bit scales: int32 to float32."""
     return ((codes + CODE_BIAS) << 20).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def quantize_tokens(x, inside, GROUPS: tl.constexpr, BITS: tl.constexpr):
-    """Quantize rotated values, or balanced keys, per token and group of channels.
+    """Quantize numbers per token and group of channels.
 
     Args:
-        x: float32 ``[tokens, channels]``; ``inside``: which channels exist, ``[channels]``.
+        x: float32 ``[tokens, channels]``; inside: which channels exist, ``[channels]``.
 
     Returns:
-        Integers as ``x``; scale codes and zero points ``[tokens, GROUPS]``, int32 and float32.
+        Integers, shaped like ``x``; 8-bit scales (int32) and zero points (float32),
+        ``[tokens, GROUPS]`` each.
     """
     TOKENS: tl.constexpr = x.shape[0]
     CHANNELS: tl.constexpr = x.shape[1]
@@ -112,7 +118,11 @@ def quantize_tokens(x, inside, GROUPS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def quantize_high(x):
-    """8-bit integers plus 128 of ``[tokens, channels]``, and fp16 scales ``[tokens]``."""
+    """Quantize ``[tokens, channels]`` to 8 bits.
+
+    Returns:
+        Integers plus :data:`HIGH_OFFSET`, float32, and scales, fp16 ``[tokens]``.
+    """
     scales = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 6.2e-5).to(tl.float16)
     ratio = tl.div_rn(x, scales.to(tl.float32)[:, None])
     return rint(clamp(ratio, -127.0, 127.0)) + HIGH_OFFSET, scales

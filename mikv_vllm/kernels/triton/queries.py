@@ -1,4 +1,4 @@
-"""Queries of a KV head as right operands of a tensor core: ``[channels, heads]``."""
+"""Queries of a KV head as right operands of tensor cores, ``[channels, heads]``."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,21 @@ from mikv_vllm.kernels.triton.softmax import exp2_int
 
 @triton.jit
 def load_queries(q, channel, member, LAYER: tl.constexpr):
-    """Queries ``[channels, members]``; 0 beyond the channels and the group."""
+    """Load queries ``[channels, members]``, with 0 for channels and heads that do not exist.
+
+    Args:
+        q: pointer to ``[queries_per_kv_head, head_dim]``.
+    """
     inside = (channel < LAYER.head_dim)[:, None] & (member < LAYER.queries_per_kv_head)[None, :]
     return tl.load(q + member[None, :] * LAYER.head_dim + channel[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
 def query_fold(q):
-    """A power of two for each head that makes ``q`` times a byte fit fp16, and its inverse."""
+    """Return a power of two for each head, and its inverse.
+
+    Multiplied by it, the product of ``q`` and a byte is in the range of fp16.
+    """
     exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 127
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     return exp2_int(5 - exponent), exp2_int(exponent - 5)
@@ -23,16 +30,16 @@ def query_fold(q):
 
 @triton.jit
 def query_parts(per_unit, LAYER: tl.constexpr):
-    """Split query factors so that fp16 products with a byte keep 15 bits of them.
+    """Split queries into two fp16 parts, whose products with a byte keep 15 bits of precision.
 
-    The first part has 3 significant bits, 11 after the multiplication: exact. Of the second, an
-    eighth as large, 11 remain.
+    The first part has 3 significant bits. Its product with a byte has 11 bits and is exact. The
+    second part is at most an eighth as large, and its product is rounded to 11 bits.
 
     Args:
-        per_unit: ``[padded, LAYER.members]``.
+        per_unit: float32 ``[padded, members]``.
 
     Returns:
-        fp16 ``[padded, 2 * LAYER.members]``, the first parts in front.
+        fp16 ``[padded, 2 * members]``: all first parts, then all second parts.
     """
     bits = per_unit.to(tl.int32, bitcast=True)
     first = ((bits + 0x00100000) & -0x00200000).to(tl.float32, bitcast=True)

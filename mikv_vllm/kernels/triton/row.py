@@ -5,18 +5,26 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from mikv_vllm.kernels.batch import ROW_FIELDS as _ROW_FIELDS
-from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS as _LOW_RECORD_TOKENS
-
-ROW_FIELDS = tl.constexpr(_ROW_FIELDS)
-CHUNK = tl.constexpr(_LOW_RECORD_TOKENS)
+from mikv_vllm.kernels.triton.constants import (
+    DEMOTED,
+    HIGH,
+    KEY_CODE,
+    LOW,
+    LOW_END_LINE,
+    LOW_RECORD_TOKENS,
+    MOVED,
+    NEXT_LOW_END_LINE,
+    ROW_FIELDS,
+    TOKEN,
+    VALUE_BITS,
+)
 
 
 class Row(NamedTuple):
-    """Sizes after the step, but for those named otherwise; lines of the stream."""
+    """Sizes of a request in a decode step: after the step, unless the name ends in ``_before``."""
 
     token: object
-    """Row of q, k, v and out; negative where there is no request."""
+    """Row of q, k, v and out; negative if the row has no request."""
     high_before: object
     low_records_before: object
     low_end_line_before: object
@@ -31,19 +39,19 @@ class Row(NamedTuple):
 
 @triton.jit
 def load_row(rows, index):
-    """Read row ``index`` of int32 ``[rows, ROW_FIELDS]``."""
+    """Return row ``index`` of int32 ``[rows, ROW_FIELDS]`` as a :class:`Row`."""
     row = rows + index * ROW_FIELDS
-    high, chunks, demoted = tl.load(row + 2), tl.load(row + 3), tl.load(row + 6)
+    high, low, demoted = tl.load(row + HIGH), tl.load(row + LOW), tl.load(row + DEMOTED)
     return Row(
-        tl.load(row),
+        tl.load(row + TOKEN),
         high,
-        chunks,
-        tl.load(row + 4),
-        tl.load(row + 5),
+        low,
+        tl.load(row + LOW_END_LINE),
+        tl.load(row + MOVED),
         demoted,
-        high - CHUNK * demoted + 1,
-        chunks + demoted,
-        tl.load(row + 7),
-        tl.load(row + 8),
-        tl.load(row + 9),
+        high - LOW_RECORD_TOKENS * demoted + 1,
+        low + demoted,
+        tl.load(row + NEXT_LOW_END_LINE),
+        tl.load(row + KEY_CODE),
+        tl.load(row + VALUE_BITS),
     )

@@ -1,15 +1,21 @@
-"""Importance of a prompt's tokens: the attention that its last queries paid to each."""
+"""Kernels of score: the attention weights that the tokens of a prompt receive from its queries.
+
+The softmax is computed in two passes: :func:`prompt_sums_kernel` computes maxima and sums,
+:func:`prompt_scores_kernel` adds the weights to the scores.
+"""
 
 import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
-from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.native import NativePages, load_native
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped
 
 KEYS = tl.constexpr(64)
-"""Tokens whose logits a program computes at a time."""
+"""Columns of a tile of logits: tokens."""
+SCORE_ROWS = 64
+"""Rows of a tile of logits. A row is a query of one query head."""
 
 
 @triton.jit
@@ -28,7 +34,10 @@ def prompt_logits(
     ROWS: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    """Causal logits to base 2, ``[ROWS, KEYS]``; a row is a query and one of its heads."""
+    """Compute a tile of causal logits to base 2, ``[ROWS, KEYS]``.
+
+    Row ``r`` is query ``r // queries_per_kv_head`` of query head ``r % queries_per_kv_head``.
+    """
     row = first_row + tl.arange(0, ROWS)
     query, member = row // LAYER.queries_per_kv_head, row % LAYER.queries_per_kv_head
     channel = tl.arange(0, LAYER.padded)
@@ -47,7 +56,11 @@ def prompt_logits(
     return tl.where(seen & (row < num_rows)[:, None], logits, NEVER)
 
 
-@Kernel
+@kernel(
+    counts=("num_tokens", "num_queries"),
+    tables=("native_table",),
+    specialized=("native_page_stride", "native_token_stride", "native_head_stride", "q_stride"),
+)
 def prompt_sums_kernel(
     keys,
     native_page_stride,
@@ -65,13 +78,14 @@ def prompt_sums_kernel(
     ROWS: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    """Softmax maximum and sum of some rows over a part of the keys.
+    """Write the softmax maximum and sum of ``ROWS`` rows over one part of the tokens.
 
-    Grid ``(blocks of rows, PARTS, kv_heads)``.
+    Grid ``(cdiv(rows, ROWS), PARTS, kv_heads)``.
 
     Args:
-        q: ``[num_queries, heads, head_dim]``, of the last tokens.
-        sums: float32 ``[kv_heads, PARTS, 2, num_queries * group]``.
+        keys: native keys; their strides are in elements.
+        q: queries of the last tokens, ``[num_queries, heads, head_dim]``.
+        sums: out, float32 ``[kv_heads, PARTS, 2, num_queries * queries_per_kv_head]``.
     """
     block, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     native = NativePages(native_page_stride, native_token_stride, native_table)
@@ -107,7 +121,11 @@ def prompt_sums_kernel(
     tl.store(at + num_rows, total, mask=row < num_rows)
 
 
-@Kernel
+@kernel(
+    counts=("num_tokens", "num_queries", "score_stride"),
+    tables=("native_table",),
+    specialized=("native_page_stride", "native_token_stride", "native_head_stride", "q_stride"),
+)
 def prompt_scores_kernel(
     keys,
     native_page_stride,
@@ -129,13 +147,13 @@ def prompt_scores_kernel(
     ROWS: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    """Add the weights of all rows to the scores of some tokens.
+    """Add the weights of all rows to the scores of ``KEYS`` tokens.
 
-    Grid ``(blocks of KEYS, kv_heads)``.
+    Grid ``(cdiv(num_tokens, KEYS), kv_heads)``. Arguments are as in
+    :func:`prompt_sums_kernel`, and:
 
     Args:
-        sums: of :func:`prompt_sums_kernel`.
-        scores: float32 ``[kv_heads, score_stride]``.
+        scores: in and out, float32 ``[kv_heads, score_stride]``.
         sinks: float32 ``[heads]``, read if ``HAS_SINKS``.
     """
     block, head = tl.program_id(0), tl.program_id(1)

@@ -1,4 +1,4 @@
-"""Device memory that the layers of a model share, since one runs after the other."""
+"""Temporary device memory of kernel launches, shared by the layers of a model."""
 
 import math
 
@@ -6,9 +6,12 @@ import torch
 
 
 class Scratch:
-    """Grows to the largest request for each name.
+    """One buffer per name. A buffer grows to the largest size that was requested.
 
-    A captured CUDA graph keeps addresses: capture after a run with the largest batch.
+    Layers run one after the other, so they can share the buffers.
+
+    A captured CUDA graph keeps the addresses of the buffers. Run the largest batch before the
+    capture.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -18,11 +21,11 @@ class Scratch:
 
     @property
     def num_bytes(self) -> int:
-        """All that it has grown to."""
+        """Size of all buffers."""
         return sum(map(len, self._memory.values()))
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialized memory; the next call with this name gets the same."""
+        """Return uninitialized memory, valid until the next call with this name."""
         last = self._taken.get(name)
         if last is not None and last.shape == shape and last.dtype == dtype:
             return last

@@ -1,4 +1,4 @@
-"""Choice of tokens by importance: a radix select, one program for each head."""
+"""Selection of tokens by importance score: a radix select, one program per KV head."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ BLOCK = tl.constexpr(1024)
 
 @triton.jit
 def rank_of(scores, LARGEST: tl.constexpr):
-    """uint32 that orders float32 scores; the chosen ones come first from above."""
+    """Map float32 scores to uint32 so that the chosen tokens have the largest numbers."""
     bits = scores.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) | (-0x7FFFFFFF - 1))
     rank = bits.to(tl.uint32, bitcast=True)
@@ -17,8 +17,11 @@ def rank_of(scores, LARGEST: tl.constexpr):
 
 @triton.jit
 def select_threshold(scores, num_tokens, count, LARGEST: tl.constexpr):
-    """Rank of the last of ``count`` chosen among ``num_tokens`` scores, and how many of those that
-    have it are chosen."""
+    """Find the rank of the last of ``count`` tokens chosen among ``num_tokens``.
+
+    Returns:
+        The rank, and how many of the tokens with this rank are chosen.
+    """
     lane = tl.arange(0, BLOCK)
     digits = tl.arange(0, 256)
     prefix = tl.zeros([], tl.uint32)
@@ -43,10 +46,11 @@ def select_threshold(scores, num_tokens, count, LARGEST: tl.constexpr):
 def split_tokens(
     scores, num_tokens, num_candidates, count, chosen_out, rest_out, LARGEST: tl.constexpr
 ):
-    """Write positions of the chosen tokens and of the rest, both ascending.
+    """Write the positions of the chosen tokens and of all other tokens, both ascending.
 
-    Of the first ``num_candidates`` tokens, the ``count`` with the largest (or smallest) scores are
-    chosen, of equal scores the earlier ones. Later tokens are kept high: chosen if ``LARGEST``.
+    Of the first ``num_candidates`` tokens, the ``count`` tokens with the largest scores (smallest
+    scores, unless ``LARGEST``) are chosen. Of equal scores, earlier tokens are chosen first. Tokens
+    from ``num_candidates`` on stay in the high tier: they are chosen if ``LARGEST``.
 
     Args:
         scores: float32 pointer; chosen_out, rest_out: int32 pointers.

@@ -1,16 +1,16 @@
-"""Online softmax in base 2, heads along the last axis."""
+"""Online softmax to base 2, with heads along the last axis."""
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(-1e30)
-"""Stands for minus infinity, but differences of it are numbers."""
+"""Used instead of minus infinity, so that differences are not NaN."""
 
 
 @triton.jit
 def capped(logits, SOFTCAP: tl.constexpr):
-    """Apply a soft cap, which is in base e, to logits in base 2; 0 is none."""
+    """Apply the soft cap, which is defined to base e, to logits to base 2. A cap of 0 is none."""
     if SOFTCAP > 0.0:
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logits * (2.0 / SOFTCAP)))
         logits = SOFTCAP * LOG2E * tanh
@@ -19,10 +19,14 @@ def capped(logits, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def weigh(logits, top, total):
-    """Take in a block ``[keys, heads]``.
+    """Add a block of logits ``[tokens, heads]`` to an online softmax.
+
+    Args:
+        top, total: maximum of the logits and sum of the weights so far, ``[heads]``.
 
     Returns:
-        Its weights, the new maximum and sum, and the factor on everything summed before.
+        The weights of the block, the new maximum and sum, and the factor by which everything that
+        was summed before must be multiplied.
     """
     new_top = tl.maximum(top, tl.max(logits, 0))
     weights = tl.exp2(logits - new_top[None, :])
@@ -32,5 +36,5 @@ def weigh(logits, top, total):
 
 @triton.jit
 def exp2_int(exponent):
-    """``2 ** exponent`` of an int32 from -126 to 127, float32."""
+    """``2 ** exponent``, float32, of an int32 from -126 to 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)

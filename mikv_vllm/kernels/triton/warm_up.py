@@ -1,4 +1,4 @@
-"""Compile the kernels before the first request needs them."""
+"""Compilation of the kernels before the first request needs them."""
 
 from collections.abc import Iterable
 
@@ -17,34 +17,31 @@ def warm_up(
     kv_cache: torch.Tensor,
     low_formats: Iterable[LowFormat],
 ) -> None:
-    """Run every operation once for each low format, on pages apart from the cache.
+    """Run every operation once for each low format, on newly allocated pages.
 
     Args:
         num_heads: query heads.
-        kv_cache: ``[pages, kv_heads, block_size, 2 * head_dim]``; only its shape, dtype and device
-            are looked at.
+        kv_cache: ``[pages, kv_heads, block_size, 2 * head_dim]``. Its shape, dtype and device are
+            used, its data is neither read nor written.
     """
-    high, low, chunk = 2 * LOW_RECORD_TOKENS, LOW_RECORD_TOKENS, HIGH_RECORD_TOKENS
-    pages = -(-2 * (high + low + chunk) // geometry.block_size)
+    high, low, more = 2 * LOW_RECORD_TOKENS, LOW_RECORD_TOKENS, HIGH_RECORD_TOKENS
+    pages = -(-2 * (high + low + more) // geometry.block_size)
     cache = kv_cache.new_zeros(2 * pages, *kv_cache.shape[1:])
-    keys, values = cache.transpose(1, 2).split(geometry.head_dim, -1)
     device, kv_heads = cache.device, cache.shape[1]
     native, tiered = torch.arange(2 * pages, dtype=torch.int32, device=device).split(pages)
-    queries = cache.new_zeros(chunk, num_heads, geometry.head_dim)
-    new = cache.new_zeros(chunk, kv_heads, geometry.head_dim)
-    scores = torch.zeros(kv_heads, high + low + chunk + 1, device=device)
+    queries = cache.new_zeros(more, num_heads, geometry.head_dim)
+    new = cache.new_zeros(more, kv_heads, geometry.head_dim)
+    scores = torch.zeros(kv_heads, high + low + more + 1, device=device)
     end = pages * geometry.page_bytes
     before = TierSizes(pages, high, 1, end)
     demoting = AppendStep(1, 0, 0, 1, TierSizes(pages, high - LOW_RECORD_TOKENS + 1, 2, end))
-    extending = AppendStep(
-        chunk, 0, 1, 1, TierSizes(pages, high - LOW_RECORD_TOKENS + chunk, 2, end)
-    )
-    ops.score(keys, native, before.num_tokens, queries, scores)
+    extending = AppendStep(more, 0, 1, 1, TierSizes(pages, high - LOW_RECORD_TOKENS + more, 2, end))
+    ops.score(cache, native, before.num_tokens, queries, scores)
     for low_format in low_formats:
-        ops.compress(keys, values, native, cache, tiered, before, low_format, scores, queries)
-        ops.restore(cache, tiered, before, low_format, keys, values)
+        ops.compress(cache, native, tiered, before, low_format, scores, queries)
+        ops.restore(cache, tiered, before, low_format, cache)
         ops.extend(cache, tiered, before, extending, low_format, new, new, scores, 1.0)
-        ops.compress(keys, values, native, cache, tiered, before, low_format, scores, queries)
+        ops.compress(cache, native, tiered, before, low_format, scores, queries)
         row = (0, tiered.cpu().numpy(), before, demoting, low_format)
         batch = DecodeBatch.build([row], device)
         ops.decode(cache, batch, queries, new, new, torch.empty_like(queries))

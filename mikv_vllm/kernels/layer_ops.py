@@ -1,0 +1,198 @@
+"""The operations of one attention layer on its cache, which each device implements."""
+
+from abc import abstractmethod
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from mikv_vllm.tiers.formats import HeaderLayout, LowFormat
+from mikv_vllm.tiers.plan import AppendStep, TierSizes
+
+Batch_contra = TypeVar("Batch_contra", contravariant=True)
+"""The compressed rows of a decode step, as the kernels of a device read them."""
+
+
+class LayerOps(Protocol[Batch_contra]):
+    """Score, compress, decode, restore and extend.
+
+    Implementations are set up with these parameters of a layer:
+
+    Args:
+        head_dim: channels of a head.
+        num_heads, num_kv_heads: query heads, and the KV heads that they share equally.
+        block_size: tokens of a native page, a multiple of 16.
+        high_bits: bits per number of the high tier, 8 or 16.
+        scale: factor of the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 disables this.
+        sinks: ``[num_heads]`` logits that are added to the denominator of the softmax only, or
+            None.
+        decay: factor of every importance score at each decode step.
+        recent: number of the newest tokens, which are never demoted.
+
+    A cache has axes ``[pages, kv_heads, ...]`` and any dtype. The part of a page that belongs to a
+    KV head is contiguous if the page is tiered. Queries, keys and values have 16-bit floating-point
+    dtypes, contiguous heads and channels, and any stride per token. Page ids are integers, in the
+    container that the device reads: an array for a CPU, an int32 tensor for a GPU.
+
+    All operations write into their arguments and return nothing. On a GPU they are launched on the
+    current stream: results are valid for later work on this stream.
+    """
+
+    head_dim: int
+
+    @abstractmethod
+    def score(
+        self,
+        cache: torch.Tensor,
+        native_table: Any,
+        num_tokens: int,
+        q: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> None:
+        """Add the attention weights of queries to the scores of the tokens of a native request.
+
+        Attention is causal. The weights of the query heads of a KV head are summed.
+
+        Args:
+            cache: native pages.
+            native_table: page ids of the request.
+            num_tokens: tokens of the request.
+            q: ``[n, heads, head_dim]``, queries of its last ``n`` tokens.
+            scores: in and out, float32 ``[kv_heads, >= num_tokens]``, contiguous.
+        """
+
+    @abstractmethod
+    def compress(
+        self,
+        cache: torch.Tensor,
+        native_table: Any,
+        tiered_table: Any,
+        sizes: TierSizes,
+        low_format: LowFormat,
+        scores: torch.Tensor,
+        q: torch.Tensor,
+        recent: int,
+    ) -> None:
+        """Write native tokens into a block.
+
+        Args:
+            cache: in and out, native and tiered pages.
+            native_table: page ids of the tokens, from the first one on.
+            tiered_table: page ids of the block. They may be among those of ``native_table``.
+            sizes: sizes of the block.
+            low_format: format of the low tier.
+            scores: float32 ``[kv_heads, >= sizes.num_tokens]``, contiguous. The tokens with the
+                highest scores become high tokens.
+            q: ``[n, heads, head_dim]``, the last queries of the prompt, at least one. They decide
+                which key channels get more bits.
+            recent: number of the newest tokens, which become high tokens.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        cache: torch.Tensor,
+        batch: Batch_contra,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Run one decode step of every row of a batch.
+
+        In each row: move low records, demote, append the new token, compute attention, and update
+        the scores of the high tokens.
+
+        Args:
+            cache: in and out, tiered pages.
+            batch: the rows.
+            q: ``[tokens, heads, head_dim]``.
+            k, v: ``[tokens, kv_heads, head_dim]``, of the new tokens.
+            out: out, shaped like ``q``. Only the rows of the batch are written.
+        """
+
+    def begin(self, cache: torch.Tensor, source: Any, target: Any) -> None:
+        """Give new blocks the headers of the blocks before them.
+
+        Args:
+            cache: in and out, tiered pages.
+            source, target: first pages of the blocks before and of the new blocks, integers
+                ``[blocks]``.
+        """
+        parts = cache.flatten(2)
+        size = HeaderLayout(self.head_dim).num_bytes // cache.element_size()
+        parts[target, :, :size] = parts[source, :, :size]
+
+    @abstractmethod
+    def restore(
+        self,
+        cache: torch.Tensor,
+        tiered_table: Any,
+        sizes: TierSizes,
+        low_format: LowFormat,
+        native: torch.Tensor,
+    ) -> None:
+        """Dequantize a compressed request into native pages: its high tokens, then its low ones.
+
+        Args:
+            cache: tiered pages.
+            tiered_table: page ids of the request.
+            sizes: sizes of the request.
+            low_format: format of its low tier.
+            native: out, native pages, shaped like ``cache`` but for the number of pages. Pages are
+                written from page 0 on.
+        """
+
+    @abstractmethod
+    def extend(
+        self,
+        cache: torch.Tensor,
+        tiered_table: Any,
+        sizes: TierSizes,
+        step: AppendStep,
+        low_format: LowFormat,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: torch.Tensor,
+        recent: int,
+        keep: float,
+    ) -> None:
+        """Add tokens of a prompt chunk to a block.
+
+        Args:
+            cache: in and out, tiered pages.
+            tiered_table: page ids of the block, including the new pages of the step.
+            sizes: sizes before the step.
+            step: result of :meth:`~mikv_vllm.tiers.blocks.BlockPlanner.extend`.
+            low_format: format of the low tier.
+            k, v: ``[tokens, kv_heads, head_dim]``, of the new tokens.
+            scores: float32 ``[kv_heads, >= sizes.num_tokens + tokens]``, contiguous, in the order
+                of :meth:`restore`, then the new tokens.
+            recent: number of the newest tokens, which stay high.
+            keep: factor of the stored scores of high tokens, before ``scores`` are added to them.
+        """
+
+
+def check_shape(
+    head_dim: int,
+    head_dims: tuple[int, ...],
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+) -> None:
+    """Check the parameters of a layer.
+
+    Args:
+        head_dims: the head sizes that the kernels support.
+
+    Raises:
+        ValueError: a parameter is not supported.
+    """
+    if head_dim not in head_dims:
+        raise ValueError(f"head_dim is {head_dim}, but must be one of {head_dims}")
+    if block_size % 16:
+        raise ValueError(f"block_size is {block_size}, but must be a multiple of 16")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads is {num_heads}, but must be a multiple of num_kv_heads, {num_kv_heads}"
+        )
