@@ -11,9 +11,10 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 )
 from vllm.v1.request import Request
 
-from mikv_vllm.engine.step_plan import CompressStep, DecodeStep
-from mikv_vllm.engine.tiered_request import Growth, TieredRequest, TierTotals
-from mikv_vllm.tiers.blocks import block_tokens, pages_needed, planner
+from mikv_vllm.engine.block_cache import BlockCache, Hit
+from mikv_vllm.engine.step_plan import BlockTable, CompressStep, DecodeStep
+from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
+from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, pages_needed, planner
 
 if TYPE_CHECKING:
     from mikv_vllm.engine.spec import TieredAttentionSpec
@@ -41,6 +42,13 @@ class TieredBlockManager(FullAttentionManager):
         self.num_compressed = 0
         self.num_compressed_in_place = 0
         self.num_demoted = 0
+        self.cache = BlockCache(self.block_pool, block_tokens(self.block_size))
+        self.hits: dict[str, Hit] = {}
+        """Blocks that waiting requests will begin with."""
+        self._unsealed: dict[str, int] = {}
+        """Requests with full blocks that are not in the prefix cache, and the first such block."""
+        self._adopted: dict[str, tuple[BlockTable, ...]] = {}
+        self._copies: list[tuple[int, int]] = []
         self._steps: dict[str, list[DecodeStep]] = {}
         self._released: list[KVCacheBlock] = []
         self._dirty_pages: set[int] = set()
@@ -61,6 +69,11 @@ class TieredBlockManager(FullAttentionManager):
             if num_tokens <= tiered.num_tokens:
                 return 0
             return sum(len(growth.step.new_positions) for growth in tiered.grow(num_tokens))
+        if hit := self.hits.get(request_id):
+            needed = self._get_num_evictable_blocks(hit.pages)
+            tiered = TieredRequest(self._planner(request_id), hit.blocks(), 0)
+            needed += len(hit.tail.pages) if hit.tail else 0
+            return needed + sum(len(one.step.new_positions) for one in tiered.grow(num_tokens))
         if kwargs.get("apply_admission_cap") and request_id in self.ratios:
             # The whole prompt has to fit, but at most this much of it at once.
             settings, ratio = self.kv_cache_spec.compression, self.ratios[request_id]
@@ -80,33 +93,68 @@ class TieredBlockManager(FullAttentionManager):
             return blocks
         if not self.append_token(request_id, num_tokens):
             growths = tiered.grow(num_tokens)
-            self.totals.add(tiered.totals(), -1)
             self._steps[request_id] = [self._grow(request_id, tiered, one) for one in growths]
-            self.totals.add(tiered.totals())
         return []
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args, **kwargs
+    ) -> None:
+        hit = self.hits.pop(request_id, None)
+        if hit is None:
+            super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+            return
+        self.block_pool.touch(hit.pages)
+        blocks = hit.blocks()
+        if hit.tail:
+            copies = self.block_pool.get_new_blocks(len(hit.tail.pages))
+            self._dirty_pages.update(page.block_id for page in copies)
+            blocks[-1].pages = dict(zip(sorted(hit.tail.pages), copies, strict=True))
+            for source, copy in zip(hit.tail.page_list, copies, strict=True):
+                self._copies.append((source.block_id, copy.block_id))
+            self._released.extend(hit.tail.page_list)
+        droppable = hit.droppable if hit.tail else None
+        tiered = TieredRequest(self._planner(request_id), blocks, hit.num_tokens, droppable)
+        self._hold(request_id, tiered)
+        self._adopted[request_id] = tuple(block.table() for block in blocks)
+        self.num_cached_block[request_id] = 0
+
+    def _hold(self, request_id: str, tiered: TieredRequest) -> None:
+        """Make a request tiered."""
+        self.tiered[request_id] = tiered
+        self.req_to_blocks[request_id] = [p for block in tiered.blocks for p in block.page_list]
+        for block in tiered.blocks:
+            block.users += 1
+            if block.users == 1:
+                self.totals.count(self.geometry, block)
 
     def _grow(self, request_id: str, tiered: TieredRequest, growth: Growth) -> DecodeStep:
         """Allocate the pages of a change of the last block, and change its sizes."""
         step = growth.step
-        blocks = self.block_pool.get_new_blocks(len(step.new_positions))
-        self._dirty_pages.update(block.block_id for block in blocks)
+        new = self.block_pool.get_new_blocks(len(step.new_positions))
+        self._dirty_pages.update(page.block_id for page in new)
         held = self.req_to_blocks[request_id]
-        held.extend(blocks)
-        new_pages = dict(zip(step.new_positions, blocks, strict=True))
+        held.extend(new)
         if growth.begins:
-            tiered.add_block(growth.before, new_pages)
+            tiered.begin_block(growth.before)
         else:
-            tiered.pages[growth.index].update(new_pages)
+            self.totals.count(self.geometry, tiered.tail, -1)
+        tail = tiered.tail
+        tail.users = 1
+        tail.pages.update(zip(step.new_positions, new, strict=True))
         tiered.resize(step.after)
+        if step.demoted_records:
+            tiered.mark_demotion()
         if step.freed_positions:
-            freed = [tiered.pages[growth.index].pop(at) for at in step.freed_positions]
-            ids = {block.block_id for block in freed}
-            held[:] = [block for block in held if block.block_id not in ids]
+            freed = [tail.pages.pop(position) for position in step.freed_positions]
+            ids = {page.block_id for page in freed}
+            held[:] = [page for page in held if page.block_id not in ids]
             self._released.extend(freed)
+        self.totals.count(self.geometry, tail)
         self.num_demoted += step.demoted_records
-        page_ids = tuple(block.block_id for block in blocks)
-        low_format = tiered.low_format(growth.index)
-        return DecodeStep(growth.before, step, page_ids, low_format, growth.begins)
+        if step.after.num_tokens == tiered.planner.block_tokens:
+            self._unsealed.setdefault(request_id, growth.index)
+        page_ids = tuple(page.block_id for page in new)
+        return DecodeStep(growth.before, step, page_ids, tail.low_format, growth.begins)
 
     def cache_blocks(self, request: Request, *args, **kwargs) -> None:
         if request.request_id not in self.tiered:
@@ -114,8 +162,13 @@ class TieredBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if tiered := self.tiered.pop(request_id, None):
-            self.totals.add(tiered.totals(), -1)
+            for block in (*tiered.blocks[:-1], tiered.tail):
+                block.users -= 1
+                if not block.users:
+                    self.totals.count(self.geometry, block, -1)
         self._steps.pop(request_id, None)
+        self._unsealed.pop(request_id, None)
+        self._adopted.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _clean(self, blocks: list[KVCacheBlock]) -> None:
@@ -181,8 +234,59 @@ class TieredBlockManager(FullAttentionManager):
         steps, self._steps = self._steps, {}
         return steps
 
-    def compress(self, request_id: str, num_tokens: int) -> CompressStep | None:
-        """Move a native request into blocks.
+    def drain_adopted(
+        self,
+    ) -> tuple[dict[str, tuple[BlockTable, ...]], tuple[tuple[int, int], ...]]:
+        """Drain the requests that begin with blocks of the prefix cache, and pages to copy."""
+        adopted, self._adopted = self._adopted, {}
+        copies, self._copies = tuple(self._copies), []
+        return adopted, copies
+
+    def _planner(self, request_id: str) -> BlockPlanner:
+        settings = self.kv_cache_spec.compression
+        return planner(self.geometry, self.ratios[request_id], settings.recent, settings.ladder)
+
+    def find(self, request: Request) -> Hit:
+        """The blocks of the prefix cache that a waiting request can begin with."""
+        return self.cache.find(request, self._planner(request.request_id))
+
+    def seal(self, requests: dict[str, Request]) -> None:
+        """Put full blocks into the prefix cache, as far as the hashes of their tokens are known."""
+        if not self.enable_caching:
+            self._unsealed.clear()
+        for request_id, index in list(self._unsealed.items()):
+            tiered = self.tiered[request_id]
+            full = tiered.num_tokens // tiered.planner.block_tokens
+            while index < full and self._seal(requests[request_id], index):
+                index += 1
+            if index < full:
+                self._unsealed[request_id] = index
+            else:
+                del self._unsealed[request_id]
+
+    def _seal(self, request: Request, index: int) -> bool:
+        block = self.tiered[request.request_id].blocks[index]
+        return block.tag is not None or self.cache.add_block(request, index, block)
+
+    def keep(self, request: Request, num_tokens: int) -> None:
+        """Keep the blocks of a request that ends findable. Call it before they are freed.
+
+        Args:
+            num_tokens: tokens whose steps were scheduled.
+        """
+        request_id = request.request_id
+        tiered = self.tiered.get(request_id)
+        if tiered is None or not self.enable_caching or request_id in self._steps:
+            return
+        num_tokens = min(num_tokens, request.num_tokens)
+        block_tokens = tiered.planner.block_tokens
+        for index in range(num_tokens // block_tokens):
+            self._seal(request, index)
+        if tiered.tail.tag is None and tiered.tail.sizes.num_tokens < block_tokens:
+            self.cache.keep_tail(request, tiered, num_tokens)
+
+    def compress(self, request: Request, num_tokens: int) -> CompressStep | None:
+        """Move a native request into blocks. Sealed blocks of the prefix cache are shared.
 
         The request's native pages stay allocated until :meth:`release_pages`: other requests of
         the same step must not write to them before the workers have read them.
@@ -190,27 +294,41 @@ class TieredBlockManager(FullAttentionManager):
         Returns:
             The step; None if it saves no page, or no pages are available.
         """
-        settings, ratio = self.kv_cache_spec.compression, self.ratios[request_id]
-        tiered = TieredRequest(planner(self.geometry, ratio, settings.recent, settings.ladder))
-        blocks = tiered.planner.compress(num_tokens)
-        if blocks is None:
+        request_id = request.request_id
+        planner = self._planner(request_id)
+        all_sizes = planner.compress(num_tokens)
+        if all_sizes is None:
             return None
+        blocks = [Block(s, planner.form(i).low_format) for i, s in enumerate(all_sizes)]
+        shared = {}
+        if self.enable_caching:
+            for index in range(num_tokens // planner.block_tokens):
+                if found := self.cache.find_block(request, index, planner):
+                    shared[index] = blocks[index] = found
+        self.block_pool.touch([page for block in shared.values() for page in block.page_list])
         native = self.req_to_blocks[request_id]
-        positions = [tiered.planner.positions(i, sizes) for i, sizes in enumerate(blocks)]
+        positions = [
+            () if i in shared else planner.positions(i, sizes) for i, sizes in enumerate(all_sizes)
+        ]
         targets = self._allocate_targets(native, [len(one) for one in positions])
         if targets is None:
+            for block in shared.values():
+                self.block_pool.free_blocks(block.page_list)
             return None
-        for sizes, at, pages in zip(blocks, positions, targets, strict=True):
-            tiered.add_block(sizes, dict(zip(at, pages, strict=True)))
-        tables = tuple(tiered.table(i, sizes) for i, sizes in enumerate(blocks))
-        kept = {block.block_id for pages in targets for block in pages}
+        for index, block in enumerate(blocks):
+            if index not in shared:
+                block.pages = dict(zip(positions[index], targets[index], strict=True))
+        kept = {page.block_id for pages in targets for page in pages}
         self._dirty_pages |= kept
-        in_place = any(block.block_id in kept for block in native)
-        step = CompressStep(tuple(block.block_id for block in native), tables, in_place)
-        self._released.extend(b for b in reversed(native) if b.block_id not in kept)
-        self.req_to_blocks[request_id] = [block for pages in targets for block in pages]
-        self.tiered[request_id] = tiered
-        self.totals.add(tiered.totals())
+        in_place = any(page.block_id in kept for page in native)
+        tables = tuple(block.table() for block in blocks)
+        native_ids = tuple(page.block_id for page in native)
+        step = CompressStep(native_ids, tables, frozenset(shared), in_place)
+        self._released.extend(page for page in reversed(native) if page.block_id not in kept)
+        reused = len(shared) * planner.block_tokens
+        self._hold(request_id, TieredRequest(planner, blocks, reused))
+        if num_tokens >= planner.block_tokens:
+            self._unsealed[request_id] = 0
         self.num_compressed += 1
         self.num_compressed_in_place += in_place
         return step

@@ -135,14 +135,17 @@ class TieredScheduler(Scheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         report, self._stats = self._report(request), None
+        self.tiers.keep(request, request.num_computed_tokens)
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         self.tiers.ratios.pop(request.request_id, None)
+        self.tiers.hits.pop(request.request_id, None)
         self._scoring.discard(request.request_id)
         self._with_stop_strings.discard(request.request_id)
         return {REPORT_FIELD: report}, ec_transfer_params
 
     def _preempt_request(self, request: Request, *args, **kwargs) -> None:
         self._scoring.discard(request.request_id)
+        self.tiers.keep(request, request.num_computed_tokens)
         super()._preempt_request(request, *args, **kwargs)
 
     def update_from_output(
@@ -162,7 +165,9 @@ class TieredScheduler(Scheduler):
         """What a finished request took, true to the page."""
         geometry = self.tiers.geometry
         tiered = self.tiers.tiered.get(request.request_id)
-        totals = tiered.totals() if tiered else TierTotals()
+        totals = TierTotals()
+        for block in (*tiered.blocks[:-1], tiered.tail) if tiered else ():
+            totals.count(geometry, block)
         tokens = tiered.num_tokens if tiered else request.num_computed_tokens
         uncompressed = tokens * geometry.token_bytes * self._heads
         stored = totals.pages * geometry.page_bytes * self._heads if tiered else uncompressed
@@ -174,12 +179,31 @@ class TieredScheduler(Scheduler):
             "low_tokens": LOW_RECORD_TOKENS * totals.low_records,
             "kv_bytes": stored,
             "uncompressed_kv_bytes": uncompressed,
-            "low_format": tiered.low_format(0).name if tiered else None,
+            "reused_tokens": tiered.reused_tokens if tiered else 0,
+            "low_format": tiered.blocks[0].low_format.name if tiered else None,
         }
 
     # A prompt's last queries have to be computed in one step: they score it.
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        self.tiers.hits.pop(request.request_id, None)
+        native = self._native_hit(request)
+        manager = self.kv_cache_manager
+        if (
+            request.request_id not in self.tiers.ratios
+            or self.compression.importance != "window"
+            or len(manager.coordinator.single_type_managers) > 1
+            or not manager.prefix_cache_lookup_enabled(request)
+        ):
+            return native
+        hit = self.tiers.find(request)
+        if hit.num_tokens <= native[1]:
+            return native
+        self.tiers.hits[request.request_id] = hit
+        return manager.create_kv_cache_blocks((hit.pages,)), hit.num_tokens, 0, False
+
+    def _native_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """vLLM's hit, without the tokens whose queries score the prompt."""
         hit = super()._get_local_prefix_cache_hit(request)
         _, num_tokens, boundary, diverged = hit
         if request.request_id not in self.tiers.ratios:
@@ -206,7 +230,8 @@ class TieredScheduler(Scheduler):
         if num_new_tokens <= 1 or request.request_id not in self.tiers.ratios:
             return num_new_tokens
         limit = self.tiers.native_limit
-        if request.request_id not in self.tiers.tiered and request.num_tokens > limit:
+        is_tiered = request.request_id in self.tiers.tiered or request.request_id in self.tiers.hits
+        if not is_tiered and request.num_tokens > limit:
             most = max(limit - num_computed_tokens, self.compression.window)
             num_new_tokens = min(num_new_tokens, most)
         if self.compression.importance == "window":
@@ -252,13 +277,15 @@ class TieredScheduler(Scheduler):
             num_tokens = request.num_computed_tokens
             if self._awaits_more_prompt(request) or num_tokens < self._least_tokens:
                 continue
-            if done := self.tiers.compress(request_id, num_tokens):
+            if done := self.tiers.compress(request, num_tokens):
                 compress[request_id] = done
                 self._scoring.discard(request_id)
+        self.tiers.seal(self.requests)
         self.tiers.release_pages()
+        adopt, copy = self.tiers.drain_adopted()
         zero = self.tiers.drain_pages_to_zero()
         self._stats = self._tier_stats()
-        return StepPlan(score, compress, decode, extend, zero, self._stats)
+        return StepPlan(score, compress, decode, extend, adopt, copy, zero, self._stats)
 
     @property
     def _least_tokens(self) -> int:

@@ -40,6 +40,8 @@ class CompressStep:
     native_pages: tuple[int, ...]
     blocks: tuple[BlockTable, ...]
     """The last one is the tail."""
+    shared: frozenset[int]
+    """Indices of blocks that exist already, and that other requests may read."""
     in_place: bool
     """Whether some pages of ``blocks`` are among ``native_pages``."""
 
@@ -116,6 +118,14 @@ class StepPlan:
     """Of compressed requests that take or change a page. Any other that is scheduled takes its
     token into its last high group."""
     extend: dict[str, ExtendStep] = field(default_factory=dict)
+    adopt: dict[str, tuple[BlockTable, ...]] = field(default_factory=dict)
+    """Requests that begin with blocks of the prefix cache."""
+    copy: tuple[tuple[int, int], ...] = ()
+    """Pages to copy before anything else is done in this step: from, to."""
+    adopt: dict[str, tuple[BlockTable, ...]] = field(default_factory=dict)
+    """Requests that begin with blocks of the prefix cache."""
+    copy: tuple[tuple[int, int], ...] = ()
+    """Pages to copy before anything else is done in this step: from, to."""
     zero: tuple[int, ...] = ()
     """Pages to zero before anything is written in this step."""
     stats: TierStats = field(default_factory=TierStats)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
-from mikv_vllm.engine.tiered_metadata import BlockRow, ExtendedRow, ScoredRow
+from mikv_vllm.engine.tiered_metadata import ExtendedRow, ScoredRow
 from mikv_vllm.engine.worker_context import context
 from mikv_vllm.kernels.layer_ops import LayerOps
 
@@ -112,30 +112,21 @@ class TieredImpl(AttentionImpl[Any]):
         window: torch.Tensor,
     ) -> None:
         """Compress a native row, of which ``window`` are the last queries."""
-        assert context.compression is not None
-        self._compress_blocks(ops, kv_cache, row.native_pages, row.blocks, scores, window)
-
-    def _compress_blocks(
-        self,
-        ops: Any,
-        kv_cache: torch.Tensor,
-        native_pages: torch.Tensor,
-        blocks: list[BlockRow],
-        scores: torch.Tensor,
-        window: torch.Tensor,
-    ) -> None:
+        assert row.compress is not None
         assert context.compression is not None
         block_size, recent = kv_cache.shape[2], context.compression.recent
-        for block in blocks:
+        for index, block in enumerate(row.blocks):
+            if index in row.compress.shared:
+                continue
             ops.compress(
                 kv_cache,
-                native_pages[block.first_token // block_size :],
+                row.native_pages[block.first_token // block_size :],
                 block.table,
                 block.sizes,
                 block.low_format,
                 scores[:, block.first_token :],
                 window,
-                min(recent, block.sizes.high_tokens) if block is blocks[-1] else 0,
+                min(recent, block.sizes.high_tokens) if block is row.blocks[-1] else 0,
             )
 
     def _extend(

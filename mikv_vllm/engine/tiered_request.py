@@ -1,18 +1,52 @@
 """The blocks of one compressed request, as the scheduler counts them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from mikv_vllm.engine.step_plan import BlockTable
 from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
-from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LowFormat
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
+
+
+@dataclass(eq=False)
+class Block:
+    """A tiered block: its sizes, and its pages by position in the stream.
+
+    A sealed block can belong to several requests and never changes. A tail belongs to one.
+    """
+
+    sizes: TierSizes
+    low_format: LowFormat
+    pages: dict[int, KVCacheBlock] = field(default_factory=dict)
+    users: int = 0
+    """Requests that hold it."""
+    tag: bytes | None = None
+    """Hash of all its pages while the prefix cache holds it. Unique: no two blocks share a tag."""
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether no page was taken since the block was put into the prefix cache."""
+        return self.tag is not None and all(
+            page.block_hash == self.tag for page in self.pages.values()
+        )
+
+    @property
+    def page_list(self) -> list[KVCacheBlock]:
+        """Pages by ascending position."""
+        return [self.pages[position] for position in sorted(self.pages)]
+
+    def table(self) -> BlockTable:
+        """The block as workers read it."""
+        pages = self.pages
+        ids = tuple(pages[i].block_id if i in pages else 0 for i in range(self.sizes.pages))
+        return BlockTable(ids, self.sizes, self.low_format)
 
 
 @dataclass
 class TierTotals:
-    """What blocks hold together; pages are in the pool, the rest in each layer and head."""
+    """What blocks hold together. Pages are those of the pool; the rest is per layer and head."""
 
     blocks: int = 0
     pages: int = 0
@@ -21,20 +55,15 @@ class TierTotals:
     low_records: int = 0
     low_bytes: int = 0
 
-    def count(self, planner: BlockPlanner, index: int, sizes: TierSizes, sign: int = 1) -> None:
+    def count(self, geometry: TierGeometry, block: Block, sign: int = 1) -> None:
         """Add a block, or with ``sign`` -1 subtract it."""
-        record = planner.geometry.low(planner.form(index).low_format).num_bytes
+        sizes = block.sizes
         self.blocks += sign
-        self.pages += sign * planner.num_allocated(index, sizes)
+        self.pages += sign * len(block.pages)
         self.high_tokens += sign * sizes.high_tokens
         self.high_records += sign * -(-sizes.high_tokens // HIGH_RECORD_TOKENS)
         self.low_records += sign * sizes.low_records
-        self.low_bytes += sign * sizes.low_records * record
-
-    def add(self, other: "TierTotals", sign: int = 1) -> None:
-        """Add other totals, or with ``sign`` -1 subtract them."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + sign * value)
+        self.low_bytes += sign * sizes.low_records * geometry.low(block.low_format).num_bytes
 
 
 @dataclass(frozen=True)
@@ -49,56 +78,77 @@ class Growth:
 
 
 class TieredRequest:
-    """Sizes and pages of the blocks of one compressed request: sealed blocks, then the tail.
+    """The blocks of one compressed request: sealed blocks, then the tail.
 
-    A tail with all tokens of a block is sealed; the next token begins a new one.
+    A tail with all tokens of a block is full; the next token begins a new one.
     """
 
-    def __init__(self, planner: BlockPlanner) -> None:
+    def __init__(
+        self, planner: BlockPlanner, blocks: list[Block], reused: int, droppable: int | None = None
+    ) -> None:
+        """Create a request.
+
+        Args:
+            blocks: at least one; all but the last one are full.
+            reused: tokens in blocks that the request did not write.
+            droppable: see :attr:`droppable`; None if only the recent tokens are known to be high.
+        """
         self.planner = planner
-        self.pages: list[dict[int, KVCacheBlock]] = []
-        """For each block, its pages by position in the stream."""
-        self.sealed = TierTotals()
-        """Of all blocks before the tail."""
-        self.num_tokens = 0
-        """Of all blocks, this step's tokens included."""
-        self.free_slots = 0
-        """Tokens that the last high record takes before the next plan."""
+        self.blocks = blocks
+        self.reused_tokens = reused
         self._next: tuple[int, list[Growth]] | None = None
+        self.resize(blocks[-1].sizes)
+        self.mark_demotion()
+        if droppable is not None:
+            self._demoted_at += planner.recent - droppable
 
     @property
     def index(self) -> int:
-        """Of the tail."""
-        return len(self.pages) - 1
+        """Of the last block."""
+        return len(self.blocks) - 1
 
     @property
-    def tail(self) -> TierSizes:
-        """Sizes of the tail, this step's tokens included."""
-        in_tail = self.num_tokens - self.index * self.planner.block_tokens
-        return replace(self._tail, high_tokens=in_tail - self._tail.low_tokens)
+    def first_token(self) -> int:
+        """Of the last block."""
+        return self.index * self.planner.block_tokens
 
-    def add_block(self, sizes: TierSizes, pages: dict[int, KVCacheBlock]) -> None:
-        """Add a block with these pages; it becomes the tail."""
-        if self.pages:
-            self.sealed.count(self.planner, self.index, self.tail)
-        self.pages.append(pages)
-        self.num_tokens = self.index * self.planner.block_tokens
+    @property
+    def tail(self) -> Block:
+        """The last block, with this step's tokens."""
+        tail = self.blocks[-1]
+        high_tokens = self.num_tokens - self.first_token - tail.sizes.low_tokens
+        if tail.sizes.high_tokens != high_tokens:
+            tail.sizes = replace(tail.sizes, high_tokens=high_tokens)
+        return tail
+
+    def begin_block(self, sizes: TierSizes) -> None:
+        """Begin a new tail."""
+        low_format = self.planner.form(len(self.blocks)).low_format
+        assert self.tail.sizes.num_tokens == self.planner.block_tokens, "the tail is not full"
+        self.blocks.append(Block(sizes, low_format))
         self.resize(sizes)
+        self.mark_demotion()
 
     def resize(self, sizes: TierSizes) -> None:
-        """Give the tail these sizes."""
-        block_tokens = self.planner.block_tokens
-        self._tail = sizes
-        self.num_tokens = self.index * block_tokens + sizes.num_tokens
+        """Give the last block these sizes."""
+        self.blocks[-1].sizes = sizes
+        self.num_tokens = self.first_token + sizes.num_tokens
         # The last token of a block comes with the last demotions: it needs a plan.
         slots = -sizes.high_tokens % HIGH_RECORD_TOKENS
-        self.free_slots = max(0, min(slots, block_tokens - 1 - sizes.num_tokens))
+        self.free_slots = max(0, min(slots, self.planner.block_tokens - 1 - sizes.num_tokens))
 
-    def totals(self) -> TierTotals:
-        """Totals of all blocks."""
-        totals = replace(self.sealed)
-        totals.count(self.planner, self.index, self.tail)
-        return totals
+    def mark_demotion(self) -> None:
+        """Remember that only the recent tokens are known to be high now."""
+        self._demoted_at = self.num_tokens
+
+    @property
+    def droppable(self) -> int:
+        """Newest tokens that are known to be the last high tokens of the tail."""
+        sizes = self.tail.sizes
+        if not sizes.low_records:
+            return sizes.num_tokens
+        recent = min(self.planner.recent, sizes.high_tokens)
+        return min(sizes.high_tokens, recent + self.num_tokens - self._demoted_at)
 
     def grow(self, num_tokens: int) -> list[Growth]:
         """How the request takes tokens until it has ``num_tokens``: changes of its last blocks.
@@ -111,7 +161,7 @@ class TieredRequest:
 
     def _grow(self, num_tokens: int) -> list[Growth]:
         planner, growths = self.planner, []
-        index, sizes, count = self.index, self.tail, num_tokens - self.num_tokens
+        index, sizes, count = self.index, self.tail.sizes, num_tokens - self.num_tokens
         while count:
             begins = sizes.num_tokens == planner.block_tokens
             if begins:
@@ -122,13 +172,3 @@ class TieredRequest:
             growths.append(Growth(index, sizes, step, begins))
             sizes, count = step.after, count - joining
         return growths
-
-    def low_format(self, index: int) -> LowFormat:
-        """Low format of a block."""
-        return self.planner.form(index).low_format
-
-    def table(self, index: int, sizes: TierSizes) -> BlockTable:
-        """A block as workers read it."""
-        pages = self.pages[index]
-        ids = tuple(pages[i].block_id if i in pages else 0 for i in range(sizes.pages))
-        return BlockTable(ids, sizes, self.low_format(index))

@@ -51,9 +51,12 @@ class TieredWorker(Worker):
     def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
         """Run one step under its plan."""
         context.begin_step(scheduler_output)
-        if pages := list(scheduler_output.plan.zero):
+        plan = scheduler_output.plan
+        if plan.copy or plan.zero:
+            sources, targets = [s for s, _ in plan.copy], [t for _, t in plan.copy]
             for cache in self.model_runner.kv_caches:
-                cache[pages] = 0
+                cache[targets] = cache[sources]
+                cache[list(plan.zero)] = 0
         result = super().execute_model(scheduler_output)
         context.end_step()
         return result

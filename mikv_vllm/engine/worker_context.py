@@ -60,6 +60,8 @@ class WorkerContext:
         for request_id, score in plan.score.items():
             if score.reset:
                 self.scores[request_id] = {}
+        for request_id, blocks in plan.adopt.items():
+            self.tiers.add(request_id, blocks)
         for request_id, step in plan.decode.items():
             self.tiers.change(request_id, step)
         slots = self.tiers.slots(r for r in output.num_scheduled_tokens if r not in plan.extend)
