@@ -343,20 +343,27 @@ def called(sources: Sources, package: str) -> Iterator[Api]:
 def replaced_methods(tree: ast.Module) -> Iterator[tuple[Function | None, ast.Attribute]]:
     """Assignments of a function to an attribute of an object of another package.
 
-    A function is a ``lambda``, the name of a function or method that the module defines, or
-    ``partial(...)`` or ``wraps(...)(...)`` of one. Attributes of ``self``, and of what is imported
-    from this package, are left out.
+    A function is a ``lambda``, the name of a function or method that the module defines or imports,
+    or ``partial(...)`` or ``wraps(...)(...)`` of one. Attributes of ``self``, and of what is
+    imported from this package, are left out.
 
     Returns:
         For each the outermost function that contains it, if one does, and its target.
     """
-    functions = {node.name for node in ast.walk(tree) if isinstance(node, Function)}
-    own = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mikv_vllm")
-        for alias in node.names
-    }
+    functions, own = set(), {"self", "cls"}
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.FunctionDef(decorator_list=decorators)
+                | ast.AsyncFunctionDef(decorator_list=decorators)
+            ):
+                kinds = tuple(map(ast.unparse, decorators))
+                if not any(kind.endswith(("property", ".setter")) for kind in kinds):
+                    functions.add(node.name)
+            case ast.ImportFrom(module, names):
+                local = {alias.asname or alias.name for alias in names}
+                functions |= {name for name in local if name.islower()}
+                own |= local if module and module.startswith("mikv_vllm") else set()
 
     def is_function(value: ast.expr) -> bool:
         match value:
@@ -375,14 +382,15 @@ def replaced_methods(tree: ast.Module) -> Iterator[tuple[Function | None, ast.At
             case ast.AnnAssign(target, _, value) if value is not None:
                 yield target, value
             case ast.Call(ast.Name("setattr"), [owner, name, value]):
-                yield ast.Attribute(owner, ast.literal_eval(name)), value
+                attribute = name.value if isinstance(name, ast.Constant) else ast.unparse(name)
+                yield ast.copy_location(ast.Attribute(owner, str(attribute)), node), value
 
     def search(node: ast.AST, function: Function | None) -> Iterator:
         if function is None and isinstance(node, Function):
             function = node
         for target, value in assignments(node):
             match target:
-                case ast.Attribute(ast.Name(owner)) if owner in {"self", "cls", *own}:
+                case ast.Attribute(ast.Name(owner)) if owner in own:
                     pass
                 case ast.Attribute() if is_function(value):
                     yield function, target
