@@ -13,7 +13,8 @@ import pytest
 from mikv_vllm import compatibility
 from mikv_vllm.vllm_api import VLLM_API
 
-from .vllm_usage import Function, missing, unused, uses
+from .sources import Function
+from .vllm_usage import missing, unused, uses
 
 VLLM = Path(find_spec("vllm").submodule_search_locations[0])
 PACKAGE = Path(compatibility.__file__).parent
