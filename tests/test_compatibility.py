@@ -65,7 +65,7 @@ def test_a_changed_api_is_named_in_one_sentence(copied, file, old, new, named):
     with pytest.raises(compatibility.Incompatible) as error:
         compatibility.check(copied)
     assert named in str(error.value)
-    assert "this is 9.0.32.0" in str(error.value)
+    assert "this is vLLM 9.0.32.0" in str(error.value)
     assert f"install vLLM {compatibility.SUPPORTED}.x" in str(error.value)
 
 
