@@ -42,8 +42,8 @@ def check(folder: Path | None = None) -> None:
     if changed := list(changes(folder)):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise Incompatible(
-            f"MiKV needs vLLM {SUPPORTED}.x, but this is vLLM {version(folder)}: {changed[0]}{more} "
-            f"is missing or has other parameters; install vLLM {SUPPORTED}.x."
+            f"MiKV needs vLLM {SUPPORTED}.x, but this is vLLM {version(folder)}: "
+            f"{changed[0]}{more} is missing or has other parameters; install vLLM {SUPPORTED}.x."
         )
 
 
