@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from mikv_vllm.compatibility import definitions
@@ -11,6 +11,7 @@ from mikv_vllm.compatibility import definitions
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
 def annotations(function: Function) -> dict[str, ast.expr | None]:
     """Annotation of each parameter, those of functions inside included."""
     found: dict[str, ast.expr | None] = {}
