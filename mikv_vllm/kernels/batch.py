@@ -1,4 +1,4 @@
-"""The compressed rows of one decode step, as every kernel reads them."""
+"""The compressed rows of one decode step, in the form that all kernels read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +10,21 @@ from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 DecodeRow = tuple[int, Any, TierSizes, AppendStep, LowFormat]
 """Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
-step; what the step does; low format."""
+step; the step; low format."""
 
 ROW_FIELDS = 10
 TOKEN, PAGES, HIGH, LOW, LOW_END_LINE, MOVED, DEMOTED, NEXT_LOW_END_LINE, KEY_CODE, VALUE_BITS = (
     range(ROW_FIELDS)
 )
-"""Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
-and demoted; low end after it; bits of keys (``key_code``) and of values. Ends count in lines."""
+"""Fields of a row: row of q, k, v and out; pages after the step; high tokens, low records and low
+end before the step; moved low records; demoted low records; low end after the step; key code; value
+bits. Low ends are in lines."""
 
 
 def row_numbers(
     token: int, before: TierSizes, step: AppendStep, low_format: LowFormat
 ) -> tuple[int, ...]:
-    """One row's :data:`ROW_FIELDS` numbers."""
+    """Return the :data:`ROW_FIELDS` fields of a row."""
     return (
         token,
         step.after.pages,
@@ -39,7 +40,8 @@ def row_numbers(
 
 
 def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as int32 ``[rows, ROW_FIELDS]`` and their tables as int32 ``[rows, max_pages]``."""
+    """Return the rows, int32 ``[rows, ROW_FIELDS]``, and their block tables, int32
+    ``[rows, max_pages]``."""
     numbers = np.empty((len(rows), ROW_FIELDS), np.int32)
     max_pages = max((row[3].after.pages for row in rows), default=0)
     tables = np.zeros((len(rows), max_pages), np.int32)
