@@ -42,8 +42,8 @@ def check(folder: Path | None = None) -> None:
     if changed := list(changes(folder)):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise Incompatible(
-            f"MiKV builds on vLLM {SUPPORTED}.x, and this is {version(folder)}: {changed[0]}{more} "
-            f"is missing or takes other parameters; install vLLM {SUPPORTED}.x."
+            f"MiKV needs vLLM {SUPPORTED}.x, but this is vLLM {version(folder)}: "
+            f"{changed[0]}{more} is missing or has other parameters; install vLLM {SUPPORTED}.x."
         )
 
 
@@ -66,11 +66,11 @@ def changes(folder: Path) -> Iterator[str]:
                 yield f"{file}: {name}"
 
 
-def definitions(scope: ast.Module | ast.ClassDef) -> dict[str, ast.AST]:
-    """Return what a module or class defines, by name.
+def definitions(module: ast.Module) -> dict[str, ast.AST]:
+    """Return the names that a module defines or imports, each with its statement.
 
-    These are its functions, classes, variables and imported names; and for each class its methods
-    and fields as ``Class.name``, those included that a method assigns to ``self``.
+    The members of a class are named ``Class.member``. They are its methods, its fields, and the
+    attributes that its methods assign to ``self``.
     """
     found: dict[str, ast.AST] = {}
 
@@ -104,7 +104,7 @@ def definitions(scope: ast.Module | ast.ClassDef) -> dict[str, ast.AST]:
                 ):
                     found.setdefault(prefix + name, node)
 
-    add_all(scope.body, "")
+    add_all(module.body, "")
     return found
 
 

@@ -13,7 +13,8 @@ import pytest
 from mikv_vllm import compatibility
 from mikv_vllm.vllm_api import VLLM_API
 
-from .vllm_usage import Function, missing, unused, uses
+from .sources import Function
+from .vllm_usage import missing, unused, uses
 
 VLLM = Path(find_spec("vllm").submodule_search_locations[0])
 PACKAGE = Path(compatibility.__file__).parent
@@ -64,7 +65,7 @@ def test_a_changed_api_is_named_in_one_sentence(copied, file, old, new, named):
     with pytest.raises(compatibility.Incompatible) as error:
         compatibility.check(copied)
     assert named in str(error.value)
-    assert "this is 9.0.32.0" in str(error.value)
+    assert "this is vLLM 9.0.32.0" in str(error.value)
     assert f"install vLLM {compatibility.SUPPORTED}.x" in str(error.value)
 
 

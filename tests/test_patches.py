@@ -1,4 +1,4 @@
-"""The patches fit the supported vLLM."""
+"""The patches apply to the supported vLLM."""
 
 import py_compile
 import re
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PATCHES = sorted((Path(__file__).parent.parent / "patches").glob("*.patch"))
+ROOT = Path(__file__).parent.parent
+PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 VLLM = Path(find_spec("vllm").submodule_search_locations[0])
 
 
@@ -30,17 +31,24 @@ def test_patch_applies_and_compiles(patch, tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "offset" not in result.stderr, f"made against another vLLM: {result.stderr}"
+    assert "offset" not in result.stderr, f"the patch was made for another vLLM: {result.stderr}"
     for path in paths:
         assert (tmp_path / path).read_text() != before[path]
         py_compile.compile(str(tmp_path / path), doraise=True)
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
-def test_patch_says_why(patch):
+def test_patch_states_the_gap_and_what_it_makes_unnecessary(patch):
     header, _, _ = patch.read_text().partition("--- a/")
     assert "The gap: " in header
     assert "With it: " in header
     for path in re.findall(r"mikv_vllm/\S+\.py", header):
-        assert (Path(__file__).parent.parent / path).exists()
-    assert patch.stem in (patch.parent / "README.md").read_text()
+        assert (ROOT / path).exists()
+    assert f"`{patch.stem}`" in (ROOT / "patches/README.md").read_text()
+
+
+def test_patches_that_hooks_name_exist():
+    hooks = ROOT.glob("mikv_vllm/*/vllm_hooks.py")
+    named = {name for path in hooks for name in re.findall(r"\b0\d{3}-[\w-]+", path.read_text())}
+    assert named
+    assert named <= {patch.stem for patch in PATCHES}

@@ -1,6 +1,6 @@
-"""Check the Triton kernels on this GPU, then time them against bf16 and int4 attention.
+"""Test the Triton kernels on this GPU, then compare their speed with bf16 and int4 attention.
 
-python -m benchmarks.gpu                       # all of it
+python -m benchmarks.gpu                       # everything
 python -m benchmarks.gpu --contexts 32768 --batches 8 --ratios 4 --skip-tests
 """
 
@@ -25,22 +25,25 @@ from mikv_vllm.evaluation.tables import markdown_table
 
 TESTS = ("test_triton_decode.py", "test_triton_compress.py", "test_triton_extend.py")
 LEAST_TRITON = (3, 6)
-"""Older ones have not been tried."""
+"""Older versions are not tested."""
 CONTEXTS = [4096, 32768, 131072]
 WORKERS = min(12, os.cpu_count() or 1)
-"""Processes that compile; each takes half a gigabyte of the GPU's memory."""
+"""Processes that compile. Each one takes half a gigabyte of GPU memory."""
 
 
 def check_kernels() -> None:
-    """Run the kernels' tests on this device."""
+    """Run the tests of the kernels on this device."""
     tests = [f"tests/kernels/{name}" for name in TESTS]
-    # Nearly all of their time is Triton's, which compiles on one core.
+    # Most of the time is spent in Triton's compiler, which uses one core.
     spread = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
     subprocess.run([sys.executable, "-m", "pytest", "-q", *spread, *tests], check=True)
 
 
 def compile_ahead(models: list[Heads], batches: list[int], ratios: list[float]) -> None:
-    """Fill Triton's cache on all cores; what only long contexts choose is compiled on the way."""
+    """Fill Triton's cache, using all cores.
+
+    Low formats that only longer contexts choose are compiled later, by the measurements.
+    """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, spawn) as pool:
         runs = [
@@ -53,7 +56,7 @@ def compile_ahead(models: list[Heads], batches: list[int], ratios: list[float]) 
 
 
 def verdicts(decode: list[dict], prompts: list[dict]) -> list[dict]:
-    """What the project asks for, beside what was measured, for each model."""
+    """Compare the measurements with the goals of the project, for each model."""
     rows = []
 
     def add(model: str, what: str, measured: float | None, wanted: float) -> None:
@@ -91,7 +94,7 @@ def verdicts(decode: list[dict], prompts: list[dict]) -> list[dict]:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Speed-up over bf16 against context, a panel for each model and batch."""
+    """Plot the speed-up over bf16 against the context, one panel per model and batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,20 +138,22 @@ def main() -> int:
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--ratios", nargs="+", type=float, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--skip-tests", action="store_true", help="do not check the kernels first")
+    parser.add_argument(
+        "--skip-tests", action="store_true", help="do not run the tests of the kernels"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(
-            "python -m benchmarks.gpu times kernels on a CUDA device, and torch finds none; "
-            "without one, `python -m benchmarks.gpu.compile` shows what they compile to",
+            "python -m benchmarks.gpu needs a CUDA device, but torch finds none; "
+            "run `python -m benchmarks.gpu.compile`, which needs no device",
             file=sys.stderr,
         )
         return 1
     if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
         wanted = ".".join(map(str, LEAST_TRITON))
         print(
-            f"Triton is {triton.__version__}, but the kernels need {wanted} or newer",
+            f"Triton is {triton.__version__}, but must be {wanted} or newer",
             file=sys.stderr,
         )
         return 1

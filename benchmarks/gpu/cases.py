@@ -1,4 +1,4 @@
-"""Layers with compressed requests in them, and the same tokens uncompressed."""
+"""Measured cases: layers with compressed requests, and attention on uncompressed tokens."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 BLOCK_SIZE, WINDOW, RECENT, DECAY = 64, 32, 16, 0.98
 CACHE_BYTES = 256 << 20
-"""Memory that runs go around in: several times the cache of a GPU."""
+"""Least memory that consecutive runs read: several times the L2 cache of a GPU."""
 TOGETHER = "score + compress"
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
@@ -23,7 +23,7 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads of a model's layer."""
+    """Attention heads of a layer of a model."""
 
     model: str
     head_dim: int
@@ -57,7 +57,7 @@ MODELS = (Heads("Llama-3.1-8B", 128, 8, 4), Heads("Qwen3-32B", 128, 8, 8))
 
 
 class Prompt:
-    """One request's random tokens in native pages, its last queries and its scores."""
+    """A native request with random tokens, its last queries and its scores."""
 
     def __init__(self, heads: Heads, tokens: int, scratch: Scratch) -> None:
         self.heads, self.tokens, self.scratch = heads, tokens, scratch
@@ -90,12 +90,12 @@ class Prompt:
 
 
 class Compressed:
-    """``batch`` copies of a compressed prompt in pages of their own, about to decode."""
+    """A decode step of ``batch`` copies of a compressed prompt, each with its own pages."""
 
     def __init__(self, prompt: Prompt, ratio: float, batch: int, demote: bool = False) -> None:
         heads, self.scratch = prompt.heads, prompt.scratch
         if ratio == 1:
-            # Every token at 16 bits: the same kernel on uncompressed numbers.
+            # All tokens are 16-bit high tokens: the same kernel without compression.
             self.planner = prompt.planner(1.5, high_bits=16)
             geometry = self.planner.geometry
             pages = -(-geometry.high_bytes(prompt.tokens + 1) // geometry.page_bytes)
@@ -104,7 +104,7 @@ class Compressed:
             self.planner = prompt.planner(ratio)
             geometry = self.planner.geometry
             found = self.planner.compress(prompt.tokens)
-            assert found is not None, f"nothing to save at ratio {ratio}"
+            assert found is not None, f"ratio {ratio} saves no page"
             sizes = found
         self.ops = heads.ops(self.scratch, geometry.high_bits)
         self.sizes, self.name = sizes, "16-bit" if ratio == 1 else self.planner.low_format.name
@@ -118,8 +118,8 @@ class Compressed:
         first = torch.arange(pages, dtype=torch.int32, device=DEVICE)
         prompt.compress(self.ops, sizes, self.planner, self.pages, first)
         self.pages.view(-1, pages, *size[1:])[1:] = self.pages[:pages]
-        chunks = sizes.low_records + demote
-        after = TierSizes(pages, sizes.high_tokens + 1 - 32 * demote, chunks, sizes.low_end_bytes)
+        records = sizes.low_records + demote
+        after = TierSizes(pages, sizes.high_tokens + 1 - 32 * demote, records, sizes.low_end_bytes)
         step = AppendStep(1, 1, 0, int(demote), after)
         order = torch.randperm(len(self.pages) // pages).tolist()
         self.batches = []
@@ -139,23 +139,24 @@ class Compressed:
         self.out = torch.empty_like(self.q)
 
     def attend(self) -> list[Callable[[], object]]:
-        """Attention on each of the sets."""
+        """Return a function for each set of pages that launches attention on it."""
         return [
             lambda batch=batch: self.ops.attend(self.pages, batch, self.q, self.out)
             for batch in self.batches
         ]
 
     def change(self) -> list[Callable[[], object]]:
-        """The demote on each of the sets."""
+        """Return a function for each set of pages that launches a demotion in it."""
         return [
             lambda batch=batch: self.ops.change(self.pages, batch, DTYPE) for batch in self.batches
         ]
 
 
 def flash_attention(heads: Heads, tokens: int, batch: int) -> float:
-    """Seconds of torch's flash attention on bf16 keys and values of the same sizes.
+    """Measure torch's flash attention on bf16 keys and values of the same shape, in seconds.
 
-    The query heads of a KV head are its queries, so that none is read twice.
+    The query heads of a KV head are passed as a sequence of queries, so that keys and values are
+    read once.
     """
     sets = max(1, min(32, -(-CACHE_BYTES // (batch * heads.native_bytes(tokens)))))
     shape = (sets, 2, batch, heads.kv_heads, tokens, heads.head_dim)
@@ -171,7 +172,10 @@ def flash_attention(heads: Heads, tokens: int, batch: int) -> float:
 
 
 def int4_attention(heads: Heads, tokens: int, batch: int) -> tuple[int, float]:
-    """Bytes of int4 keys and values of the same sizes, and seconds of xformers' attention."""
+    """Measure xformers' attention on int4 keys and values of the same shape.
+
+    Returns the bytes of the keys and values, and the seconds.
+    """
     words = 1 + heads.head_dim // 8
     num_bytes = 2 * batch * tokens * heads.kv_heads * words * 4
     sets = max(1, min(32, -(-CACHE_BYTES // num_bytes)))
@@ -189,7 +193,7 @@ def int4_attention(heads: Heads, tokens: int, batch: int) -> tuple[int, float]:
 
 
 def prefill_attention(heads: Heads, tokens: int) -> float:
-    """Seconds of torch's causal flash attention over a prompt."""
+    """Measure torch's causal flash attention over a prompt, in seconds."""
     size = (1, heads.heads, tokens, heads.head_dim)
     q, k, v = (torch.randn(size, dtype=DTYPE, device=DEVICE) for _ in range(3))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
@@ -205,12 +209,12 @@ def decode_rows(
     memory: int,
     int4: bool,
 ) -> Iterator[dict]:
-    """One row for each contender and batch that fits.
+    """Measure decode attention: a table row for each contender and each batch size that fits.
 
     Args:
-        bandwidth: bytes that a copy reads and writes in a second.
-        memory: bytes of the device.
-        int4: time xformers, too.
+        bandwidth: bytes per second that a copy reads and writes.
+        memory: bytes of device memory.
+        int4: whether to measure xformers.
     """
     scratch = Scratch(DEVICE)
     prompt = Prompt(heads, tokens, scratch)
@@ -249,7 +253,7 @@ def decode_rows(
 
 
 def compile_kernels(heads: Heads, tokens: int, ratio: float, batches: list[int]) -> None:
-    """Run every kernel of :func:`decode_rows` once, so that Triton's cache has it."""
+    """Run every kernel of :func:`decode_rows` once, so that it is in Triton's cache."""
     prompt = Prompt(heads, tokens, Scratch(DEVICE))
     prompt.score()
     for batch in batches:
@@ -257,7 +261,7 @@ def compile_kernels(heads: Heads, tokens: int, ratio: float, batches: list[int])
 
 
 def prompt_rows(heads: Heads, tokens: int, ratio: float) -> Iterator[dict]:
-    """What it costs to score, compress and demote."""
+    """Measure score, compress and demote, a table row each."""
     scratch = Scratch(DEVICE)
     prompt = Prompt(heads, tokens, scratch)
     prefill = prefill_attention(heads, tokens)

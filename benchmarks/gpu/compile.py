@@ -1,9 +1,9 @@
-"""Compile every kernel ahead of time, without a GPU, and report what it needs.
+"""Compile every kernel ahead of time, without a GPU, and print the resources that it needs.
 
     python -m benchmarks.gpu.compile            # all low formats, for three targets
-    python -m benchmarks.gpu.compile --quick    # what the tests check
+    python -m benchmarks.gpu.compile --quick    # the part that the tests run
 
-Fails if the decode kernel spills registers.
+Exits with status 1 if the decode kernel spills registers.
 """
 
 import argparse
@@ -59,7 +59,7 @@ TYPES = {
     "hadamard_scale": "fp32",
 }
 NATIVE = {"q", "k", "v", "out", "keys", "values"}
-"""Pointers to the cache's dtype."""
+"""Pointers to numbers in the dtype of the cache."""
 KERNELS = {
     "attend": attend.attend_kernel,
     "merge": merge.merge_kernel,
@@ -83,16 +83,16 @@ BY_FORMAT = {"attend", "change", "frame", "write_low", "restore_low", "extend_lo
 
 
 H100_PROCESSORS, H100_CLOCK = 132, 1.755e9
-"""Multiprocessors, and cycles a second, of the SXM board."""
+"""Multiprocessors, and cycles per second, of the SXM board."""
 H100_SLOTS = H100_PROCESSORS * 4 * H100_CLOCK
-"""Warp instructions a second: a multiprocessor has four schedulers."""
+"""Warp instructions per second. A multiprocessor has four schedulers."""
 H100_BANDWIDTH = 3.35e12
-"""Bytes a second, from its data sheet."""
+"""Bytes per second, from the data sheet."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel for one layer, low format and target."""
+    """One compilation: a kernel for a layer, a low format and a target."""
 
     kernel: str
     layout: Layout
@@ -113,20 +113,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a compiled kernel takes."""
+    """Resources of a compiled kernel."""
 
     registers: int
     stack: int
-    """Bytes of local memory a thread: more than 0 are spills."""
+    """Bytes of local memory per thread. More than 0 means that registers are spilled."""
     shared: int
-    """Bytes of a program."""
+    """Bytes of shared memory per program."""
     warps: int
     kernel: sass.Kernel
 
 
 @cache
 def compile_job(job: Job) -> Needs:
-    """Compile and read the resources out of the binary."""
+    """Compile a kernel and read its resources from the binary."""
     kernel = KERNELS[job.kernel]
     low = job.low_format
     constants = {
@@ -172,7 +172,10 @@ def compile_job(job: Job) -> Needs:
 
 
 def jobs(quick: bool, targets: list[int]) -> list[Job]:
-    """What to compile: Llama-3.1-8B's and Qwen3-32B's heads in all formats, others in some."""
+    """Return the compilations.
+
+    The heads of Llama-3.1-8B are compiled for all low formats, other heads for some.
+    """
     llama, balanced = Layout(128, 4, 64, 8), LADDERS["balanced"]
     formats = LADDER[3:4] + balanced[1:2] if quick else LADDER + balanced
     shapes = [(llama, "bf16", formats)]
@@ -199,7 +202,7 @@ def jobs(quick: bool, targets: list[int]) -> list[Job]:
 
 
 def table(every: list[Job], needs: list[Needs]) -> str:
-    """One line for each job."""
+    """Format the resources, one line per job."""
     head = f"{'kernel':28} {'target':>7} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7}"
     lines = [f"{head} {'instructions':>12}"]
     for job, need in zip(every, needs, strict=True):
@@ -211,11 +214,14 @@ def table(every: list[Job], needs: list[Needs]) -> str:
 
 
 def decode_table(every: list[Job], needs: list[Needs]) -> str:
-    """What the decode kernel issues for each byte of cache: where arithmetic would be the limit."""
+    """Format the instructions of the decode kernel per byte of cache.
+
+    They show whether the kernel is limited by instructions rather than by memory.
+    """
     slots = H100_SLOTS / H100_BANDWIDTH
     lines = [
-        "decode: instructions of all warps for a block of 32 tokens; an H100 issues "
-        f"{slots:.3f} while it reads a byte",
+        "decode: instructions of all warps per block of 32 tokens; an H100 issues "
+        f"{slots:.3f} in the time in which it reads one byte",
         f"{'kernel':28} {'target':>7} {'tier':>5} {'instructions':>12} {'bytes':>6} "
         f"{'per byte':>9}",
     ]
@@ -224,8 +230,7 @@ def decode_table(every: list[Job], needs: list[Needs]) -> str:
         loops = need.kernel.matrix_loops
         if job.kernel != "attend" or layout.high_bits != 8 or len(loops) != 2:
             continue
-        chunk = layout.geometry.low(low).num_bytes
-        blocks = (chunk, 2 * layout.geometry.high.num_bytes)
+        blocks = (layout.geometry.low(low).num_bytes, 2 * layout.geometry.high.num_bytes)
         for tier, loop, size in zip(("low", "high"), loops, blocks, strict=True):
             count = len(loop) * need.warps
             lines.append(

@@ -1,9 +1,9 @@
-"""What the host does to launch the kernels of a decode step for one layer. No GPU is needed.
+"""Measure the host time to launch the kernels of a decode step of one layer, without a GPU.
 
     python -m benchmarks.gpu.launches
 
-Triton's compiler and launcher are the real ones, for an H100, up to the driver: that does nothing,
-so what CUDA takes for a launch, some microseconds, comes on top.
+Triton's compiler and launcher for an H100 are used with a driver that does nothing. The time that
+CUDA needs for a launch, some microseconds, is not included.
 """
 
 import argparse
@@ -31,7 +31,10 @@ CONTEXT, RATIO = 2048, 4.0
 
 
 class Driver:
-    """A GPU of which Triton can only ask what it is."""
+    """A driver of Triton that describes an H100 and launches nothing.
+
+    ``loaded`` counts the compiled binaries by kernel.
+    """
 
     def __init__(self) -> None:
         self.loaded: Counter[str] = Counter()
@@ -57,7 +60,10 @@ class Driver:
 
 
 def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
-    """One layer's decode step of requests that are alike; in one of them perhaps a demotion."""
+    """Set up the decode step of one layer with equal requests, one of which can demote.
+
+    Returns the function that launches it.
+    """
     ops = LayerOps(
         HEAD_DIM,
         HEADS,
@@ -75,7 +81,7 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
     planner = TierPlanner.choose(geometry, RATIO, RECENT, CONTEXT)
     sizes = planner.compress(CONTEXT)
-    assert sizes is not None, f"nothing to save at ratio {RATIO}"
+    assert sizes is not None, f"ratio {RATIO} saves no page"
     after = TierSizes(sizes.pages, sizes.high_tokens + 1, sizes.low_records, sizes.low_end_bytes)
     steps = [AppendStep(1, 0, 0, 0, after)] * requests
     if demoting:
@@ -93,7 +99,7 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
 
 
 def microseconds(run: Callable[[], None], times: int = 50) -> float:
-    """Mean of some runs, the first one, which compiles, apart."""
+    """Mean time of a run. A first run, which compiles, is not measured."""
     run()
     start = time.perf_counter()
     for _ in range(times):
@@ -117,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     triton.runtime.driver.set_active(Driver())
     rows = []
-    for name, demoting in (("no token demoted", False), ("a chunk demoted", True)):
+    for name, demoting in (("no demotion", False), ("one request demotes", True)):
         run = decode_step(args.requests, demoting)
         ours, theirs = [], []
         for _ in range(args.rounds):

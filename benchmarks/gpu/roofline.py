@@ -1,10 +1,10 @@
-"""What to expect of the Triton kernels on an H100, worked out from their compiled code.
+"""Estimate the speed of the Triton kernels on an H100 from their compiled code.
 
     python -m benchmarks.gpu.roofline
 
-No GPU is needed, and nothing here is a measurement. Instructions, registers, shared memory and
-bytes are counted; what cannot be is a flag: the bandwidth of a copy, how busy a scheduler gets,
-latencies, and the rate of attention on a prompt.
+No GPU is needed, and nothing is measured. Instructions, registers, shared memory and bytes are
+counted. Everything that the code does not show is a flag: the bandwidth of a copy, the utilisation
+of a scheduler, latencies, and the speed of attention on a prompt.
 """
 
 import argparse
@@ -33,35 +33,35 @@ from mikv_vllm.tiers.plan import TierPlanner, TierSizes
 
 TARGET = 90
 REGISTERS, SHARED_BYTES, WARPS, SCHEDULERS = 65536, 228 << 10, 64, 4
-"""Of a multiprocessor of compute capability 9.0."""
+"""Resources of a multiprocessor of compute capability 9.0."""
 REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 256, 128, 1024
-"""Registers that a warp, and shared memory that a program is given at a time; and what each program
-takes in addition."""
+"""Allocation units of registers (per warp) and of shared memory (per program), and the shared
+memory that every program needs in addition."""
 BF16_SHARE = 0.9
-"""Of a copy's bandwidth, what attention on bf16 is taken to reach."""
+"""Assumed bandwidth of attention on bf16, as a share of the bandwidth of a copy."""
 LAYOUT, KV_HEADS = Layout(128, 4, 64, 8), 8
 TORCH_LAUNCHES = 9
-"""Of the torch operations between the kernels of ``compress``."""
+"""Launches by torch operations between the kernels of ``compress``."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the compiled code does not say."""
+    """Assumptions about the hardware."""
 
     bandwidth: float
-    """Bytes a second of a copy."""
+    """Bytes per second of a copy."""
     utilisation: float
-    """Share of its cycles in which a scheduler's busiest pipe is."""
+    """Share of cycles in which the busiest pipe of a scheduler is used."""
     latency: float
-    """Seconds that a load takes while memory is busy."""
+    """Latency of a load in seconds while memory is busy."""
     load: float
-    """The same while it is not."""
+    """Latency of a load in seconds while memory is idle."""
     launch: float
-    """Seconds until a kernel is under way."""
+    """Seconds to start a kernel."""
     replay: float
-    """The same in a CUDA graph."""
+    """Seconds to start a kernel in a CUDA graph."""
     prefill: float
-    """Floating-point operations a second of attention on a prompt."""
+    """Floating-point operations per second of attention on a prompt."""
 
     @property
     def load_cycles(self) -> int:
@@ -69,22 +69,22 @@ class Assumptions:
 
 
 def programs_at_once(needs: Needs) -> int:
-    """Programs that fit on a multiprocessor."""
-    a_warp = -(-32 * needs.registers // REGISTER_UNIT) * REGISTER_UNIT
+    """Number of programs that fit on a multiprocessor."""
+    warp_registers = -(-32 * needs.registers // REGISTER_UNIT) * REGISTER_UNIT
     shared = -(-(needs.shared + SHARED_RESERVED) // SHARED_UNIT) * SHARED_UNIT
-    by_registers = REGISTERS // a_warp // needs.warps
+    by_registers = REGISTERS // warp_registers // needs.warps
     return min(by_registers, SHARED_BYTES // shared, WARPS // needs.warps, 32)
 
 
 def block_bytes(tier: str, low_format: LowFormat) -> int:
-    """Bytes of a block of 32 tokens; the high tier's logits are written, too."""
+    """Bytes of a block of 32 tokens. In the high tier, logits are written too."""
     if tier == "low":
         return LAYOUT.geometry.low(low_format).num_bytes
     return 2 * LAYOUT.geometry.high.num_bytes + 4 * LOW_RECORD_TOKENS * LAYOUT.queries_per_kv_head
 
 
 def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
-    """Seconds of a program for a block of each tier, if its multiprocessor is full."""
+    """Seconds of a program per block of each tier, while its multiprocessor is full."""
     together = programs_at_once(needs)
     seconds = {}
     for tier, loop in zip(("low", "high"), needs.kernel.matrix_loops, strict=True):
@@ -94,21 +94,21 @@ def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
 
 
 def split_sizes(sizes: TierSizes, batch: int) -> list[tuple[str, int]]:
-    """Tier and blocks of each split of one request and head, as ``splits_of`` shares them out."""
+    """Tier and number of blocks of each split of a request and KV head, as in ``splits_of``."""
     most = most_splits(PROGRAMS * H100_PROCESSORS, batch * KV_HEADS)
-    chunks, blocks = sizes.low_records, -(-sizes.high_tokens // LOW_RECORD_TOKENS)
-    low_cost = LOW_COST.value * chunks
+    records, blocks = sizes.low_records, -(-sizes.high_tokens // LOW_RECORD_TOKENS)
+    low_cost = LOW_COST.value * records
     cost = low_cost + HIGH_COST.value * blocks
     splits = min(most, -(-cost // LEAST_COST.value) + 1)
     low = min(-(-low_cost * splits // cost), splits - 1)
     split_parts = []
-    for tier, count, parts in (("low", chunks, low), ("high", blocks, splits - low)):
+    for tier, count, parts in (("low", records, low), ("high", blocks, splits - low)):
         split_parts += [(tier, count * (i + 1) // parts - count * i // parts) for i in range(parts)]
     return split_parts
 
 
 def schedule(durations: list[float], slots: int) -> float:
-    """When the last of some programs ends, started in their order as slots become free."""
+    """End of the last program, if programs start in this order as soon as a slot is free."""
     ends = [0.0] * slots
     for duration in durations:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
@@ -116,7 +116,7 @@ def schedule(durations: list[float], slots: int) -> float:
 
 
 def attend_rows(job: Job, needs: Needs) -> Iterator[dict]:
-    """The decode kernel's loops: what they consist of, and what they need."""
+    """The loops of the decode kernel: their instructions and pipe cycles."""
     for tier, loop in zip(("low", "high"), needs.kernel.matrix_loops, strict=True):
         size = block_bytes(tier, job.low_format)
         pipes = dict(sorted(loop.pipes.items(), key=lambda pipe: -pipe[1])[:3])
@@ -124,7 +124,7 @@ def attend_rows(job: Job, needs: Needs) -> Iterator[dict]:
             "loop": job.low_format.name if tier == "low" else f"high, {job.low_format.name}",
             "bytes": size,
             "instructions": len(loop),
-            "a byte": round(len(loop) / size, 2),
+            "per byte": round(len(loop) / size, 2),
             **{kind: loop.mix[kind] for kind in ("tensor", "integer", "IMAD", "float", "convert")},
             **{kind: loop.mix[kind] for kind in ("shared", "shuffle", "other")},
             "loads": ", ".join(f"{n} of {32 * width} B" for width, n in sorted(loop.loads.items())),
@@ -134,10 +134,10 @@ def attend_rows(job: Job, needs: Needs) -> Iterator[dict]:
 
 
 def occupancy_rows(job: Job, needs: Needs, assumed: Assumptions) -> Iterator[dict]:
-    """How many programs share a multiprocessor, and what that is enough for."""
+    """Number of programs that share a multiprocessor, and the bandwidth that this allows."""
     together = programs_at_once(needs)
     warps = together * needs.warps // SCHEDULERS
-    wanted = assumed.bandwidth / H100_PROCESSORS * assumed.latency
+    needed = assumed.bandwidth / H100_PROCESSORS * assumed.latency
     for tier, loop in zip(("low", "high"), needs.kernel.matrix_loops, strict=True):
         size, busiest = block_bytes(tier, job.low_format), max(loop.pipes.values())
         copied = size * H100_PROCESSORS * SCHEDULERS / assumed.bandwidth * H100_CLOCK
@@ -147,18 +147,18 @@ def occupancy_rows(job: Job, needs: Needs, assumed: Assumptions) -> Iterator[dic
             "shared": needs.shared,
             "programs": together,
             "KB in flight": round(together * size / 1e3, 1),
-            "KB wanted": round(wanted / 1e3, 1),
+            "KB needed": round(needed / 1e3, 1),
             "busy, simulated": f"{busiest / loop.interleaved(warps):.0%}",
-            "busy for 60 % of a copy": f"{0.6 * needs.warps * busiest / copied:.0%}",
+            "busy at 60 % of a copy": f"{0.6 * needs.warps * busiest / copied:.0%}",
         }
 
 
 def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> dict:
-    """Expected time of decode attention over ``batch`` requests."""
+    """Estimated time of decode attention over ``batch`` requests."""
     geometry = LAYOUT.geometry
     planner = TierPlanner.choose(geometry, ratio, RECENT, context)
     sizes = planner.compress(context)
-    assert sizes is not None, f"nothing to save at ratio {ratio}"
+    assert sizes is not None, f"ratio {ratio} saves no page"
     low_format = planner.low_format
     needs = compile_job(Job("attend", LAYOUT, low_format, "bf16", TARGET))
     merge = compile_job(Job("merge", LAYOUT, low_format, "bf16", TARGET))
@@ -167,10 +167,10 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
         geometry.high_bytes(sizes.high_tokens) + sizes.low_records * planner.low_record_bytes
     )
     split_parts = split_sizes(sizes, batch)
-    a_block = block_seconds(needs, assumed)
+    per_block = block_seconds(needs, assumed)
     # Row, block table, header and first block are loaded one after the other.
     start = 4 * assumed.latency
-    durations = [start + count * a_block[tier] for tier, count in split_parts] * rows
+    durations = [start + count * per_block[tier] for tier, count in split_parts] * rows
     moved = rows * sum(count * block_bytes(tier, low_format) for tier, count in split_parts)
     attend = max(
         schedule(durations, H100_PROCESSORS * programs_at_once(needs)),
@@ -204,34 +204,36 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
 
 
 def prompt_work(context: int, ratio: float) -> Iterator[tuple[str, LowFormat, int, list[int], int]]:
-    """Kernels that score and compress a prompt: programs, trips of the loops, bytes moved."""
+    """Kernels that score and compress a prompt: programs, iterations of the loops, bytes moved."""
     geometry = LAYOUT.geometry
     planner = TierPlanner.choose(geometry, ratio, RECENT, context)
     sizes = planner.compress(context)
-    assert sizes is not None, f"nothing to save at ratio {ratio}"
-    low_format, high, chunks = planner.low_format, sizes.high_tokens, sizes.low_records
+    assert sizes is not None, f"ratio {ratio} saves no page"
+    low_format, high, records = planner.low_format, sizes.high_tokens, sizes.low_records
     rows = -(-WINDOW * LAYOUT.queries_per_kv_head // SCORE_ROWS)
     keys = KV_HEADS * context * geometry.token_bytes // 2
     part = -(-context // PARTS)
     blocks = -(-context // KEYS.value)
     a_pass = -(-context // BLOCK.value)
-    groups = -(-high // HIGH_RECORD_TOKENS)
+    high_records = -(-high // HIGH_RECORD_TOKENS)
     written = (
-        KV_HEADS * chunks * (planner.low_record_bytes + 2 * 2 * LOW_RECORD_TOKENS * LAYOUT.head_dim)
+        KV_HEADS
+        * records
+        * (planner.low_record_bytes + 2 * 2 * LOW_RECORD_TOKENS * LAYOUT.head_dim)
     )
-    low_keys = KV_HEADS * chunks * LOW_RECORD_TOKENS * geometry.token_bytes
-    high_bytes = KV_HEADS * (high * geometry.token_bytes + groups * geometry.high.num_bytes)
+    low_keys = KV_HEADS * records * LOW_RECORD_TOKENS * geometry.token_bytes
+    high_bytes = KV_HEADS * (high * geometry.token_bytes + high_records * geometry.high.num_bytes)
     yield "prompt_sums", low_format, rows * PARTS * KV_HEADS, [-(-part // KEYS.value)], rows * keys
     yield "prompt_scores", low_format, blocks * KV_HEADS, [rows], keys
     yield "select", low_format, KV_HEADS, [a_pass] * 5, 5 * 4 * KV_HEADS * context
     yield "measure", low_format, PARTS * KV_HEADS, [-(-part // KEYS.value)], keys
     yield "frame", low_format, KV_HEADS, [], 0
-    yield "write_high", low_format, groups * KV_HEADS, [], high_bytes
-    yield "write_low", low_format, chunks * KV_HEADS, [], low_keys + written
+    yield "write_high", low_format, high_records * KV_HEADS, [], high_bytes
+    yield "write_low", low_format, records * KV_HEADS, [], low_keys + written
 
 
 def prompt_rows(context: int, ratio: float, assumed: Assumptions) -> Iterator[dict]:
-    """Expected time of scoring and compressing a prompt, kernel by kernel."""
+    """Estimated time to score and compress a prompt, kernel by kernel."""
     heads = KV_HEADS * LAYOUT.queries_per_kv_head
     prefill = 2 * context**2 * heads * LAYOUT.head_dim / assumed.prefill
     seconds, launches = 0.0, TORCH_LAUNCHES
@@ -258,7 +260,7 @@ def prompt_rows(context: int, ratio: float, assumed: Assumptions) -> Iterator[di
             "kernel": name,
             "programs": programs,
             "at once": H100_PROCESSORS * programs_at_once(needs),
-            "instructions a warp": issued,
+            "instructions per warp": issued,
             "MB": round(num_bytes / 1e6, 1),
             **{f"{key} us": round(1e6 * value, 1) for key, value in limits.items()},
             "us": round(1e6 * limits[limit], 1),
@@ -268,7 +270,7 @@ def prompt_rows(context: int, ratio: float, assumed: Assumptions) -> Iterator[di
     yield {
         "context": context,
         "kernel": f"sum, with {launches} launches",
-        **dict.fromkeys(("programs", "at once", "instructions a warp", "MB"), None),
+        **dict.fromkeys(("programs", "at once", "instructions per warp", "MB"), None),
         **dict.fromkeys(("memory us", "issue us", "latency us"), None),
         "us": round(1e6 * (seconds + started), 1),
         "of prefill": f"{(seconds + started) / prefill:.2%}",
@@ -285,12 +287,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--ratios", nargs="+", type=float, default=[2, 4])
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s of a copy")
-    parser.add_argument("--utilisation", type=float, default=0.7, help="of the busiest pipe")
-    parser.add_argument("--latency", type=float, default=800, help="ns, of busy memory")
-    parser.add_argument("--load", type=float, default=300, help="ns, of idle memory")
-    parser.add_argument("--launch", type=float, default=3, help="us, of a kernel")
-    parser.add_argument("--replay", type=float, default=1, help="us, of a kernel in a graph")
-    parser.add_argument("--prefill", type=float, default=600, help="TFLOP/s of its attention")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.7, help="share of cycles of the busiest pipe"
+    )
+    parser.add_argument(
+        "--latency", type=float, default=800, help="ns of a load while memory is busy"
+    )
+    parser.add_argument("--load", type=float, default=300, help="ns of a load while memory is idle")
+    parser.add_argument("--launch", type=float, default=3, help="us to start a kernel")
+    parser.add_argument("--replay", type=float, default=1, help="us to start a kernel in a graph")
+    parser.add_argument(
+        "--prefill", type=float, default=600, help="TFLOP/s of attention on a prompt"
+    )
     args = parser.parse_args()
     assumed = Assumptions(
         1e12 * args.bandwidth,

@@ -1,8 +1,9 @@
-"""What ptxas made of a kernel: its loops, what they consist of, and what they keep busy.
+"""Analysis of the machine code of a kernel: its loops, their instructions and pipe cycles.
 
-An instruction's second word holds, from bit 41 on, how ptxas scheduled it: cycles until the next
-one, a barrier that it sets, a barrier that it sets once its operands are read, and barriers that it
-waits for. NVIDIA does not document this; the fields are those of arXiv:1804.06826, section 2.1.
+The second word of an instruction holds its scheduling by ptxas, from bit 41 on: cycles until the
+next instruction, the barrier that its result sets, the barrier that is set when its operands are
+read, and the barriers that it waits for. NVIDIA does not document this. The fields are those of
+arXiv:1804.06826, section 2.1.
 """
 
 import re
@@ -27,25 +28,27 @@ KINDS = {
     "float": "FADD|FMUL|FFMA|FMNMX|FSEL|FSETP|HADD2|HMUL2|HFMA2|MUFU|D[A-Z]+",
     "convert": "F2F|F2FP|F2I|I2F|I2FP",
 }
-"""Opcodes by kind; IMAD moves and shifts as well as it multiplies, on the pipe of FFMA."""
+"""Opcodes by kind. IMAD also moves and shifts numbers. It runs on the pipe of FFMA."""
 COMPARED = ("FMNMX", "FSEL", "FSETP")
-"""Float opcodes of the integers' pipe."""
+"""Floating-point opcodes that run on the integer pipe."""
 LATENCY = {"SHFL": 24, "LDS": 30, "LDSM": 33, "MUFU": 24, "REDUX": 24, "ATOMS": 60}
-"""Cycles until a barrier is reached, of opcodes without a fixed latency. Others of them take 24;
-loads from memory what the caller says."""
+"""Cycles until an opcode without a fixed latency reaches its barrier.
+
+Other such opcodes take 24 cycles. The latency of loads from memory is an argument of the caller.
+"""
 
 
 class Instruction(NamedTuple):
-    """One instruction and how ptxas scheduled it."""
+    """One instruction and its scheduling by ptxas."""
 
     opcode: str
     stall: int
     sets: int
-    """Barrier that its result reaches; 7 for none."""
+    """Barrier that its result sets; 7 for none."""
     reads: int
-    """Barrier of its operands; 7 for none."""
+    """Barrier that is set when its operands are read; 7 for none."""
     waits: int
-    """A bit for each barrier."""
+    """Barriers that it waits for, one bit each."""
 
     @property
     def name(self) -> str:
@@ -53,7 +56,7 @@ class Instruction(NamedTuple):
 
     @property
     def thread_bytes(self) -> int:
-        """Bytes that a thread loads or stores."""
+        """Bytes that one thread loads or stores."""
         if found := re.search(r"\.[US]?(8|16|64|128)\b", self.opcode):
             return int(found[1]) // 8
         return 4
@@ -65,7 +68,7 @@ class Instruction(NamedTuple):
 
     @property
     def wavefronts(self) -> int:
-        """Cycles of a multiprocessor's shared memory, without bank conflicts."""
+        """Cycles of the shared memory of a multiprocessor, without bank conflicts."""
         if self.name.endswith("SM"):
             return int(self.opcode[-1]) if self.opcode[-1] in "24" else 1
         if self.name == "SHFL" or self.kind in {"shared", "global"}:
@@ -75,7 +78,7 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Code:
-    """Instructions that run one after the other: a loop's body, or a kernel."""
+    """Consecutive instructions: the body of a loop, or a kernel."""
 
     instructions: tuple[Instruction, ...]
 
@@ -84,12 +87,12 @@ class Code:
 
     @cached_property
     def mix(self) -> Counter[str]:
-        """Instructions of each kind."""
+        """Number of instructions of each kind."""
         return Counter(one.kind for one in self.instructions)
 
     @cached_property
     def loads(self) -> Counter[int]:
-        """Loads from global memory by bytes a thread."""
+        """Number of loads from global memory, by bytes per thread."""
         loads = (one for one in self.instructions if one.name in {"LDG", "LDGSTS"})
         return Counter(one.thread_bytes for one in loads)
 
@@ -97,9 +100,10 @@ class Code:
     def pipes(self) -> dict[str, int]:
         """Cycles that each pipe of a scheduler needs for one warp on compute capability 9.0.
 
-        From the throughputs of the CUDA programming guide: 64 integer results a clock and
-        multiprocessor, 128 float, 16 exponentials, 32 shuffles; mma.sync at half the tensor cores'
-        rate. The four schedulers share the shared memory.
+        The numbers follow from the throughputs in the CUDA programming guide. A multiprocessor has
+        64 integer results, 128 floating-point results, 16 exponentials and 32 shuffles per clock.
+        mma.sync runs at half the rate of the tensor cores. The four schedulers share the shared
+        memory.
         """
         mix = self.mix
         names = Counter(one.name for one in self.instructions)
@@ -115,10 +119,11 @@ class Code:
         }
 
     def alone(self, load_cycles: int = 0) -> int:
-        """Cycles of a warp that nothing else disturbs.
+        """Cycles of a warp that runs alone.
 
         Args:
-            load_cycles: of loads into registers; others are taken to have come in time.
+            load_cycles: latency of loads into registers. Data of other loads is assumed to have
+                arrived.
         """
         time, ready = 0, [0] * 8
         for one in self.instructions:
@@ -130,10 +135,10 @@ class Code:
         return time
 
     def interleaved(self, warps: int, rounds: int = 6) -> float:
-        """Cycles a run of the code takes a scheduler that shares its pipes among ``warps`` warps.
+        """Cycles per run of the code on a scheduler that shares its pipes among ``warps`` warps.
 
-        Each runs it ``rounds`` times, and the one that was not served for longest goes first. Loads
-        come in time.
+        Each warp runs the code ``rounds`` times. The warp that has waited longest is served first.
+        Data of loads is assumed to have arrived.
         """
         lines = [self._line(one) for one in self.instructions]
         total = rounds * len(lines)
@@ -160,7 +165,7 @@ class Code:
 
     @staticmethod
     def _line(one: Instruction) -> tuple[Instruction, dict[str, int], int]:
-        """An instruction, the cycles that it takes of each pipe, and until its result is there."""
+        """An instruction, the cycles that it needs on each pipe, and its latency."""
         cycles = Code((one,)).pipes
         used = {name: count for name, count in cycles.items() if count and name != "issue"}
         return one, used, 0 if one.name == "LDG" else LATENCY.get(one.name, 24)
@@ -176,12 +181,12 @@ class Kernel:
 
     @property
     def matrix_loops(self) -> tuple[Code, ...]:
-        """Those with tensor cores."""
+        """Loops that use tensor cores."""
         return tuple(loop for loop in self.loops if loop.mix["tensor"])
 
 
 def parse(listing: str) -> Kernel:
-    """Read the output of ``nvdisasm -hex``."""
+    """Parse the output of ``nvdisasm -hex``."""
     labels: dict[str, int] = {}
     seen: list[Instruction] = []
     spans: list[tuple[int, int]] = []
@@ -191,7 +196,7 @@ def parse(listing: str) -> Kernel:
             labels[label[1]] = len(seen)
         elif found := re.match(pattern, line):
             word = re.search(r"/\* 0x([0-9a-f]{16}) \*/\s*$", following)
-            assert word is not None, f"no second word behind {line!r}"
+            assert word is not None, f"no second word after {line!r}"
             bits = int(word[1], 16) >> 41
             fields = (bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63)
             seen.append(Instruction(found[1], *fields))
@@ -209,11 +214,11 @@ def parse(listing: str) -> Kernel:
 
 
 def disassemble(binary: Path) -> Kernel:
-    """Read a cubin."""
+    """Disassemble a cubin and parse it."""
     return parse(run_tool("nvdisasm", "-hex", str(binary)))
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    """What one of the binary tools that Triton brings along prints."""
+    """Run one of the binary tools that are part of Triton, and return its output."""
     command = [TOOLS / name, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Device time of kernels, free of launch gaps and of the cache."""
+"""Device time of kernels, without launch gaps and without hits in the L2 cache."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -7,12 +7,12 @@ import torch
 
 
 def device_time(runs: Sequence[Callable[[], object]], rounds: int = 7, graph: bool = True) -> float:
-    """Median seconds of one run.
+    """Return the median time of one run in seconds.
 
     Args:
-        runs: the same work on different memory, so that none finds its data in the cache.
-        rounds: times that all of them are run.
-        graph: capture them in a graph, which is replayed: no gaps between launches.
+        runs: the same work on different memory, so that no run finds its data in the L2 cache.
+        rounds: how often all runs are repeated.
+        graph: replay the runs from a CUDA graph, so that there are no gaps between launches.
     """
 
     def once() -> None:
@@ -43,7 +43,7 @@ def device_time(runs: Sequence[Callable[[], object]], rounds: int = 7, graph: bo
 
 
 def copy_bandwidth(num_bytes: int = 2 << 30) -> float:
-    """Bytes a second of a device copy, read plus written."""
+    """Bytes per second that a copy on the device reads and writes."""
     source = torch.randint(0, 255, (num_bytes // 4,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     return 2 * num_bytes / device_time([lambda: target.copy_(source)])

@@ -1,4 +1,4 @@
-"""xformers' split-K decode attention on int4 keys and values: a contender at about our bytes."""
+"""xformers' split-K decode attention on int4 keys and values, which are about as small as ours."""
 
 import torch
 import triton
@@ -12,10 +12,11 @@ except ImportError:
 
 
 def pack_rows(x: torch.Tensor) -> torch.Tensor:
-    """Quantize rows to 4 bits as ``FwOp`` in ``xformers/ops/fmha/triton_splitk.py`` reads them.
+    """Quantize rows to 4 bits, as ``FwOp`` in ``xformers/ops/fmha/triton_splitk.py`` reads them.
 
-    A row stands for ``scale * n + shift``. Its first word has the fp16 scale in the lower half and
-    the fp16 shift in the upper one; every other word has 8 numbers, the first in the lowest bits.
+    An integer ``n`` of a row means ``scale * n + shift``. The first word of a row has the fp16
+    scale in its lower half and the fp16 shift in its upper half. Every other word has 8 integers,
+    the first one in the lowest bits.
 
     Args:
         x: ``[..., head_dim]``.
@@ -32,14 +33,14 @@ def pack_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Attention of one token of each sequence, split as xformers chooses.
+    """Compute attention of one token of each sequence. xformers chooses the number of splits.
 
     Args:
-        q: ``[batch, kv_heads, group, head_dim]``, fp16 or bf16.
+        q: ``[batch, kv_heads, queries_per_kv_head, head_dim]``, fp16 or bf16.
         keys, values: :func:`pack_rows` of ``[batch, tokens, kv_heads, head_dim]``.
 
     Returns:
-        Like ``q``.
+        The output, shaped like ``q``.
     """
     shared = [rows[..., None, :].expand(-1, -1, -1, q.shape[2], -1) for rows in (keys, values)]
     out, _ = FwOp.apply(Inputs(q[:, None], *shared), needs_gradient=False)
@@ -47,17 +48,17 @@ def decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.T
 
 
 def obstacle(device: str) -> str | None:
-    """Why the contender cannot take part, a sentence; None if it can."""
+    """Return a sentence that says why xformers cannot be measured, or None if it can."""
     if xformers is None:
-        return "xformers is not installed: no timing of its int4 attention."
+        return "xformers is not installed; its int4 attention is not measured."
     q = torch.randn(1, 2, 4, 64, dtype=torch.float16, device=device)
     rows = pack_rows(torch.randn(1, 128, 2, 64, device=device))
     try:
         decode(q, rows, rows)
-    except Exception as error:  # whatever its kernel meets in a Triton that it was not written for
+    except Exception as error:  # its kernel may not support this version of Triton
         name = type(error).__name__
         return (
-            f"xformers {xformers.__version__} fails with Triton {triton.__version__} ({name}): "
-            "no timing of its int4 attention."
+            f"xformers {xformers.__version__} fails with Triton {triton.__version__} ({name}); "
+            "its int4 attention is not measured."
         )
     return None

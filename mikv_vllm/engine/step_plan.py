@@ -122,10 +122,6 @@ class StepPlan:
     """Requests that begin with blocks of the prefix cache."""
     copy: tuple[tuple[int, int], ...] = ()
     """Pages to copy before anything else is done in this step: from, to."""
-    adopt: dict[str, tuple[BlockTable, ...]] = field(default_factory=dict)
-    """Requests that begin with blocks of the prefix cache."""
-    copy: tuple[tuple[int, int], ...] = ()
-    """Pages to copy before anything else is done in this step: from, to."""
     zero: tuple[int, ...] = ()
     """Pages to zero before anything is written in this step."""
     stats: TierStats = field(default_factory=TierStats)

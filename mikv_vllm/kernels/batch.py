@@ -1,16 +1,17 @@
-"""The compressed rows of one decode step, as every kernel reads them."""
+"""The compressed rows of one decode step, in the form that all kernels read."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 DecodeRow = tuple[int, Any, TierSizes, AppendStep, LowFormat]
 """Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
-step; what the step does; low format."""
+step; the step; low format."""
 
 ROW_FIELDS = 11
 (
@@ -26,14 +27,19 @@ ROW_FIELDS = 11
     VALUE_BITS,
     NEW_TOKENS,
 ) = range(ROW_FIELDS)
-"""Row of q, k, v and out; pages; before the step: high tokens, low chunks, low end; chunks moved
-and demoted; low end after it; bits of keys (``key_code``) and of values. Ends count in lines."""
+"""Fields of a row: row of q, k, v and out; pages of the stream; high tokens, low records and low end
+before the step; moved low records; demoted low records; low end after the step; key code; value
+bits; new tokens. Low ends are in lines.
+
+A row is one block. The blocks of a request are consecutive rows with the same token; the last one
+takes the new token, the others are only read and have no new tokens.
+"""
 
 
 def row_numbers(
-    token: int, before: TierSizes, step: AppendStep, low_format: LowFormat
+    token: int, before: TierSizes, step: AppendStep | TailStep, low_format: LowFormat
 ) -> tuple[int, ...]:
-    """One row's :data:`ROW_FIELDS` numbers."""
+    """Return the :data:`ROW_FIELDS` fields of a row."""
     return (
         token,
         step.after.pages,
@@ -50,7 +56,8 @@ def row_numbers(
 
 
 def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as int32 ``[rows, ROW_FIELDS]`` and their tables as int32 ``[rows, max_pages]``."""
+    """Return the rows, int32 ``[rows, ROW_FIELDS]``, and their block tables, int32
+    ``[rows, max_pages]``."""
     numbers = np.empty((len(rows), ROW_FIELDS), np.int32)
     max_pages = max((row[3].after.pages for row in rows), default=0)
     tables = np.zeros((len(rows), max_pages), np.int32)

@@ -27,19 +27,19 @@ class LLM(vllm.LLM):
     """A ``vllm.LLM`` that keeps every token of a request at one of two precisions.
 
     ``SamplingParams(extra_args={"kv_compression_ratio": 4.0})`` sets the ratio of one request.
-    ``RequestOutput.kv_transfer_params["kv_compression"]`` reports what it took; with ``n > 1``,
-    the sum over its sequences.
+    ``RequestOutput.kv_transfer_params["kv_compression"]`` contains the report of a finished
+    request; with ``n > 1`` it is the sum over the request's sequences.
 
     Args:
-        model: as in ``vllm.LLM``; None is the embedded SmolLM2-135M-Instruct.
-        kv_compression_ratio: ratio of a request that names none. 1.0 leaves it untouched.
+        model: as in ``vllm.LLM``; None selects the embedded SmolLM2-135M-Instruct.
+        kv_compression_ratio: default ratio, for requests without a ratio. 1.0 does not compress.
         compression: other settings, by field name of
             :class:`mikv_vllm.config.CompressionConfig`.
-        **kwargs: of ``vllm.LLM``.
+        **kwargs: further arguments of ``vllm.LLM``.
 
     Raises:
-        ValueError: something that MiKV does not serve, in one sentence.
-        EmbeddedModelError: no model was given, and the embedded one cannot be had.
+        ValueError: MiKV does not support an argument or the model.
+        EmbeddedModelError: no model was given, and the embedded model is unavailable.
     """
 
     def __init__(
@@ -65,21 +65,33 @@ class LLM(vllm.LLM):
     def generate(
         self, prompts: Any, sampling_params: Params = None, **kwargs: Any
     ) -> list[RequestOutput]:
-        """As ``vllm.LLM.generate``; a wrong ratio is a ValueError before anything is queued."""
+        """Generate as ``vllm.LLM.generate`` does.
+
+        Raises:
+            RatioError: a ratio is wrong; no request is queued.
+        """
         self._check_ratios(sampling_params)
         return super().generate(prompts, sampling_params, **kwargs)
 
     def enqueue(
         self, prompts: Any, sampling_params: Params = None, *args: Any, **kwargs: Any
     ) -> list[str]:
-        """As ``vllm.LLM.enqueue``; a wrong ratio is a ValueError before anything is queued."""
+        """Queue requests as ``vllm.LLM.enqueue`` does.
+
+        Raises:
+            RatioError: a ratio is wrong; no request is queued.
+        """
         self._check_ratios(sampling_params)
         return super().enqueue(prompts, sampling_params, *args, **kwargs)
 
     def chat(
         self, messages: Any, sampling_params: Params = None, *args: Any, **kwargs: Any
     ) -> list[RequestOutput]:
-        """As ``vllm.LLM.chat``; a wrong ratio is a ValueError before anything is queued."""
+        """Generate as ``vllm.LLM.chat`` does.
+
+        Raises:
+            RatioError: a ratio is wrong; no request is queued.
+        """
         self._check_ratios(sampling_params)
         return super().chat(messages, sampling_params, *args, **kwargs)
 
@@ -92,9 +104,9 @@ class LLM(vllm.LLM):
 
 
 def _engine_args(model: str, kwargs: dict[str, Any]) -> EngineArgs:
-    """The engine arguments that ``vllm.LLM`` will make of the same keywords.
+    """Return the engine arguments that ``vllm.LLM`` creates from the same keyword arguments.
 
-    Made apart from it, because it starts the engine with them at once.
+    They are needed before ``vllm.LLM`` is constructed, because its constructor starts the engine.
     """
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     given = {name: value for name, value in kwargs.items() if name in fields and value is not None}

@@ -1,4 +1,4 @@
-"""The report in a response: at the top level of a JSON body, or of the last event of a stream."""
+"""Puts the report into a response: into a JSON body, or into the last event of a stream."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from mikv_vllm.config import REPORT_FIELD
 from mikv_vllm.server.reports import Report
 
 CARRIER = "kv_transfer_params"
-"""The field of vLLM's in which a report arrives."""
+"""The field of vLLM's responses that contains a report."""
 
 EVENT_END = b"\n\n"
 DONE = b"data: [DONE]"
@@ -18,18 +18,18 @@ LAST_RESPONSES_EVENTS = (
     b"event: response.failed\n",
 )
 MAY_BE_LAST = (b'"finish_reason":"', b'"choices":[]')
-"""Marks of an event that may be the last before ``[DONE]``: a choice ends, or the usage."""
+"""Text in an event that may be the last before ``[DONE]``: the end of a choice, or the usage."""
 
 
 def add_report(response: dict[str, Any], report: Report | None) -> bool:
-    """Put a report at the top level of a response, and take it out of its carrier.
+    """Set :data:`~mikv_vllm.config.REPORT_FIELD` of a response, and remove it from its carrier.
 
     Args:
         response: JSON object, changed in place.
-        report: None takes the one that the carrier holds.
+        report: None for the report in the carrier, if there is one.
 
     Returns:
-        Whether there was a report.
+        Whether the response has a report now.
     """
     params = response.get(CARRIER)
     carried = params.pop(REPORT_FIELD, None) if isinstance(params, dict) else None
@@ -42,7 +42,11 @@ def add_report(response: dict[str, Any], report: Report | None) -> bool:
 
 
 def rewrite_json(body: bytes, report: Report | None) -> bytes:
-    """A JSON response body with its report; as it is if there is none, or it is no object."""
+    """Add a report to the JSON body of a response.
+
+    Returns:
+        The new body, or ``body`` itself if there is no report or it is not a JSON object.
+    """
     try:
         response = json.loads(body)
     except ValueError:
@@ -53,13 +57,13 @@ def rewrite_json(body: bytes, report: Report | None) -> bytes:
 
 
 class EventStream:
-    """Puts a report into the last event of a stream of server-sent events.
+    """Adds a report to the last event of a stream of server-sent events.
 
-    Nothing is held back but an event that may be the last, until the next one shows whether it
-    is: the end of a choice, and the usage.
+    Only an event that may be the last one is delayed, until the next event arrives. Such an event
+    ends a choice or contains the usage. All other events pass through immediately.
 
     Args:
-        report: called when the last event is due.
+        report: returns the report; called when the last event is known.
     """
 
     def __init__(self, report: Callable[[], Report | None]) -> None:
@@ -68,12 +72,12 @@ class EventStream:
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Take what vLLM sends; return what goes out now."""
+        """Process bytes of vLLM's stream, and return the bytes to send now."""
         *events, self._partial = (self._partial + data).split(EVENT_END)
         return b"".join(self._next(event + EVENT_END) for event in events)
 
     def end(self) -> bytes:
-        """What is left to go out when the stream ends."""
+        """Return the delayed bytes, to be sent when the stream ends."""
         left, self._held, self._partial = self._held + self._partial, b"", b""
         return left
 

@@ -30,7 +30,7 @@ class KeyFrame:
     unit: torch.Tensor
 
     def rank(self, keys: torch.Tensor) -> torch.Tensor:
-        """Order the channels of keys ``[..., head_dim]`` by rank, less their centres, float32."""
+        """Order the channels of keys ``[..., head_dim]`` by rank, minus their centres, float32."""
         return keys[..., self.order].float() - self.center.float()
 
     def restore(self, ranked: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""A real engine on CPU tensors whose Triton kernels are interpreted: vLLM's and ours.
+"""A real engine on CPU tensors that interprets the Triton kernels, vLLM's and ours.
 
     python -m tests.engine.interpreted FOLDER cpu|triton 1|2 BATCH OUT.json
 
-Serves the model in FOLDER with the CPU backend or the GPU one, and vLLM's V1 or V2 model runner,
-and writes what it predicted for one of the batches below.
+Serves the model in FOLDER with the CPU backend or the GPU backend, and vLLM's V1 or V2 model
+runner. Writes its predictions for one of the batches below.
 """
 
 import json
@@ -16,15 +16,15 @@ from types import SimpleNamespace
 SETTINGS = {"min_tokens": 64, "window": 16, "recent": 8}
 BLOCK_SIZE = 32
 PAGE_BYTES = BLOCK_SIZE * 64 * 2 * 2 * 2
-"""Of the model that ``test_gpu_backend`` makes: 64 channels, keys and values, 2 bytes, 2 layers."""
+"""Of the model in ``test_gpu_backend``: 64 channels, keys and values, 2 bytes, 2 layers."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests that run together, and the pool that they run in."""
+    """Requests that run together, and the size of the block pool."""
 
     requests: tuple[tuple[float, int], ...]
-    """Ratio and prompt length of each."""
+    """Ratio and prompt length of each request."""
     new_tokens: int
     pages: int
     native_share: float = 1.0
@@ -35,11 +35,12 @@ BATCHES = {
     "long": Batch(((1.0, 40), (4.0, 200)), 4, pages=9, native_share=0.5),
     "many": Batch(((1.0, 90), (4.0, 500), (2.0, 430), (5.0, 350)), 60, pages=128),
 }
-"""The first compresses in place, for want of free pages; the second while it computes a prompt."""
+"""The first batch compresses in place, because too few pages are free. The second one compresses
+during prefill."""
 
 
 def prepare(backend: str, runner: str, interpret: bool = True) -> None:
-    """Make vLLM believe in Triton; before it is imported."""
+    """Make vLLM use Triton without a GPU. Must be called before vLLM is imported."""
     os.environ |= {
         "TRITON_INTERPRET": str(int(interpret)),
         "TORCHDYNAMO_DISABLE": "1",
@@ -55,7 +56,7 @@ def prepare(backend: str, runner: str, interpret: bool = True) -> None:
     )
     import torch
 
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's cache write asks for it
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # used by vLLM's cache write
     from mikv_vllm.engine.cpu_worker import TieredCPUWorker
 
     if backend == "triton":
@@ -64,7 +65,7 @@ def prepare(backend: str, runner: str, interpret: bool = True) -> None:
 
 
 def warm_up(worker) -> None:
-    """What the GPU worker does at its start, here with one low format."""
+    """Run the warm-up of the GPU worker, with one low format."""
     from mikv_vllm.engine.gpu_worker import TieredGPUWorker
     from mikv_vllm.engine.worker_context import context
 
@@ -73,7 +74,7 @@ def warm_up(worker) -> None:
 
 
 def start_engine(folder: str, batch: Batch, **settings):
-    """An engine in this process, with a pool for the batch and settings beside the usual."""
+    """Start an engine in this process, with the pool of the batch and additional settings."""
     from vllm import LLM
 
     from mikv_vllm.config import CompressionConfig
@@ -83,7 +84,7 @@ def start_engine(folder: str, batch: Batch, **settings):
     config = CompressionConfig(**SETTINGS, native_share=batch.native_share, **settings)
     return LLM(
         model=folder,
-        dtype="float16",  # the interpreter multiplies bf16 matrices wrongly
+        dtype="float16",  # the interpreter computes wrong products of bf16 matrices
         skip_tokenizer_init=True,
         enforce_eager=True,
         kv_cache_memory_bytes=(batch.pages + 1) * PAGE_BYTES,
@@ -99,7 +100,7 @@ def start_engine(folder: str, batch: Batch, **settings):
 
 
 def generate(engine, batch: Batch) -> list:
-    """The outputs of a batch's requests, with the log-probabilities of all tokens."""
+    """Return the outputs of the requests, with the log-probabilities of all tokens."""
     from vllm import SamplingParams
 
     from mikv_vllm.evaluation.quality import generate_together
@@ -125,7 +126,10 @@ def generate(engine, batch: Batch) -> list:
 
 
 def predict(folder: str, backend: str, batch: Batch) -> dict:
-    """What was done; of each request its report, tokens and log-probabilities ``[tokens][512]``."""
+    """Return the operation counts, and report, tokens and log-probabilities of each request.
+
+    Log-probabilities are ``[tokens][512]``.
+    """
     from .generated import VOCABULARY
 
     engine = start_engine(folder, batch)

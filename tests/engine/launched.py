@@ -1,10 +1,10 @@
-"""A real engine on CPU tensors whose Triton kernels are compiled and launched for an H100.
+"""A real engine on CPU tensors that compiles and launches the Triton kernels for an H100.
 
     python -m tests.engine.launched FOLDER OUT.json
 
-Triton's compiler and launcher are the real ones; the driver behind them does nothing, so the
-engine computes on garbage. Writes how often each kernel was compiled: by the GPU worker's warm-up,
-and since then, in batches that use every operation.
+Triton's compiler and launcher are used with a driver that does nothing, so the results of the
+engine are arbitrary. Writes how often each kernel was compiled: by the warm-up of the GPU worker,
+and later by batches that use every operation.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from .interpreted import BATCHES, generate, prepare, start_engine, warm_up
 
 LOW_FORMAT = "K6433V3"
-"""The only one here, because each takes the compiler long."""
+"""The only low format, because compilation is slow."""
 
 
 def main(folder: str, out: Path) -> None:

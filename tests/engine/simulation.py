@@ -7,9 +7,9 @@ page that was given away, shared or overwritten too early shows at once.
 
 import json
 from collections import Counter, deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -21,13 +21,12 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig
-from mikv_vllm.engine.block_manager import TierTotals
 from mikv_vllm.engine.scheduler import TieredScheduler
 from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.step_plan import TieredSchedulerOutput
+from mikv_vllm.engine.tiered_request import TierTotals
 from mikv_vllm.engine.worker_context import WorkerContext
-from mikv_vllm.kernels.batch import HIGH, LOW, PAGES
-from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
+from mikv_vllm.tiers.blocks import block_tokens
 
 HEAD_DIM = 64
 MAX_MODEL_LEN = 8192
@@ -103,6 +102,16 @@ def make_scheduler(
     )
 
 
+@dataclass
+class Content:
+    """What the pages of one block hold."""
+
+    tokens: tuple[int, ...]
+    """Fingerprints of the tokens and of all before them."""
+    surely_high: int
+    """Newest tokens that are certainly the last ones of the high tier."""
+
+
 class Simulation:
     """Runs requests through a scheduler, with ``depth`` steps in flight at most."""
 
@@ -118,15 +127,28 @@ class Simulation:
         self.reports: dict[str, dict] = {}
         self.most_running = 0
         self._fingerprints: dict[str, list[int]] = {}
+        self._salts: dict[str, int] = {}
         self.preemptions = 0
         self.block_size = scheduler.block_size
+        self.block_tokens = block_tokens(self.block_size)
+        self.recent = scheduler.compression.recent
         self._hasher = get_request_block_hasher(self.block_size, sha256)
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int, ratio: float) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        ratio: float,
+        cache_salt: str | None = None,
+    ) -> None:
         params = SamplingParams(
             max_tokens=max_tokens, ignore_eos=True, extra_args={RATIO_FIELD: ratio}
         )
-        request = Request(request_id, prompt, params, None, block_hasher=self._hasher)
+        request = Request(
+            request_id, prompt, params, None, cache_salt=cache_salt, block_hasher=self._hasher
+        )
+        self._salts[request_id] = hash(cache_salt)
         self.tokens[request_id] = list(prompt)
         self.scheduler.add_request(request)
 
@@ -164,6 +186,7 @@ class Simulation:
     # What the workers would do.
 
     def _execute(self, output: TieredSchedulerOutput) -> ModelRunnerOutput:
+        self._copy_pages(output.plan.copy)
         self.context.begin_step(output)
         for new in output.scheduled_new_reqs:
             self.native_tables[new.req_id] = list(new.block_ids[0])
@@ -178,11 +201,20 @@ class Simulation:
             elif blocks is not None:
                 self.native_tables[request_id].extend(blocks[0])
         plan, scheduled = output.plan, output.num_scheduled_tokens
-        in_this_step = {page for step in plan.compress.values() for page in step.tiered_pages}
+        in_this_step = {
+            page
+            for step in plan.compress.values()
+            for i, block in enumerate(step.blocks)
+            for page in block.pages
+            if i not in step.shared
+        }
         for page in plan.zero:
             assert page not in self._tiered_pages() - in_this_step, "a tiered page was zeroed"
             self.memory[page] = {}
         tiers = self.context.tiers
+        for request_id, blocks in plan.adopt.items():
+            assert sum(block.sizes.num_tokens for block in blocks) == computed[request_id]
+            self._adopt(request_id, blocks)
         native = [r for r in scheduled if r not in tiers]
         for request_id in native:
             self._write_native(request_id, computed[request_id], scheduled[request_id])
@@ -190,27 +222,23 @@ class Simulation:
             self._read_native(request_id, computed[request_id] + scheduled[request_id])
         for request_id in native:
             if step := plan.compress.get(request_id):
-                self._read_native(request_id, step.sizes.num_tokens)
-                for page in step.tiered_pages:
-                    self._check_private(page)
-                    self.memory[page] = request_id
-        for request_id, step in plan.extend.items():
-            assert step.append.after.num_tokens == computed[request_id] + scheduled[request_id]
-        for request_id, step in (plan.decode | plan.extend).items():
-            assert step.before.num_tokens == computed[request_id]
-            for page in step.new_pages:
-                self._check_private(page)
-                self.memory[page] = request_id
-        tiered = [r for r in scheduled if r in tiers]
-        rows, tables = tiers.rows(tiers.slots(tiered), np.zeros(len(tiered)))
-        for request_id, row, table in zip(tiered, rows, tables, strict=True):
-            num_tokens = row[HIGH] + LOW_RECORD_TOKENS * row[LOW]
-            assert num_tokens == computed[request_id], "the worker's sizes are not the request's"
-            assert scheduled[request_id] == 1 or request_id in plan.extend
-            assert tiers.table(request_id).tolist() == table[: row[PAGES]].tolist()
-            for page in tiers.table(request_id):
-                assert self.memory[page] == request_id, "a tiered page was overwritten"
+                self._compress(request_id, step)
+        for request_id in scheduled:
+            if request_id in tiers:
+                step = plan.extend.get(request_id)
+                if step:
+                    assert step.num_tokens == scheduled[request_id]
+                    assert step.first_token == computed[request_id]
+                else:
+                    assert scheduled[request_id] == 1
+                changes = step.changes if step else ()
+                if request_id in plan.decode:
+                    changes = (plan.decode[request_id],)
+                self._grow(request_id, computed[request_id], scheduled[request_id], changes)
         self.context.end_step()
+        for request_id in scheduled:
+            if request_id in tiers:
+                self._read_blocks(request_id, computed[request_id] + scheduled[request_id])
         sampled = []
         for request_id, count in scheduled.items():
             tokens = self.tokens[request_id]
@@ -223,9 +251,116 @@ class Simulation:
             sampled_token_ids=sampled,
         )
 
+    def _copy_pages(self, copies) -> None:
+        contents: dict[int, Content] = {}
+        for source, target in copies:
+            content = self.memory[source]
+            assert isinstance(content, Content), "a page that is no tail was copied"
+            self._check_private(target)
+            self.memory[target] = contents.setdefault(id(content), replace(content))
+
+    def _content(self, block) -> "Content":
+        """The one content of a block's pages."""
+        contents = {id(self.memory[page]): self.memory[page] for page in block.pages if page}
+        assert len(contents) == 1, "pages of different blocks are mixed"
+        (content,) = contents.values()
+        assert isinstance(content, Content), "a tiered page was overwritten"
+        return content
+
+    def _adopt(self, request_id: str, blocks) -> None:
+        first = 0
+        for block in blocks:
+            content, count = self._content(block), block.sizes.num_tokens
+            expected = tuple(self._prefixes(request_id, first + count)[first:])
+            if len(content.tokens) != count:
+                dropped = len(content.tokens) - count
+                assert block is blocks[-1], "tokens of a sealed block were dropped"
+                assert 0 < dropped <= content.surely_high, "a token was dropped that may be low"
+                content.tokens = content.tokens[:count]
+                content.surely_high -= dropped
+            assert content.tokens == expected, "a block with other tokens was found"
+            first += count
+
+    def _compress(self, request_id: str, step) -> None:
+        self._read_native(request_id, step.num_tokens)
+        prefixes = self._prefixes(request_id, step.num_tokens)
+        native = [*step.native_pages]
+        first, free_native = 0, set()
+        for index, block in enumerate(step.blocks):
+            count = block.sizes.num_tokens
+            tokens = tuple(prefixes[first : first + count])
+            free_native |= {*native[first // self.block_size : (first + count) // self.block_size]}
+            if block is step.blocks[-1]:
+                free_native |= {*native[first // self.block_size :]}
+            first += count
+            if index in step.shared:
+                assert self._content(block).tokens == tokens, "a shared block has other tokens"
+                continue
+            recent = min(self.recent, block.sizes.high_tokens)
+            high = recent if block.sizes.low_records else count
+            content = Content(tokens, high if block is step.blocks[-1] else 0)
+            for page in filter(None, block.pages):
+                assert page not in native or page in free_native, "tokens to come were overwritten"
+                self._check_private(page)
+                self.memory[page] = content
+
+    def _grow(self, request_id: str, first: int, count: int, changes) -> None:
+        blocks = self.context.tiers.blocks(request_id)
+        if not changes:
+            self._append(blocks[-1], request_id, first, count)
+            return
+        is_decode = count == 1
+        tables = [list(block.pages) for block in blocks]
+        contents = [self._content(block) for block in blocks if any(block.pages)]
+        if is_decode and changes[0].begins:
+            contents.append(None)  # the table has the new block already
+        for change in changes:
+            joining = change.append.new_tokens
+            if change.begins and not is_decode:
+                tables.append([0] * change.before.pages)
+                contents.append(None)
+            if change.begins:
+                assert len(contents[-2].tokens) == self.block_tokens, "a tail was left"
+                contents[-1] = Content((), 0)
+            content, table = contents[-1], tables[-1]
+            assert len(content.tokens) == change.before.num_tokens
+            for position, page in zip(change.append.new_positions, change.new_pages, strict=True):
+                self._check_private(page)
+                assert is_decode or not table[position], "a page was replaced"
+                table[position] = page
+                self.memory[page] = content
+            self._append_tokens(content, request_id, first, joining, change.append)
+            first += joining
+
+    def _append(self, block, request_id: str, first: int, count: int) -> None:
+        for page in filter(None, block.pages):
+            self._check_private(page)
+        self._append_tokens(self._content(block), request_id, first, count, None)
+
+    def _append_tokens(self, content, request_id: str, first: int, count: int, step) -> None:
+        tokens = tuple(self._prefixes(request_id, first + count)[first:])
+        content.tokens += tokens
+        assert len(content.tokens) <= self.block_tokens, "a sealed block was written"
+        if step and step.demoted_records:
+            # A decode step demotes before the new token joins.
+            recent = self.recent + 1 if count == 1 else self.recent
+            content.surely_high = min(step.after.high_tokens, recent)
+        else:
+            content.surely_high += count
+
+    def _read_blocks(self, request_id: str, count: int) -> None:
+        prefixes, first = self._prefixes(request_id, count), 0
+        for block in self.context.tiers.blocks(request_id):
+            content = self._content(block)
+            size = len(content.tokens)
+            assert size == block.sizes.num_tokens, "the worker's sizes are not the block's"
+            assert content.tokens == tuple(prefixes[first : first + size]), "a block was replaced"
+            first += size
+        assert first == count
+
     def _check_private(self, page: int) -> None:
         block = self.pool.blocks[page]
-        assert page != 0, "the null page is nobody's"
+        assert page != 0, "the null page was written"
         assert block.ref_cnt == 1, "a page that others hold was written"
         assert block.block_hash is None, "a page in the prefix cache was written"
 
@@ -263,13 +398,13 @@ class Simulation:
         """A fingerprint of the first ``i + 1`` tokens for each ``i`` below ``count``."""
         prefixes = self._fingerprints.setdefault(request_id, [])
         for token in self.tokens[request_id][len(prefixes) : count]:
-            prefixes.append(hash((prefixes[-1] if prefixes else 0, token)))
+            prefixes.append(hash((prefixes[-1] if prefixes else self._salts[request_id], token)))
         return prefixes
 
     # What must hold after every step.
 
     def check_pages(self) -> None:
-        """No page in two places, none leaked, tiers as large as the request."""
+        """No page in two places, none leaked, blocks as large as their requests."""
         tiers = self.scheduler.tiers
         holders = Counter(
             block.block_id for blocks in tiers.req_to_blocks.values() for block in blocks
@@ -278,13 +413,21 @@ class Simulation:
             assert self.pool.blocks[page].ref_cnt == count, f"page {page}: {count} holders"
         total = self.pool.num_gpu_blocks - 1
         assert len(holders) + self.pool.get_num_free_blocks() == total, "a page was leaked"
+        blocks = {}
         for request_id, tiered in tiers.tiered.items():
-            blocks = tiers.req_to_blocks[request_id]
-            assert len(blocks) == tiered.sizes.pages
-            assert all(holders[b.block_id] == 1 for b in blocks), "a tiered page is shared"
+            own = [*tiered.blocks[:-1], tiered.tail]
+            blocks |= {id(block): block for block in own}
+            pages = [page.block_id for block in own for page in block.pages.values()]
+            held = [page.block_id for page in tiers.req_to_blocks[request_id]]
+            assert sorted(pages) == sorted(held)
             request = self.scheduler.requests[request_id]
-            assert tiered.sizes.num_tokens == request.num_computed_tokens
+            assert tiered.num_tokens == request.num_computed_tokens
+            for index, block in enumerate(own[:-1]):
+                assert block.sizes.num_tokens == self.block_tokens, f"block {index} is not full"
+            for page in own[-1].pages.values():
+                if own[-1].tag is None:
+                    assert holders[page.block_id] == 1, "a tail is shared"
         totals = TierTotals()
-        for tiered in tiers.tiered.values():
-            totals.count(tiered, 1)
+        for block in blocks.values():
+            totals.count(tiers.geometry, block)
         assert totals == tiers.totals

@@ -1,6 +1,6 @@
 """The GPU backend, its metadata builder and both model runners of vLLM, on CPU tensors.
 
-Triton's interpreter runs vLLM's kernels and ours; the C++ kernels say what has to come out.
+Triton's interpreter runs vLLM's kernels and ours. The results are compared with the CPU backend.
 """
 
 import json
@@ -16,7 +16,7 @@ from .generated import save_model
 pytestmark = pytest.mark.engine
 
 SAME = 1e-4
-"""KL divergence in nats of what rounding alone makes of a forward pass, at most."""
+"""Largest KL divergence, in nats, that rounding alone causes."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predict(model, tmp_path_factory):
-    """What an engine predicts for a batch, each run once."""
+    """A function that returns the predictions of an engine for a batch. Each engine runs once."""
     folder, known = tmp_path_factory.mktemp("predicted"), {}
 
     def run(backend, runner, batch):
@@ -40,7 +40,7 @@ def predict(model, tmp_path_factory):
 
 
 def run_module(name, *arguments):
-    """What a module of this folder writes to its last argument."""
+    """Run a module of this folder, and return the JSON that it writes to its last argument."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.engine.{name}", *arguments],
         check=False,
@@ -53,7 +53,7 @@ def run_module(name, *arguments):
 
 
 def divergences(run, reference):
-    """Mean KL divergence of each request, as long as both chose the same tokens."""
+    """Mean KL divergence of each request, up to the first token that differs."""
     for one, expected in zip(run["requests"], reference["requests"], strict=True):
         pairs = list(zip(one["tokens"], expected["tokens"], strict=True))
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs) - 1)
@@ -63,7 +63,7 @@ def divergences(run, reference):
 
 
 @pytest.mark.parametrize(("runner", "batch"), [("1", "in place"), ("2", "in place"), ("2", "long")])
-def test_gpu_backend_predicts_as_the_cpu_backend_does(predict, runner, batch):
+def test_gpu_backend_predicts_like_the_cpu_backend(predict, runner, batch):
     run, reference = predict("triton", runner, batch), predict("cpu", "1", batch)
     assert run["operations"] == reference["operations"]
     assert bool(run["operations"]["compress_in_place"]) == (batch == "in place")
@@ -73,14 +73,14 @@ def test_gpu_backend_predicts_as_the_cpu_backend_does(predict, runner, batch):
     assert max(divergences(run, reference)) < SAME
 
 
-def test_v2_model_runner_predicts_as_the_v1_runner_does(predict):
+def test_v2_model_runner_predicts_like_the_v1_runner(predict):
     run, reference = predict("cpu", "2", "many"), predict("cpu", "1", "many")
     assert run["operations"] == reference["operations"]
     assert run["operations"]["demote"]
     assert max(divergences(run, reference)) < SAME
 
 
-def test_the_warm_up_compiles_all_that_is_launched_later(model, tmp_path):
+def test_the_warm_up_compiles_every_kernel_that_is_launched_later(model, tmp_path):
     counts = run_module("launched", model, tmp_path / "counts.json")
     assert len(counts["warm_up"]) == 17
     assert set(counts["warm_up"].values()) == {1}

@@ -1,13 +1,13 @@
-"""What all kernel tests share."""
+"""Fixtures of the kernel tests."""
 
 import pytest
 import torch
 
 
 def pytest_generate_tests(metafunc):
-    """A test that uses ``isa`` runs once for each that this machine has."""
+    """Run a test that uses ``isa`` once for each instruction set of this machine."""
     if "isa" in metafunc.fixturenames:
-        # Not at the top: Triton's tests also run where the CPU kernels are not compiled.
+        # Imported here, because the Triton tests also run without compiled CPU kernels.
         from mikv_vllm.kernels import cpu
 
         metafunc.parametrize("isa", cpu.isas(), indirect=True)
@@ -25,7 +25,7 @@ def isa(request):
 
 @pytest.fixture(params=[1, 2])
 def threads(request):
-    """How many threads torch and the CPU kernels use."""
+    """Number of threads of torch and the CPU kernels."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -40,7 +40,7 @@ def seeded():
 
 @pytest.fixture
 def device(monkeypatch):
-    """Where Triton's kernels run: on a GPU where there is one, else in the interpreter."""
+    """Device of the Triton kernels: a GPU if there is one, else the CPU with the interpreter."""
     if torch.cuda.is_available():
         return "cuda"
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-"""A layer's CPU kernels, as the tests of them set one up."""
+"""A layer with CPU kernels, as the tests set it up."""
 
 from mikv_vllm.kernels import cpu
 
@@ -8,7 +8,7 @@ RECENT, DECAY = 16, 0.9
 
 
 def layer(shape, index=None, **kwargs):
-    """The kernels for native pages laid out by ``index``; without one, as vLLM does it."""
+    """The kernels for native pages with layout ``index``, by default that of vLLM."""
     key_index, value_index = index or permutation(shape, None)
     parameters = {"scale": shape.head_dim**-0.5, "softcap": 0.0, "sinks": None}
     return cpu.LayerOps(

@@ -1,9 +1,9 @@
-"""Launches of one kernel with arguments that Triton compiles for, and others that it does not.
+"""Launches of one kernel with arguments that Triton specializes, and arguments that it does not.
 
     python -m tests.kernels.launches
 
-Not in Triton's interpreter, so in a process of its own. Fails where a launch takes another
-compilation than Triton's own launch does.
+Runs in its own process, because it uses the compiler and not the interpreter. Fails if a launch
+uses another compiled binary than Triton's own launch.
 """
 
 from itertools import product
@@ -39,7 +39,7 @@ def main() -> None:
                 found = fill_kernel[2,](*args, SIZE=size, **options)
                 expected = fill_kernel.jit[2,](*args, SIZE=size, **options)
                 assert found is expected, (again, *args, size, options)
-    # Counts and tables are not compiled for, beyond the counts' width.
+    # Counts and tables are not specialized, except for the width of counts.
     assert driver.loaded["fill_kernel"] == len(outs) * 2 * len(numbers) * 2 * 2 * 2
     print(driver.loaded["fill_kernel"])
 

@@ -29,7 +29,7 @@ def assert_close_attention(out, expected, dtype):
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
     error = (out.double() - expected).abs()
     assert error.norm() <= (2e-3 + rounding / 2) * expected.norm()
-    # The error of every single channel is small as well.
+    # The error of every channel is small, too.
     size = expected.norm(dim=-1, keepdim=True) / expected.shape[-1] ** 0.5
     assert (error <= 1.2e-2 * size + rounding * expected.abs()).all()
 
@@ -124,7 +124,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "low_format", "kwargs"), CASES)
-def test_rows_of_different_states(shape, low_format, kwargs, threads):
+def test_rows_of_different_sizes(shape, low_format, kwargs, threads):
     kwargs = dict(kwargs)
     if kwargs.get("sinks"):
         kwargs["sinks"] = 2 * torch.randn(shape.heads)

@@ -1,4 +1,4 @@
-"""The GPU benchmark's cases hold together, in the interpreter and at a toy's size."""
+"""The cases of the GPU benchmark run, in the interpreter and with small sizes."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from mikv_vllm.tiers.plan import TierPlanner
 
 
 def dequantized(rows):
-    """Rows of :func:`~xformers_int4.pack_rows`, read number by number: float32."""
+    """Dequantize rows of :func:`~xformers_int4.pack_rows`, float32."""
     head = rows[..., :1].contiguous().view(torch.float16).float()
     numbers = rows[..., 1:, None] >> 4 * torch.arange(8) & 15
     return numbers.flatten(-2) * head[..., :1] + head[..., 1:]
 
 
 def attention(q, keys, values):
-    """What :func:`~xformers_int4.decode` computes."""
+    """Attention as in :func:`~xformers_int4.decode`."""
     keys, values = dequantized(keys), dequantized(values)
     logits = torch.einsum("bhgd,bthd->bhgt", q.float(), keys) * q.shape[-1] ** -0.5
     return torch.einsum("bhgt,bthd->bhgd", logits.softmax(-1), values)
@@ -71,7 +71,7 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
     cases.compile_kernels(heads, 704, 4, [2])
 
 
-def test_verdicts_compare_with_what_is_asked_for():
+def test_verdicts_compare_with_the_goals():
     decode = [
         {"model": "toy", "batch": 8, "contender": contender, "context": context, "ratio": ratio}
         | {"speed-up": speed, "of copy": "71%"}

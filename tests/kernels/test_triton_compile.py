@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here."""
+"""The Triton kernels compile for GPUs that this machine does not have."""
 
 import os
 import re
@@ -33,7 +33,7 @@ LISTING = """
         /*0060*/                   BRA `(.L_x_1) ;                    /* 0x0000000000000007 */
                                                                       /* 0x000fc0000383ffff */
 """
-"""As ``nvdisasm -hex`` prints it: a load that a loop waits for."""
+"""Output of ``nvdisasm -hex``: a loop that waits for a load."""
 
 
 def test_a_loop_is_read_with_its_mix_and_its_stalls():
@@ -45,7 +45,7 @@ def test_a_loop_is_read_with_its_mix_and_its_stalls():
     assert [one.stall for one in loop.instructions] == [4, 2, 6, 5]
     assert loop.pipes["integer"] == 2
     assert loop.alone() == 17
-    # Two warps fill each other's stalls, not each other's pipes.
+    # Two warps fill each other's stalls, but share the pipes.
     assert loop.alone() / 2 <= loop.interleaved(2) < loop.alone()
     assert kernel.code.alone(1000) > 1000
 
@@ -59,10 +59,10 @@ def test_programs_at_once(registers, shared, warps, programs):
     assert roofline.programs_at_once(needs) == programs
 
 
-def test_splits_share_out_all_blocks():
-    for chunks, high in ((98, 29632), (995, 928), (0, 700), (1, 64), (125, 96)):
-        sizes = roofline.split_sizes(TierSizes(1, high, chunks, 0), 8)
-        for tier, count in (("low", chunks), ("high", -(-high // 32))):
+def test_splits_cover_all_blocks():
+    for records, high in ((98, 29632), (995, 928), (0, 700), (1, 64), (125, 96)):
+        sizes = roofline.split_sizes(TierSizes(1, high, records, 0), 8)
+        for tier, count in (("low", records), ("high", -(-high // 32))):
             assert sum(size for name, size in sizes if name == tier) == count
 
 
@@ -78,7 +78,7 @@ def test_kernels_compile_and_attention_spills_nothing():
     assert compiled == {(k, t) for k in kernels for t in ("sm_80", "sm_90", "sm_100")}
 
 
-def test_a_launch_takes_the_compilation_that_triton_would():
+def test_a_launch_uses_the_same_binary_as_tritons_launch():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.launches"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Scoring and compressing a prompt with the Triton kernels, against the torch oracle."""
+"""Scoring and compressing a prompt in Triton, compared with the torch oracle."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def table_tensor(table, device):
 
 
 @pytest.mark.parametrize(
-    ("shape", "low_format", "high", "chunks"),
+    ("shape", "low_format", "high", "records"),
     [
         (Shape(), LowFormat((5, 3, 2, 2), 3), 40, 4),
         (Shape(64, block_size=16, queries_per_kv_head=1), LowFormat((6, 5, 5, 4), 4), 16, 3),
@@ -56,8 +56,8 @@ def table_tensor(table, device):
         (Shape(256, kv_heads=1, block_size=16), LowFormat.parse("B6V4"), 17, 0),
     ],
 )
-def test_compress_writes_the_oracles_bytes(shape, low_format, high, chunks, device):
-    sizes = sizes_of(shape, low_format, high, chunks)
+def test_compress_writes_the_oracles_bytes(shape, low_format, high, records, device):
+    sizes = sizes_of(shape, low_format, high, records)
     keys, values = tokens(shape, sizes.num_tokens, seed=high)
     scores = torch.rand(shape.kv_heads, sizes.num_tokens + 5)
     scores[:, : sizes.num_tokens // 2] = scores[:, :1]  # ties

@@ -1,4 +1,4 @@
-"""The decode step's Triton kernels, against the torch oracle."""
+"""The decode step in Triton, compared with the torch oracle."""
 
 import pytest
 import torch
@@ -21,29 +21,29 @@ from .triton_layer import DECAY, RECENT, empty_batch, fill_batch, layer
 
 
 class Step:
-    """A decode step of several rows, with what the oracle makes of it."""
+    """A decode step of several rows, and its comparison with the oracle."""
 
-    def __init__(self, shape, low_formats, states, steps, pages, tables, seed):
-        self.shape, self.low_formats, self.states, self.steps = shape, low_formats, states, steps
+    def __init__(self, shape, low_formats, befores, steps, pages, tables, seed):
+        self.shape, self.low_formats, self.befores, self.steps = shape, low_formats, befores, steps
         self.pages, self.tables = pages, tables
         rng = torch.Generator().manual_seed(seed)
-        rows = len(states)
+        rows = len(befores)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         fused = torch.randn(rows + 2, width, generator=rng).to(shape.dtype)
         sizes = [shape.heads * shape.head_dim] + [shape.kv_heads * shape.head_dim] * 2
         self.qkv = [part.unflatten(1, (-1, shape.head_dim)) for part in fused.split(sizes, 1)]
-        # The interpreter would truncate sums to bf16; torch rounds them.
+        # float32, because the interpreter truncates sums to bf16.
         self.out = torch.full((rows + 2, shape.heads, shape.head_dim), 7.0)
         self.places = torch.randperm(rows + 2, generator=rng).tolist()
 
     def rows(self):
         return [
-            (self.places[i], self.tables[i], self.states[i], self.steps[i], self.low_formats[i])
-            for i in range(len(self.states))
+            (self.places[i], self.tables[i], self.befores[i], self.steps[i], self.low_formats[i])
+            for i in range(len(self.befores))
         ]
 
     def run(self, ops, batch, device, check=True, **kwargs):
-        """Run the kernels on ``pages``, and check everything against the oracle."""
+        """Run the kernels on ``pages``, and compare the results with the oracle."""
         before = self.pages.clone()
         pages, out = self.pages.to(device), self.out.to(device)
         ops.decode(pages, batch, *(part.to(device) for part in self.qkv), out)
@@ -54,7 +54,7 @@ class Step:
 
     def check(self, before, softcap=0.0, sinks=None):
         shape, out, places = self.shape, self.out, self.places
-        rows = len(self.states)
+        rows = len(self.befores)
         assert torch.equal(out[places[rows:]], torch.full_like(out[places[rows:]], 7.0))
         used = {
             page
@@ -68,12 +68,12 @@ class Step:
             table, low_format, after = self.tables[i], self.low_formats[i], self.steps[i].after
             request = (shape, low_format, after)
             oracle = before.clone()
-            args = (shape, low_format, self.states[i], self.steps[i])
+            args = (shape, low_format, self.befores[i], self.steps[i])
             oracle_step(oracle, table, *args, k[places[i]], v[places[i]], RECENT)
             for head in range(shape.kv_heads):
                 ours = live_bytes(self.pages, table, head, *request)
                 theirs = live_bytes(oracle, table, head, *request)
-                # A rotation may round differently in its last bit, and tip an integer.
+                # A rotation may differ in its last bit, which changes a few integers by one.
                 assert (ours != theirs).float().mean() < 0.002
                 tiers = read_tiers(self.pages, table, head, *request)
                 old = read_tiers(oracle, table, head, *request)
@@ -86,7 +86,7 @@ class Step:
                 )
                 mine = out[places[i], members]
                 assert ((mine - expected).norm() / expected.norm()).item() <= 1e-3
-                # Rounding to bf16 alone is off by 1.6e-3, or more where numbers are few.
+                # Rounding to bf16 alone has an error of 1.6e-3, or more if there are few numbers.
                 rounded = mine.to(shape.dtype).double()
                 assert ((rounded - expected).norm() / expected.norm()).item() <= 2.2e-3
                 torch.testing.assert_close(
@@ -98,15 +98,15 @@ class Step:
 
 
 def several_rows(shape, low_format, seed):
-    """Four rows: one gets pages and moves chunks, one demotes, one has no chunk, two formats."""
+    """Four rows: two get pages and move low records, one has none, one demotes; two low formats."""
     other = LowFormat((6, 4, 3, 3), 3)
     geometry = shape.geometry
     wanted = [(30, 7, low_format), (17, 1, other), (47, 0, other), (90, 3, low_format)]
-    states, steps, formats, tables = [], [], [], []
+    befores, steps, formats, tables = [], [], [], []
     pages = new_pages(shape, 60)
     free = torch.randperm(len(pages)).tolist()
-    for i, (high, chunks, fmt) in enumerate(wanted):
-        before = sizes_of(shape, fmt, high, chunks, slack_lines=i)
+    for i, (high, records, fmt) in enumerate(wanted):
+        before = sizes_of(shape, fmt, high, records, slack_lines=i)
         size = geometry.low(fmt).num_bytes
         after_pages, demoted, moved, low_end_bytes = before.pages, 0, 0, before.low_end_bytes
         if i == 2:
@@ -116,15 +116,15 @@ def several_rows(shape, low_format, seed):
             demoted = 1
         else:
             after_pages += 2 - i
-            moved = min(chunks, (after_pages * geometry.page_bytes - low_end_bytes) // size)
+            moved = min(records, (after_pages * geometry.page_bytes - low_end_bytes) // size)
             low_end_bytes += moved * size
-        after = TierSizes(after_pages, high + 1 - 32 * demoted, chunks + demoted, low_end_bytes)
-        states.append(before)
+        after = TierSizes(after_pages, high + 1 - 32 * demoted, records + demoted, low_end_bytes)
+        befores.append(before)
         steps.append(AppendStep(1, after_pages - before.pages, moved, demoted, after))
         formats.append(fmt)
         tables.append([free.pop() for _ in range(after_pages)])
         filled(shape, fmt, before, pages, tables[-1], seed=i, recent=RECENT)
-    return Step(shape, formats, states, steps, pages, tables, seed)
+    return Step(shape, formats, befores, steps, pages, tables, seed)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_batch_with_rows_that_have_no_request(device):
         ({"num_heads": 5}, "num_heads is 5, but must be a multiple of num_kv_heads, 2"),
     ],
 )
-def test_what_the_kernels_are_not_made_for(changed, message):
+def test_unsupported_parameters_are_refused(changed, message):
     shape = {"head_dim": 64, "num_heads": 6, "num_kv_heads": 2, "block_size": 64, "high_bits": 8}
     with pytest.raises(ValueError, match=message):
         kernels.LayerOps(
@@ -272,7 +272,7 @@ def test_a_captured_step_follows_the_tiers_sizes():
     q = torch.zeros(3, shape.heads, shape.head_dim, dtype=shape.dtype, device="cuda")
     k, v = (torch.zeros_like(q[:, : shape.kv_heads]) for _ in range(2))
     out = torch.zeros(q.shape, device="cuda")
-    ops.decode(on_gpu, batch, q, k, v, out)  # compiles, and takes scratch memory
+    ops.decode(on_gpu, batch, q, k, v, out)  # compiles, and allocates scratch
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ops.decode(on_gpu, batch, q, k, v, out)

@@ -1,4 +1,4 @@
-"""A prompt that continues behind its compressed beginning, in Triton, against the torch oracle."""
+"""Restoring and extending a compressed request in Triton, compared with the torch oracle."""
 
 import pytest
 import torch
@@ -30,9 +30,9 @@ def on(device, table):
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-@pytest.mark.parametrize(("shape", "low_format", "high", "chunks"), CASES)
-def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device):
-    sizes = sizes_of(shape, low_format, high, chunks, slack_lines=3)
+@pytest.mark.parametrize(("shape", "low_format", "high", "low_records"), CASES)
+def test_restored_pages_hold_both_tiers(shape, low_format, high, low_records, device):
+    sizes = sizes_of(shape, low_format, high, low_records, slack_lines=3)
     pages = new_pages(shape, sizes.pages + 2, poison=None)
     table = torch.randperm(len(pages))[: sizes.pages].tolist()
     filled(shape, low_format, sizes, pages, table, seed=high, recent=RECENT)
@@ -49,12 +49,12 @@ def test_restored_pages_hold_both_tiers(shape, low_format, high, chunks, device)
         stream = records.Stream(pages, table, head)
         expected = reference.restore(stream, shape.geometry, low_format, sizes, shape.dtype)
         for stored, numbers in zip(restored[:, : sizes.num_tokens, head], expected, strict=True):
-            # Triton's interpreter truncates to bf16.
+            # The interpreter truncates to bf16.
             torch.testing.assert_close(stored.float(), numbers, rtol=2**-7, atol=1e-5)
 
 
 STEPS = [
-    # New pages: some chunks move, or all, or there are none, and some tokens are demoted, or none.
+    # New pages: some, all or no low records move, and some or no tokens are demoted.
     (
         Shape(64, block_size=16, queries_per_kv_head=1),
         LowFormat((5, 3, 3, 2), 3),
@@ -102,7 +102,7 @@ def test_a_prompt_chunk_by_chunk(device):
 
 
 def compressed(shape, low_format, sizes, num_pages):
-    """Pages with a compressed request, and its table of ``num_pages``."""
+    """Pages with a compressed request, and its block table of ``num_pages`` pages."""
     pages = new_pages(shape, num_pages + 3, poison=None)
     table = torch.randperm(len(pages))[:num_pages].tolist()
     filled(shape, low_format, sizes, pages, table, seed=num_pages, recent=RECENT)
@@ -110,7 +110,7 @@ def compressed(shape, low_format, sizes, num_pages):
 
 
 def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, device):
-    """Extend the request in ``pages`` by ``more`` tokens, and compare with what the oracle does."""
+    """Extend the request in ``pages`` by ``more`` tokens, and compare with the oracle."""
     keys, values = tokens(shape, more + 2, seed=more)
     scores = torch.rand(shape.kv_heads, sizes.num_tokens + more + 3)
     scores[:, sizes.num_tokens : sizes.num_tokens + more // 2] = 0.5  # ties
@@ -136,7 +136,7 @@ def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, 
     pages.copy_(on_device)
     assert_same_tiers(pages, expected, table, shape, low_format, step.after)
     for head in range(shape.kv_heads):
-        # No rotation comes in between.
+        # High tokens are not rotated, so they are equal.
         ours, theirs = (
             records.read_high(
                 records.Stream(part, table, head),

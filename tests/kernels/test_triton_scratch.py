@@ -1,4 +1,4 @@
-"""How much memory the Triton kernels take beside the cache."""
+"""Temporary memory of the Triton kernels."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ TOKENS, CHUNK, ROWS = 32768, 2048, 256
 
 
 class NoKernel:
-    """Is launched, and does nothing."""
+    """A kernel that does nothing."""
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
@@ -37,7 +37,7 @@ def scratch(monkeypatch):
 
 
 def zeros(*shape):
-    """A tensor of any size that takes no memory."""
+    """A tensor of any size that needs no memory."""
     return torch.zeros(1, dtype=torch.bfloat16).expand(shape)
 
 
@@ -62,11 +62,11 @@ def test_scratch_is_little_more_than_one_layer_of_the_longest_request(scratch):
         ops.restore(cache, table, sizes, low, native)
         extended = planner.extend(sizes, CHUNK)
         ops.extend(cache, table, sizes, extended, low, chunk, chunk, scores, 1.0)
-        # One of the longest beside many short ones.
+        # One of the longest requests and many short ones.
         rows = [
             (0, range(one.pages), one, AppendStep(1, 0, 0, 0, one), low)
             for one in [sizes] + (ROWS - 1) * [short]
         ]
         ops.decode(cache, DecodeBatch.build(rows, "cpu"), q, new, new, q)
         print(f"up to ratio {ratio}: {scratch.num_bytes / cache.nbytes:.2f} of a layer")
-    assert 0.8 < scratch.num_bytes / cache.nbytes < 1.5  # the GPU worker keeps 2 free
+    assert 0.8 < scratch.num_bytes / cache.nbytes < 1.5  # the GPU worker reserves 2

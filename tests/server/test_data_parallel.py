@@ -1,4 +1,4 @@
-"""Two engines behind one server."""
+"""Two data-parallel engines behind one server."""
 
 import os
 import re
@@ -30,7 +30,11 @@ def bodies() -> list[dict]:
 
 
 def answers(server: RunningServer, engines: list[int | None] | None = None) -> list[dict]:
-    """An answer to each of :func:`bodies`, from these engines or as the server spreads them."""
+    """Responses to :func:`bodies`, in order.
+
+    Args:
+        engines: rank of the engine for each request; None leaves the choice to the server.
+    """
 
     def post(body: dict, engine: int | None) -> dict:
         headers = {} if engine is None else {"X-data-parallel-rank": str(engine)}
@@ -44,7 +48,7 @@ def answers(server: RunningServer, engines: list[int | None] | None = None) -> l
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, model_path):
-    """Answers of one engine, and the pages of its pool."""
+    """Responses of a server with one engine, and the number of pages of its pool."""
     with RunningServer(FLAGS, tmp_path_factory.mktemp("one") / "log.txt") as server:
         return answers(server), server.client.get("/mikv/stats").json()["pages"]["total"]
 
@@ -58,16 +62,16 @@ def server(tmp_path_factory, expected):
         yield running
 
 
-def test_two_engines_answer_as_one_does(server, expected):
+def test_two_engines_give_the_results_of_one(server, expected):
     apart = []
     for ours, theirs in zip(answers(server), expected[0], strict=True):
         assert ours["kv_compression"] == theirs["kv_compression"]
         for one, other in zip(chosen(ours), chosen(theirs), strict=True):
             apart.append(abs(one[1] - other[1]))
             if one[0] != other[0]:
-                break  # two tokens were as likely, and from here on the texts are others
-    # Which requests share a step differs from run to run, and with it how sums are rounded.
-    print(f"{len(apart)} tokens, {sum(apart) / len(apart):.3f} apart, {max(apart):.3f} at the most")
+                break  # two tokens were almost equally likely; the texts differ from here on
+    # The requests that share a step differ between runs, and so does the rounding of sums.
+    print(f"{len(apart)} tokens, {sum(apart) / len(apart):.3f} apart, {max(apart):.3f} at most")
     assert len(apart) >= 48
     assert sum(apart) / len(apart) < 0.05
     assert max(apart) < 0.5
@@ -80,7 +84,7 @@ def chosen(answer: dict) -> list[tuple[str, float]]:
 
 
 def test_both_engines_compress(server):
-    answers(server, engines=[0, 0, 1, 1, 0, 0, 1, 1])  # each gets both ratios
+    answers(server, engines=[0, 0, 1, 1, 0, 0, 1, 1])  # both ratios on each engine
     metrics = server.client.get("/metrics").text
     line = r'^mikv_operations_total\{engine="(\d)",kind="compress",.*\} ([\d.]+)$'
     done = {engine: float(total) for engine, total in re.findall(line, metrics, re.MULTILINE)}
@@ -88,14 +92,14 @@ def test_both_engines_compress(server):
     assert all(done.values())
 
 
-def test_stats_are_those_of_both(server, expected):
+def test_stats_are_sums_over_both_engines(server, expected):
     answers(server)
     stats = server.client.get("/mikv/stats").json()
     assert stats["pages"]["total"] == 2 * expected[1]
     assert stats["operations"]["compress"] >= 4
 
 
-def test_a_prompt_that_no_engine_holds_is_400(server):
+def test_a_prompt_that_fits_into_no_engine_is_an_error_400(server):
     body = {"model": MODEL, "prompt": [7] * 7400, "max_tokens": 4}
     refused = server.client.post("/v1/completions", json=body | {"kv_compression_ratio": 1.0})
     error = refused.json()["error"]

@@ -1,4 +1,4 @@
-"""Metrics out of the scheduler's statistics."""
+"""Prometheus metrics from the scheduler's statistics."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def scheduler_stats(stats: dict | None = STATS, **more) -> SchedulerStats:
     return SchedulerStats(kv_connector_stats=carried, **more)
 
 
-def test_gauges_show_the_latest_figures(metrics):
+def test_gauges_show_the_latest_statistics(metrics):
     metrics.record(scheduler_stats(), None)
     assert value("mikv_kv_cache_pages", state="free") == 4
     assert value("mikv_kv_cache_pages", state="total") is None
@@ -56,13 +56,13 @@ def test_stock_statistics_pass_unchanged(metrics):
     assert value("mikv_requests", tier="tiered") is None
 
 
-def test_statistics_are_taken_out_before_other_loggers_see_them(metrics):
+def test_statistics_are_removed_before_other_loggers_receive_them(metrics):
     stats = scheduler_stats()
     metrics.record(stats, None)
     assert stats.kv_connector_stats is None
 
 
-def test_metrics_come_first_and_only_with_statistics():
+def test_the_logger_is_first_and_exists_only_with_statistics():
     manager = SimpleNamespace(stat_loggers=["vllm's own"], engine_indexes=[0])
     config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
     install_metrics(manager, config)

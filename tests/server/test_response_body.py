@@ -1,4 +1,4 @@
-"""The report in JSON bodies and event streams."""
+"""Reports in JSON bodies and in event streams."""
 
 import json
 
@@ -31,7 +31,7 @@ def run(events: list[bytes], report: dict | None = REPORT) -> tuple[list[bytes],
     return [stream.feed(data) for data in events], stream
 
 
-def test_json_body_gets_the_report_and_loses_the_carrier():
+def test_report_moves_from_the_carrier_to_the_top_level():
     body = json.dumps({"id": "a", "kv_transfer_params": {"kv_compression": {"kv_tokens": 1}}})
     assert json.loads(rewrite_json(body.encode(), REPORT)) == {
         "id": "a",
@@ -40,7 +40,7 @@ def test_json_body_gets_the_report_and_loses_the_carrier():
     }
 
 
-def test_json_body_without_a_group_takes_the_carried_report():
+def test_report_of_the_carrier_is_used_if_no_other_is_given():
     body = json.dumps({"kv_transfer_params": {"kv_compression": REPORT, "other": 1}})
     assert json.loads(rewrite_json(body.encode(), None)) == {
         "kv_transfer_params": {"other": 1},
@@ -48,12 +48,12 @@ def test_json_body_without_a_group_takes_the_carried_report():
     }
 
 
-@pytest.mark.parametrize("body", [b'{"id":  "a"}', b"[1]", b"no json", b""])
-def test_json_body_without_a_report_is_not_touched(body):
+@pytest.mark.parametrize("body", [b'{"id":  "a"}', b"[1]", b"not JSON", b""])
+def test_json_body_without_a_report_is_unchanged(body):
     assert rewrite_json(body, None) is body
 
 
-def test_tokens_are_not_held_back():
+def test_tokens_are_not_delayed():
     out, _ = run([token("a"), token("b")])
     assert out == [token("a"), token("b")]
 
@@ -65,44 +65,44 @@ def test_report_is_in_the_last_event_before_done():
     assert out[2].endswith(DONE)
 
 
-def test_report_is_in_the_usage_and_nowhere_else():
+def test_report_is_only_in_the_usage_event():
     out, _ = run([token("a", "stop"), USAGE, DONE])
     events = contents(b"".join(out))
     assert [e.get("kv_compression") == REPORT for e in events] == [False, True]
 
 
-def test_report_is_only_in_the_last_of_several_choices():
+def test_report_is_only_in_the_end_of_the_last_choice():
     out, _ = run([token("a", "stop"), token("b"), token("c", "length"), DONE])
     events = contents(b"".join(out))
     assert [e.get("kv_compression") == REPORT for e in events] == [False, False, True]
 
 
-def test_stream_without_a_report_is_not_touched():
+def test_stream_without_a_report_is_unchanged():
     events = [token("a"), token("b", "stop"), USAGE, DONE]
     out, _ = run(events, report=None)
     assert b"".join(out) == b"".join(events)
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_events_may_come_in_any_pieces(size):
+def test_events_may_be_split_anywhere(size):
     whole = token("é") + token("b", "stop") + DONE
     out, stream = run([whole[i : i + size] for i in range(0, len(whole), size)])
     assert stream.end() == b""
     assert [e.get("kv_compression") for e in contents(b"".join(out))] == [None, REPORT]
 
 
-def test_stream_that_breaks_off_loses_nothing():
+def test_interrupted_stream_loses_no_bytes():
     out, stream = run([token("a", "stop"), b"data: {"])
     assert b"".join(out) + stream.end() == token("a", "stop") + b"data: {"
 
 
-def test_keep_alive_passes_a_held_event():
+def test_keep_alive_overtakes_a_delayed_event():
     out, _ = run([token("a", "stop"), b": keep-alive\n\n", DONE])
     assert out[1] == b": keep-alive\n\n"
     assert contents(out[2])[0]["kv_compression"] == REPORT
 
 
-def test_error_event_before_done_is_not_touched():
+def test_error_event_before_done_is_unchanged():
     error = event(error={"message": "x"})
     out, _ = run([token("a"), error, DONE])
     assert out[1:] == [error, DONE]

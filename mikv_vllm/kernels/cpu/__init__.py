@@ -1,10 +1,14 @@
-"""CPU kernels: C++ for AVX-512, AVX2 and any other machine, the best one chosen at run time.
+"""CPU kernels in C++, compiled for several instruction sets.
 
-``MIKV_CPU_ISA`` (``avx512``, ``avx2`` or ``scalar``) forces a lower one. Threads are OpenMP's, as
-many as torch uses.
+The instruction sets are ``amx`` (AMX tiles with AVX-512), ``avx512``, ``avx2`` and ``scalar`` (any
+machine). The first one that the machine supports is used. The environment variable ``MIKV_CPU_ISA``
+selects another one that the machine supports, for example to compare them.
+
+The kernels run on OpenMP threads, as many as torch uses.
 """
 
-# torch first: the kernels then share its OpenMP runtime, and with it vLLM's thread binding.
+# torch is imported first, so that the kernels share its OpenMP runtime and thus vLLM's binding of
+# threads to cores.
 import torch  # noqa: F401  isort: skip
 
 from mikv_vllm.kernels.cpu._C import isa, isas, set_isa

@@ -10,21 +10,22 @@ from mikv_vllm.kernels.batch import DecodeRow, describe_rows
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """Built once per step and read by every layer.
+    """Built once per step, and read by every layer.
 
     Args:
-        rows: int32 ``[rows, ROW_FIELDS]``, one C++ ``Row`` each.
+        rows: int32 ``[rows, ROW_FIELDS]``. Each row is a C++ ``Row``.
         tables: int32 ``[rows, max_pages]``, page ids.
+        addresses: address of ``rows``, number of rows, address of ``tables``, and pages per row of
+            ``tables``.
     """
 
     rows: np.ndarray
     tables: np.ndarray
     addresses: tuple[int, int, int, int]
-    """Rows' address, number of rows, tables' address, pages per table row."""
 
     @classmethod
     def of(cls, rows: np.ndarray, tables: np.ndarray) -> "DecodeBatch":
-        """A batch of the arrays that :func:`~mikv_vllm.kernels.batch.describe_rows` returns."""
+        """Return a batch of the results of :func:`~mikv_vllm.kernels.batch.describe_rows`."""
         addresses = (rows.ctypes.data, len(rows), tables.ctypes.data, tables.shape[1])
         return cls(rows, tables, addresses)
 

@@ -14,6 +14,7 @@ from mikv_vllm.kernels.triton.select import split_tokens
 from mikv_vllm.kernels.triton.stream import line_pointer, load_frame
 
 COPY_LINES = tl.constexpr(64)
+"""Lines that a program copies at a time."""
 
 
 @triton.jit

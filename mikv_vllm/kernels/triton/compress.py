@@ -8,7 +8,7 @@ from mikv_vllm.kernels.triton.high_tier import store_high
 from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_low_record
-from mikv_vllm.kernels.triton.native import NativePages, load_native
+from mikv_vllm.kernels.triton.native import NATIVE_STRIDES, NativePages, load_native
 from mikv_vllm.kernels.triton.quantize import INFINITY, clamp, key_tops
 from mikv_vllm.kernels.triton.select import split_tokens
 from mikv_vllm.kernels.triton.stream import frame_pointers, load_frame
@@ -40,7 +40,7 @@ def select_kernel(scores, score_stride, num_tokens, num_high, recent, order, ord
 @kernel(
     counts=("order_stride", "num_tokens", "first_low"),
     tables=("native_table",),
-    specialized=("native_page_stride", "native_token_stride", "native_head_stride"),
+    specialized=NATIVE_STRIDES,
     num_warps=8,
 )
 def measure_kernel(
@@ -165,10 +165,7 @@ def frame_kernel(
 @kernel(
     counts=("score_stride", "order_stride", "num_high"),
     tables=("native_table", "tiered_table"),
-    specialized=(
-        *("native_page_stride", "native_token_stride", "native_head_stride"),
-        *("page_stride", "head_stride"),
-    ),
+    specialized=(*NATIVE_STRIDES, "page_stride", "head_stride"),
     num_warps=8,
 )
 def write_high_kernel(
@@ -209,10 +206,7 @@ def write_high_kernel(
 @kernel(
     counts=("order_stride", "num_high", "num_low_records", "low_end_line"),
     tables=("native_table", "tiered_table"),
-    specialized=(
-        *("native_page_stride", "native_token_stride", "native_head_stride"),
-        *("page_stride", "head_stride"),
-    ),
+    specialized=(*NATIVE_STRIDES, "page_stride", "head_stride"),
     num_warps=4,
     maxnreg=168,
 )

@@ -12,6 +12,7 @@ from mikv_vllm.kernels.triton.compress import (
     write_high_kernel,
     write_low_kernel,
 )
+from mikv_vllm.kernels.triton.layer_setup import LayerSetup, words
 from mikv_vllm.kernels.triton.layout import LowLines
 from mikv_vllm.kernels.triton.native import PARTS
 from mikv_vllm.kernels.triton.score import (
@@ -20,7 +21,6 @@ from mikv_vllm.kernels.triton.score import (
     prompt_scores_kernel,
     prompt_sums_kernel,
 )
-from mikv_vllm.kernels.triton.setup import LayerSetup, words
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import TierSizes
 
@@ -78,7 +78,7 @@ class CompressOps(LayerSetup):
         q: torch.Tensor,
         native: torch.Tensor | None = None,
     ) -> None:
-        """Write the tiers of a native request, as the base class specifies.
+        """See :meth:`mikv_vllm.kernels.layer_ops.LayerOps.compress`.
 
         Args:
             native: tensor with the native pages, ``[pages, kv_heads, block_size, 2 * head_dim]``,

@@ -7,9 +7,9 @@ import torch
 from mikv_vllm.kernels.triton.attend import attend_kernel
 from mikv_vllm.kernels.triton.batch import DecodeBatch
 from mikv_vllm.kernels.triton.change import append_kernel, change_kernel
+from mikv_vllm.kernels.triton.layer_setup import DTYPES, LayerSetup, words
 from mikv_vllm.kernels.triton.layout import LowLines
 from mikv_vllm.kernels.triton.merge import merge_kernel
-from mikv_vllm.kernels.triton.setup import DTYPES, LayerSetup, words
 from mikv_vllm.kernels.triton.splits import most_splits
 from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
 

@@ -22,6 +22,9 @@ from mikv_vllm.kernels.triton.low_tier import write_low_record
 from mikv_vllm.kernels.triton.select import BLOCK, split_tokens
 from mikv_vllm.kernels.triton.stream import load_frame
 
+COPIED_STRIDES = ("copied_page_stride", "copied_head_stride")
+"""Arguments of kernels: strides of the copy of the high tier, in words."""
+
 
 @kernel(
     counts=("score_stride", "num_high", "num_restored", "num_tokens", "recent", "num_leaving"),
@@ -111,10 +114,7 @@ def load_new(data, stride, tokens, channel, mask, LAYER: tl.constexpr):
 @kernel(
     counts=("num_high", "num_tokens", "num_leaving"),
     tables=("tiered_table",),
-    specialized=(
-        *("copied_page_stride", "copied_head_stride"),
-        *("page_stride", "head_stride", "k_stride", "v_stride"),
-    ),
+    specialized=(*COPIED_STRIDES, "page_stride", "head_stride", "k_stride", "v_stride"),
     num_warps=8,
 )
 def extend_high_kernel(
@@ -171,10 +171,7 @@ def extend_high_kernel(
 @kernel(
     counts=("num_high", "num_tokens", "low_line"),
     tables=("tiered_table",),
-    specialized=(
-        *("copied_page_stride", "copied_head_stride"),
-        *("page_stride", "head_stride", "k_stride", "v_stride"),
-    ),
+    specialized=(*COPIED_STRIDES, "page_stride", "head_stride", "k_stride", "v_stride"),
     num_warps=8,
 )
 def extend_low_kernel(

@@ -11,13 +11,13 @@ from mikv_vllm.kernels.triton.extend import (
     extend_low_kernel,
     move_kernel,
 )
+from mikv_vllm.kernels.triton.layer_setup import LayerSetup, words
 from mikv_vllm.kernels.triton.layout import LowLines
 from mikv_vllm.kernels.triton.restore import (
     RECORDS_AT_ONCE,
     restore_high_kernel,
     restore_low_kernel,
 )
-from mikv_vllm.kernels.triton.setup import LayerSetup, words
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierSizes
 

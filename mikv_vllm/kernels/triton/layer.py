@@ -15,7 +15,7 @@ class LayerOps(DecodeOps, CompressOps, ExtendOps, layer_ops.LayerOps[DecodeBatch
     of the native pages.
 
     Args:
-        head_dim: one of :data:`~mikv_vllm.kernels.triton.setup.HEAD_DIMS`.
+        head_dim: one of :data:`~mikv_vllm.kernels.triton.layer_setup.HEAD_DIMS`.
         scratch: temporary memory, shared with the other layers.
         programs: splits of a decode step, by default the number that the device computes in two
             turns.

@@ -11,6 +11,9 @@ import triton.language as tl
 PARTS = 32
 """Parts into which the tokens of a prompt are divided, one per program."""
 
+NATIVE_STRIDES = ("native_page_stride", "native_token_stride", "native_head_stride")
+"""Arguments of kernels: strides of native keys and of native values, in elements."""
+
 
 class NativePages(NamedTuple):
     """The native pages of a request, for device functions. Strides are in elements."""

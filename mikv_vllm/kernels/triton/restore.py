@@ -8,7 +8,7 @@ from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import read_high
 from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.native import store_native
+from mikv_vllm.kernels.triton.native import NATIVE_STRIDES, store_native
 from mikv_vllm.kernels.triton.orders import channel_order, token_order, value_channel_order
 from mikv_vllm.kernels.triton.quantize import decode_scale
 from mikv_vllm.kernels.triton.record import load_bytes, load_fp16, load_signed, record_at
@@ -22,10 +22,7 @@ RECORDS_AT_ONCE = tl.constexpr(4)
 @kernel(
     counts=("num_high",),
     tables=("tiered_table",),
-    specialized=(
-        *("native_page_stride", "native_token_stride", "native_head_stride"),
-        *("page_stride", "head_stride"),
-    ),
+    specialized=(*NATIVE_STRIDES, "page_stride", "head_stride"),
     num_warps=8,
 )
 def restore_high_kernel(
@@ -110,10 +107,7 @@ def record_values(record, hadamard, hadamard_scale, LAYER: tl.constexpr, FORMAT:
 @kernel(
     counts=("num_high", "num_low_records", "low_end_line"),
     tables=("tiered_table",),
-    specialized=(
-        *("native_page_stride", "native_token_stride", "native_head_stride"),
-        *("page_stride", "head_stride"),
-    ),
+    specialized=(*NATIVE_STRIDES, "page_stride", "head_stride"),
     num_warps=8,
 )
 def restore_low_kernel(

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.dot import dot
 from mikv_vllm.kernels.triton.jit import kernel
-from mikv_vllm.kernels.triton.native import NativePages, load_native
+from mikv_vllm.kernels.triton.native import NATIVE_STRIDES, NativePages, load_native
 from mikv_vllm.kernels.triton.softmax import LOG2E, NEVER, capped
 
 KEYS = tl.constexpr(64)
@@ -59,7 +59,7 @@ def prompt_logits(
 @kernel(
     counts=("num_tokens", "num_queries"),
     tables=("native_table",),
-    specialized=("native_page_stride", "native_token_stride", "native_head_stride", "q_stride"),
+    specialized=(*NATIVE_STRIDES, "q_stride"),
 )
 def prompt_sums_kernel(
     keys,
@@ -124,7 +124,7 @@ def prompt_sums_kernel(
 @kernel(
     counts=("num_tokens", "num_queries", "score_stride"),
     tables=("native_table",),
-    specialized=("native_page_stride", "native_token_stride", "native_head_stride", "q_stride"),
+    specialized=(*NATIVE_STRIDES, "q_stride"),
 )
 def prompt_scores_kernel(
     keys,
