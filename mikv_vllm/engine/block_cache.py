@@ -144,7 +144,8 @@ class BlockCache:
         sizes = tail.block.sizes
         dropped = len(tail.tokens) - common
         sizes = replace(sizes, high_tokens=sizes.high_tokens - dropped)
-        return replace(tail.block, sizes=sizes), tail.droppable - dropped
+        pages = {i: tail.block.pages[i] for i in planner.positions(index, sizes)}
+        return replace(tail.block, sizes=sizes, pages=pages), tail.droppable - dropped
 
     def _common_tokens(self, request: Request, first_token: int, tail: KeptTail) -> int:
         """Tokens of ``tail`` with which a request continues at ``first_token``."""
@@ -192,7 +193,7 @@ class BlockCache:
         if key is None or droppable < 0 or tiered.first_token >= num_tokens:
             return
         sizes = replace(tail.sizes, high_tokens=tail.sizes.high_tokens - dropped)
-        block = Block(sizes, tail.low_format, tail.pages)
+        block = Block(sizes, tail.low_format, dict(tail.pages))
         self._tag(block)
         size = self._pool.hash_block_size
         hashes = request.block_hashes[tiered.first_token // size : num_tokens // size]

@@ -149,15 +149,21 @@ class TierTables:
         rows[:, DEMOTED] = 0
         self._rows[last] = rows
 
+    def forget_pages(self, request_id: str, positions: Sequence[int]) -> None:
+        """Pages of the last block that the request no longer has after its step."""
+        slot = self._slots[request_id]
+        self._tables[slot, self._counts[slot] - 1, list(positions)] = 0
+
     def extend(self, request_id: str, step: ExtendStep) -> None:
         """The request has run a step in which a chunk of its prompt joined."""
         slot = self._slots[request_id]
         for change in step.changes:
             self.change(request_id, change)
-            numbers = AppendStep(1, 0, 0, 0, change.append.after)
-            self._rows[slot, self._counts[slot] - 1] = row_numbers(
-                0, change.append.after, numbers, change.low_format
-            )
+            after = change.append.after
+            unchanged = AppendStep(1, 0, 0, 0, after)
+            numbers = row_numbers(0, after, unchanged, change.low_format)
+            self._rows[slot, self._counts[slot] - 1] = numbers
+            self.forget_pages(request_id, change.append.freed_positions)
 
     def _reserve(self, slot: int, num_blocks: int, num_pages: int) -> None:
         """Make room for a slot with ``num_blocks`` blocks of ``num_pages`` pages."""

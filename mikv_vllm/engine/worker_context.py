@@ -71,6 +71,8 @@ class WorkerContext:
         """Enter what the step did; called after the model has run."""
         plan = self.plan
         self.tiers.end_step(self._appended)
+        for request_id, decode in plan.decode.items():
+            self.tiers.forget_pages(request_id, decode.append.freed_positions)
         for request_id, step in plan.extend.items():
             self.tiers.extend(request_id, step)
         for request_id, done in plan.compress.items():

@@ -126,6 +126,8 @@ class BlockPlanner:
     def allocated(self, index: int, sizes: TierSizes) -> tuple[int, int]:
         """Pages at the beginning and at the end of the stream that a block of ``sizes`` touches."""
         geometry = self.geometry
+        if not sizes.num_tokens:
+            return 0, 0
         low_bytes = sizes.low_records * geometry.low(self.form(index).low_format).num_bytes
         high = -(-geometry.high_bytes(sizes.high_tokens) // geometry.page_bytes)
         low = -(-low_bytes // geometry.page_bytes)

@@ -252,16 +252,20 @@ class Simulation:
         )
 
     def _copy_pages(self, copies) -> None:
-        contents: dict[int, Content] = {}
+        contents: dict[tuple[int, int], Content] = {}
+        times: Counter[int] = Counter()
         for source, target in copies:
+            times[source] += 1
             content = self.memory[source]
             assert isinstance(content, Content), "a page that is no tail was copied"
-            self._check_private(target)
-            self.memory[target] = contents.setdefault(id(content), replace(content))
+            assert self.pool.blocks[target].ref_cnt == 1, "a page that others hold was written"
+            key = id(content), times[source]
+            self.memory[target] = contents.setdefault(key, replace(content))
 
-    def _content(self, block) -> "Content":
-        """The one content of a block's pages."""
-        contents = {id(self.memory[page]): self.memory[page] for page in block.pages if page}
+    def _content(self, block, new_pages=()) -> "Content":
+        """The one content of a block's pages, but for those that are new in this step."""
+        pages = [page for page in block.pages if page and page not in new_pages]
+        contents = {id(self.memory[page]): self.memory[page] for page in pages}
         assert len(contents) == 1, "pages of different blocks are mixed"
         (content,) = contents.values()
         assert isinstance(content, Content), "a tiered page was overwritten"
@@ -271,7 +275,7 @@ class Simulation:
         first = 0
         for block in blocks:
             content, count = self._content(block), block.sizes.num_tokens
-            expected = tuple(self._prefixes(request_id, first + count)[first:])
+            expected = tuple(self._prefixes(request_id, first + count)[first : first + count])
             if len(content.tokens) != count:
                 dropped = len(content.tokens) - count
                 assert block is blocks[-1], "tokens of a sealed block were dropped"
@@ -301,7 +305,7 @@ class Simulation:
             content = Content(tokens, high if block is step.blocks[-1] else 0)
             for page in filter(None, block.pages):
                 assert page not in native or page in free_native, "tokens to come were overwritten"
-                self._check_private(page)
+                self._check_private(page, request_id)
                 self.memory[page] = content
 
     def _grow(self, request_id: str, first: int, count: int, changes) -> None:
@@ -311,22 +315,23 @@ class Simulation:
             return
         is_decode = count == 1
         tables = [list(block.pages) for block in blocks]
-        contents = [self._content(block) for block in blocks if any(block.pages)]
         if is_decode and changes[0].begins:
-            contents.append(None)  # the table has the new block already
+            tables.pop()  # of the new block
+        new_pages = {page for change in changes for page in change.new_pages}
+        contents = [
+            self._content(block, new_pages) for block, _ in zip(blocks, tables, strict=False)
+        ]
         for change in changes:
             joining = change.append.new_tokens
-            if change.begins and not is_decode:
-                tables.append([0] * change.before.pages)
-                contents.append(None)
             if change.begins:
-                assert len(contents[-2].tokens) == self.block_tokens, "a tail was left"
-                contents[-1] = Content((), 0)
+                assert len(contents[-1].tokens) == self.block_tokens, "a tail was left"
+                tables.append([0] * change.before.pages)
+                contents.append(Content((), 0))
             content, table = contents[-1], tables[-1]
             assert len(content.tokens) == change.before.num_tokens
             for position, page in zip(change.append.new_positions, change.new_pages, strict=True):
-                self._check_private(page)
-                assert is_decode or not table[position], "a page was replaced"
+                self._check_private(page, request_id)
+                assert table[position] in {0, page}, "a page was replaced"
                 table[position] = page
                 self.memory[page] = content
             self._append_tokens(content, request_id, first, joining, change.append)
@@ -334,11 +339,11 @@ class Simulation:
 
     def _append(self, block, request_id: str, first: int, count: int) -> None:
         for page in filter(None, block.pages):
-            self._check_private(page)
+            self._check_private(page, request_id)
         self._append_tokens(self._content(block), request_id, first, count, None)
 
     def _append_tokens(self, content, request_id: str, first: int, count: int, step) -> None:
-        tokens = tuple(self._prefixes(request_id, first + count)[first:])
+        tokens = tuple(self._prefixes(request_id, first + count)[first : first + count])
         content.tokens += tokens
         assert len(content.tokens) <= self.block_tokens, "a sealed block was written"
         if step and step.demoted_records:
@@ -358,11 +363,14 @@ class Simulation:
             first += size
         assert first == count
 
-    def _check_private(self, page: int) -> None:
+    def _check_private(self, page: int, request_id: str) -> None:
         block = self.pool.blocks[page]
         assert page != 0, "the null page was written"
         assert block.ref_cnt == 1, "a page that others hold was written"
-        assert block.block_hash is None, "a page in the prefix cache was written"
+        # A block is put into the prefix cache in the step that fills it.
+        tiered = self.scheduler.tiers.tiered[request_id]
+        own = {one.tag for one in tiered.blocks}
+        assert block.block_hash in {None, *own}, "a page in the prefix cache was written"
 
     def _write_native(self, request_id: str, start: int, count: int) -> None:
         prefixes = self._prefixes(request_id, start + count)

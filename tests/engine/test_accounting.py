@@ -43,7 +43,7 @@ def vllm_configs(tmp_path_factory):
 
 REQUEST = st.fixed_dictionaries(
     {
-        "arrival": st.integers(0, 20),
+        "arrival": st.integers(0, 80),
         "prefix": st.integers(0, 2),
         "prefix_tokens": st.sampled_from([0, 64, 200]),
         "own_tokens": st.integers(1, 500),
@@ -51,6 +51,9 @@ REQUEST = st.fixed_dictionaries(
         "max_tokens": st.integers(1, 100),
         "ratio": st.sampled_from([1.0, 1.0, 1.5, 2.0, 3.3, 4.0, 5.0, 6.1]),
         "abort_after": st.none() | st.integers(0, 60),
+        "salt": st.sampled_from([None, None, "a"]),
+        "continues": st.none() | st.integers(0, 9),
+        "drop": st.sampled_from([0, 0, 1, 5, 20, 150]),
     }
 )
 
@@ -75,7 +78,7 @@ def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
         if request["abort_after"] is not None:
             when = request["arrival"] + request["abort_after"]
             aborts.setdefault(when, []).append(f"r{i}")
-    for now in range(101):
+    for now in range(161):
         for i, request in enumerate(requests):
             if request["arrival"] == now:
                 # Prefixes are shared by some requests and not by others.
@@ -84,7 +87,14 @@ def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
                 if request["ratio"] > 3:
                     own_tokens += request["more_if_compressed"]
                 prompt = prefix + [100 + i] * own_tokens
-                simulation.add(f"r{i}", prompt, request["max_tokens"], request["ratio"])
+                # A later turn of a conversation, or a branch of it.
+                earlier = simulation.tokens.get(f"r{request['continues']}")
+                if earlier:
+                    kept = earlier[: len(earlier) - request["drop"]]
+                    prompt = kept[: 1100 if request["ratio"] > 3 else 500] + prompt[-80:]
+                simulation.add(
+                    f"r{i}", prompt, request["max_tokens"], request["ratio"], request["salt"]
+                )
         for request_id in aborts.get(now, ()):
             simulation.abort(request_id)
         if simulation.scheduler.has_requests():
