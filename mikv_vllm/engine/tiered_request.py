@@ -150,6 +150,16 @@ class TieredRequest:
         recent = min(self.planner.recent, sizes.high_tokens)
         return min(sizes.high_tokens, recent + self.num_tokens - self._demoted_at)
 
+    def all_blocks(self) -> list[Block]:
+        """All blocks, the tail with this step's tokens."""
+        return [*self.blocks[:-1], self.tail]
+
+    def pages_to_grow(self, num_tokens: int) -> int:
+        """Pages that :meth:`grow` allocates until there are ``num_tokens`` tokens."""
+        if num_tokens <= self.num_tokens:
+            return 0
+        return sum(len(growth.step.new_positions) for growth in self.grow(num_tokens))
+
     def grow(self, num_tokens: int) -> list[Growth]:
         """How the request takes tokens until it has ``num_tokens``: changes of its last blocks.
 

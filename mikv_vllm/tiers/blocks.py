@@ -26,18 +26,13 @@ from mikv_vllm.tiers.formats import (
 )
 from mikv_vllm.tiers.plan import LEAST_HIGH_FRACTION, TierSizes
 
-LEAST_BLOCK_TOKENS = 512
-"""Least tokens of a sealed block."""
-BLOCK_NATIVE_PAGES = 16
-"""Least native pages that the tokens of a sealed block would take."""
+BLOCK_NATIVE_PAGES = 32
+"""Native pages that the tokens of a sealed block would take; measured in docs/quality.md."""
 
 
 def block_tokens(block_size: int) -> int:
-    """Tokens of a sealed block, for native pages of ``block_size`` tokens.
-
-    At least :data:`LEAST_BLOCK_TOKENS`, and enough that the pages of a block can follow a ratio.
-    """
-    return max(LEAST_BLOCK_TOKENS, BLOCK_NATIVE_PAGES * block_size)
+    """Tokens of a sealed block, for native pages of ``block_size`` tokens."""
+    return BLOCK_NATIVE_PAGES * block_size
 
 
 @dataclass(frozen=True)

@@ -368,14 +368,14 @@ class Simulation:
         assert page != 0, "the null page was written"
         assert block.ref_cnt == 1, "a page that others hold was written"
         # A block is put into the prefix cache in the step that fills it.
-        tiered = self.scheduler.tiers.tiered[request_id]
+        tiered = self.scheduler.store.requests[request_id]
         own = {one.tag for one in tiered.blocks}
         assert block.block_hash in {None, *own}, "a page in the prefix cache was written"
 
     def _write_native(self, request_id: str, start: int, count: int) -> None:
         prefixes = self._prefixes(request_id, start + count)
         # A request that is compressed in this step has given its native pages back already.
-        own = {b.block_id for b in self.scheduler.tiers.req_to_blocks.get(request_id, ())}
+        own = {b.block_id for b in self.scheduler.manager.req_to_blocks.get(request_id, ())}
         for position in range(start, start + count):
             page, slot = self._slot(request_id, position)
             slots = self.memory.get(page)
@@ -387,8 +387,8 @@ class Simulation:
             slots[slot] = prefixes[position]
 
     def _tiered_pages(self) -> set[int]:
-        tiers = self.scheduler.tiers
-        return {b.block_id for r in tiers.tiered for b in tiers.req_to_blocks[r]}
+        held = self.scheduler.manager.req_to_blocks
+        return {page.block_id for r in self.scheduler.store.requests for page in held[r]}
 
     def _read_native(self, request_id: str, count: int) -> None:
         prefixes = self._prefixes(request_id, count)
@@ -413,7 +413,7 @@ class Simulation:
 
     def check_pages(self) -> None:
         """No page in two places, none leaked, blocks as large as their requests."""
-        tiers = self.scheduler.tiers
+        tiers, store = self.scheduler.manager, self.scheduler.store
         holders = Counter(
             block.block_id for blocks in tiers.req_to_blocks.values() for block in blocks
         )
@@ -422,8 +422,8 @@ class Simulation:
         total = self.pool.num_gpu_blocks - 1
         assert len(holders) + self.pool.get_num_free_blocks() == total, "a page was leaked"
         blocks = {}
-        for request_id, tiered in tiers.tiered.items():
-            own = [*tiered.blocks[:-1], tiered.tail]
+        for request_id, tiered in store.requests.items():
+            own = tiered.all_blocks()
             blocks |= {id(block): block for block in own}
             pages = [page.block_id for block in own for page in block.pages.values()]
             held = [page.block_id for page in tiers.req_to_blocks[request_id]]
@@ -437,5 +437,5 @@ class Simulation:
                     assert holders[page.block_id] == 1, "a tail is shared"
         totals = TierTotals()
         for block in blocks.values():
-            totals.count(tiers.geometry, block)
-        assert totals == tiers.totals
+            totals.count(store.geometry, block)
+        assert totals == store.totals

@@ -1,7 +1,8 @@
 """The interface of all methods: :class:`HeadCache` in, :class:`Stored` out."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -38,6 +39,16 @@ class HeadCache:
     @property
     def head_dim(self) -> int:
         return self.keys.shape[1]
+
+    def part(self, first: int, end: int) -> Self:
+        """The cache of some of the tokens; the queries are those of the whole prompt."""
+        return replace(
+            self,
+            keys=self.keys[first:end],
+            values=self.values[first:end],
+            attention=self.attention[first:end],
+            window_attention=self.window_attention[first:end],
+        )
 
     @property
     def native_bytes(self) -> int:

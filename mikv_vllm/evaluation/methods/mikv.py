@@ -6,9 +6,9 @@ import torch
 
 from mikv_vllm.evaluation.methods.base import CacheMethod, HeadCache, Stored
 from mikv_vllm.tiers import codec
+from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import LADDERS, LOW_RECORD_TOKENS, Codec, LowFormat, TierGeometry
 from mikv_vllm.tiers.key_codecs import key_codec
-from mikv_vllm.tiers.plan import TierPlanner
 from mikv_vllm.tiers.reference import select_high
 
 
@@ -16,7 +16,7 @@ from mikv_vllm.tiers.reference import select_high
 class MiKV(CacheMethod):
     """Keep all tokens in the two tiers of this package, as the planner sizes them for a ratio.
 
-    Bytes are those of whole pages. Source: :class:`~mikv_vllm.tiers.plan.TierPlanner` and the
+    Bytes are those of whole pages. Source: :class:`~mikv_vllm.tiers.blocks.BlockPlanner` and the
     codecs of :mod:`mikv_vllm.tiers`, which the kernels are tested against.
 
     Args:
@@ -42,14 +42,21 @@ class MiKV(CacheMethod):
 
     def store(self, cache: HeadCache) -> Stored:
         geometry = TierGeometry(cache.head_dim, self.block_size)
-        planner = TierPlanner.choose(
-            geometry, self.ratio, self.recent, cache.num_tokens, LADDERS[self.codec]
-        )
-        sizes = planner.compress(cache.num_tokens)
-        if sizes is None:
+        planner = BlockPlanner(geometry, self.ratio, self.recent, LADDERS[self.codec])
+        blocks = planner.compress(cache.num_tokens)
+        if blocks is None:
             return Stored(cache.keys, cache.values, cache.native_bytes)
-        keys, values, _ = store_tiers(cache, sizes.high_tokens, self.recent, planner.low_format)
-        return Stored(keys, values, sizes.pages * geometry.page_bytes)
+        keys, values, num_pages, first = [], [], 0, 0
+        for index, sizes in enumerate(blocks):
+            part = cache.part(first, first + sizes.num_tokens)
+            recent = min(self.recent, sizes.high_tokens) if sizes is blocks[-1] else 0
+            low_format = planner.form(index).low_format
+            stored = store_tiers(part, sizes.high_tokens, recent, low_format)
+            keys.append(stored[0])
+            values.append(stored[1])
+            num_pages += planner.num_allocated(index, sizes)
+            first += sizes.num_tokens
+        return Stored(torch.cat(keys), torch.cat(values), num_pages * geometry.page_bytes)
 
 
 def store_tiers(

@@ -1,0 +1,297 @@
+"""The blocks of all compressed requests: who holds which pages, and what changes in a step."""
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from mikv_vllm.config import CompressionConfig
+from mikv_vllm.engine.block_cache import BlockCache, Hit
+from mikv_vllm.engine.dirty_pages import DirtyPages
+from mikv_vllm.engine.step_plan import BlockTable, CompressStep, DecodeStep
+from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
+from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, planner
+from mikv_vllm.tiers.formats import TierGeometry
+
+
+class TierStore:
+    """Allocates, shares and releases the pages of blocks in vLLM's pool.
+
+    Calls come in pairs: :meth:`admit` and :meth:`forget`, :meth:`adopt` or :meth:`compress` and
+    :meth:`release`. Changes of a step are collected; the scheduler drains them into the plan.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        geometry: TierGeometry,
+        settings: CompressionConfig,
+        enable_caching: bool,
+    ) -> None:
+        self.pool = pool
+        self.geometry = geometry
+        self.settings = settings
+        self.enable_caching = enable_caching
+        self.block_tokens = block_tokens(geometry.block_size)
+        self.ratios: dict[str, float] = {}
+        """Requested ratio of each request that may be compressed."""
+        self.requests: dict[str, TieredRequest] = {}
+        """Compressed requests."""
+        self.totals = TierTotals()
+        """Of the blocks that requests hold; a shared block counts once."""
+        self.operations = dict.fromkeys(
+            ("compress", "compress_in_place", "demote", "reuse_tokens", "copy_pages"), 0
+        )
+        """Counts since the start."""
+        self.cache = BlockCache(pool, self.block_tokens)
+        self.dirty = DirtyPages()
+        self._unsealed: dict[str, int] = {}
+        """Requests with full blocks that are not in the prefix cache, and the first such block."""
+        self._steps: dict[str, list[DecodeStep]] = {}
+        self._adopted: dict[str, tuple[BlockTable, ...]] = {}
+        self._copies: list[tuple[int, int]] = []
+        self._released: list[KVCacheBlock] = []
+
+    def admit(self, request_id: str, ratio: float) -> None:
+        """Allow a request to be compressed."""
+        self.ratios[request_id] = ratio
+
+    def forget(self, request_id: str) -> None:
+        """Undo :meth:`admit`."""
+        assert request_id not in self.requests, "its blocks have to be released first"
+        self.ratios.pop(request_id, None)
+
+    def planner(self, request_id: str) -> BlockPlanner:
+        """Sizes of the blocks of a request."""
+        settings = self.settings
+        return planner(self.geometry, self.ratios[request_id], settings.recent, settings.ladder)
+
+    # Tokens join the tail.
+
+    def append_token(self, request_id: str, num_tokens: int) -> bool:
+        """Fast path: append one token, the ``num_tokens``-th, to a tail's last high record.
+
+        Nothing else changes, and the plan omits it.
+
+        Returns:
+            Whether the request is compressed and the record has a free slot.
+        """
+        tiered = self.requests.get(request_id)
+        if tiered is None or not tiered.free_slots or num_tokens != tiered.num_tokens + 1:
+            return False
+        tiered.free_slots -= 1
+        tiered.num_tokens = num_tokens
+        self.totals.high_tokens += 1
+        return True
+
+    def grow(self, request_id: str, num_tokens: int) -> None:
+        """Let a compressed request take tokens until it has ``num_tokens``."""
+        tiered = self.requests[request_id]
+        growths = tiered.grow(num_tokens)
+        self._steps[request_id] = [self._grow(request_id, tiered, growth) for growth in growths]
+
+    def _grow(self, request_id: str, tiered: TieredRequest, growth: Growth) -> DecodeStep:
+        step = growth.step
+        new = self.pool.get_new_blocks(len(step.new_positions))
+        self.dirty.add(new)
+        if growth.begins:
+            tiered.begin_block(growth.before)
+            tiered.tail.users = 1
+        else:
+            self.totals.count(self.geometry, tiered.tail, -1)
+        tail = tiered.tail
+        tail.pages.update(zip(step.new_positions, new, strict=True))
+        self._released.extend(tail.pages.pop(position) for position in step.freed_positions)
+        tiered.resize(step.after)
+        if step.demoted_records:
+            tiered.mark_demotion()
+            self.operations["demote"] += step.demoted_records
+        self.totals.count(self.geometry, tail)
+        if step.after.num_tokens == self.block_tokens:
+            self._unsealed.setdefault(request_id, growth.index)
+        page_ids = tuple(page.block_id for page in new)
+        return DecodeStep(growth.before, step, page_ids, tail.low_format, growth.begins)
+
+    # Requests become tiered, and end.
+
+    def find(self, request: Request) -> Hit:
+        """The blocks of the prefix cache that a waiting request can begin with."""
+        return self.cache.find(request, self.planner(request.request_id))
+
+    def pages_to_adopt(self, request_id: str, hit: Hit, num_tokens: int) -> int:
+        """Free pages that :meth:`adopt` and :meth:`grow` need until there are ``num_tokens``."""
+        tiered = TieredRequest(self.planner(request_id), hit.blocks(), hit.num_tokens)
+        pages = sum(page.ref_cnt == 0 for page in hit.pages)
+        return pages + len(hit.tail.pages if hit.tail else ()) + tiered.pages_to_grow(num_tokens)
+
+    def adopt(self, request_id: str, hit: Hit) -> None:
+        """Let a request begin with blocks of the prefix cache. A tail is copied."""
+        self.pool.touch(hit.pages)
+        blocks = hit.blocks()
+        if hit.tail:
+            copies = self.pool.get_new_blocks(len(hit.tail.pages))
+            self.dirty.add(copies)
+            blocks[-1].pages = dict(zip(sorted(hit.tail.pages), copies, strict=True))
+            sources = hit.tail.page_list
+            self._copies += [(s.block_id, t.block_id) for s, t in zip(sources, copies, strict=True)]
+            self._released += sources
+        droppable = hit.droppable if hit.tail else None
+        tiered = TieredRequest(self.planner(request_id), blocks, hit.num_tokens, droppable)
+        self._hold(request_id, tiered)
+        self._adopted[request_id] = tuple(block.table() for block in blocks)
+
+    def compress(
+        self, request: Request, num_tokens: int, native: list[KVCacheBlock]
+    ) -> CompressStep | None:
+        """Move a native request into blocks. Blocks that the prefix cache has are shared.
+
+        The native pages stay allocated until :meth:`release_pages`: other requests of the same
+        step must not write to them before the workers have read them.
+
+        Returns:
+            The step; None if it saves no page, or no pages are available.
+        """
+        plan = self.planner(request.request_id)
+        all_sizes = plan.compress(num_tokens)
+        if all_sizes is None:
+            return None
+        blocks = [Block(sizes, plan.form(i).low_format) for i, sizes in enumerate(all_sizes)]
+        shared = {}
+        if self.enable_caching:
+            for index in range(num_tokens // self.block_tokens):
+                if found := self.cache.find_block(request, index, plan):
+                    shared[index] = blocks[index] = found
+        shared_pages = [page for block in shared.values() for page in block.page_list]
+        self.pool.touch(shared_pages)
+        positions = [
+            () if index in shared else plan.positions(index, sizes)
+            for index, sizes in enumerate(all_sizes)
+        ]
+        targets = self._allocate_targets(native, [len(one) for one in positions])
+        if targets is None:
+            self.pool.free_blocks(shared_pages)
+            return None
+        for block, at, pages in zip(blocks, positions, targets, strict=True):
+            block.pages |= dict(zip(at, pages, strict=True))
+        written = [page for pages in targets for page in pages]
+        self.dirty.add(written)
+        ids = {page.block_id for page in written}
+        in_place = any(page.block_id in ids for page in native)
+        self._released += [page for page in reversed(native) if page.block_id not in ids]
+        reused = len(shared) * self.block_tokens
+        self._hold(request.request_id, TieredRequest(plan, blocks, reused))
+        if num_tokens >= self.block_tokens:
+            self._unsealed[request.request_id] = 0
+        self.operations["compress"] += 1
+        self.operations["compress_in_place"] += in_place
+        native_ids = tuple(page.block_id for page in native)
+        tables = tuple(block.table() for block in blocks)
+        return CompressStep(native_ids, tables, frozenset(shared), in_place)
+
+    def _allocate_targets(
+        self, native: list[KVCacheBlock], counts: list[int]
+    ) -> list[list[KVCacheBlock]] | None:
+        """Pages to compress into: free ones, or the request's own where too few are free.
+
+        Blocks are written one after the other. A block can overwrite native pages of its own tokens
+        and of earlier ones, but not those of later blocks.
+
+        Args:
+            counts: pages of each block.
+        """
+        num_free = self.pool.get_num_free_blocks()
+        if sum(counts) <= num_free:
+            pages = iter(self.pool.get_new_blocks(sum(counts)))
+            return [[next(pages) for _ in range(count)] for count in counts]
+        # A page that the workers write must have no other reader: neither a request that shares it
+        # (ref_cnt) nor, later, one that finds it in the prefix cache (evict_blocks).
+        per_block = self.block_tokens // self.geometry.block_size
+        own: list[list[KVCacheBlock]] = []
+        available: list[KVCacheBlock] = []
+        for index, count in enumerate(counts):
+            part = native[per_block * index : per_block * (index + 1)]
+            available += [page for page in part if page.ref_cnt == 1 and not page.is_null]
+            own.append([available.pop() for _ in range(min(count, len(available)))])
+        missing = [count - len(pages) for count, pages in zip(counts, own, strict=True)]
+        if sum(missing) > num_free:
+            return None
+        self.pool.evict_blocks({page.block_id for pages in own for page in pages})
+        return [
+            pages + self.pool.get_new_blocks(count)
+            for pages, count in zip(own, missing, strict=True)
+        ]
+
+    def _hold(self, request_id: str, tiered: TieredRequest) -> None:
+        self.requests[request_id] = tiered
+        self.operations["reuse_tokens"] += tiered.reused_tokens
+        for block in tiered.blocks:
+            block.users += 1
+            if block.users == 1:
+                self.totals.count(self.geometry, block)
+
+    def release(self, request_id: str) -> None:
+        """Forget the blocks of a request. The caller returns their pages to the pool."""
+        tiered = self.requests.pop(request_id, None)
+        for block in tiered.all_blocks() if tiered else ():
+            block.users -= 1
+            if not block.users:
+                self.totals.count(self.geometry, block, -1)
+        for by_request in (self._steps, self._adopted, self._unsealed):
+            by_request.pop(request_id, None)
+
+    # The prefix cache.
+
+    def seal(self, requests: dict[str, Request]) -> None:
+        """Put full blocks into the prefix cache, as far as the hashes of their tokens are known.
+
+        Call it when the requests of a step are final.
+        """
+        if not self.enable_caching:
+            self._unsealed.clear()
+        for request_id, first in list(self._unsealed.items()):
+            full = self.requests[request_id].num_tokens // self.block_tokens
+            request = requests[request_id]
+            open_blocks = [index for index in range(first, full) if not self._seal(request, index)]
+            if open_blocks:
+                self._unsealed[request_id] = open_blocks[0]
+            else:
+                del self._unsealed[request_id]
+
+    def _seal(self, request: Request, index: int) -> bool:
+        block = self.requests[request.request_id].blocks[index]
+        return block.tag is not None or self.cache.add_block(request, index, block)
+
+    def keep(self, request: Request) -> None:
+        """Keep the blocks of a request that ends findable. Call it before :meth:`release`."""
+        request_id = request.request_id
+        tiered = self.requests.get(request_id)
+        # With a planned change, the step of the request may have been withdrawn.
+        if tiered is None or not self.enable_caching or request_id in self._steps:
+            return
+        num_tokens = min(request.num_computed_tokens, request.num_tokens)
+        for index in range(num_tokens // self.block_tokens):
+            self._seal(request, index)
+        if tiered.tail.tag is None and tiered.tail.sizes.num_tokens < self.block_tokens:
+            self.cache.keep_tail(request, tiered, num_tokens)
+
+    # What the plan of a step gets.
+
+    def drain_steps(self) -> dict[str, list[DecodeStep]]:
+        """Drain the changes since the last call that are more than :meth:`append_token`."""
+        steps, self._steps = self._steps, {}
+        return steps
+
+    def drain_adopted(self) -> dict[str, tuple[BlockTable, ...]]:
+        """Drain the requests that begin with blocks of the prefix cache."""
+        adopted, self._adopted = self._adopted, {}
+        return adopted
+
+    def drain_copies(self) -> tuple[tuple[int, int], ...]:
+        """Drain the pages to copy, from and to."""
+        copies, self._copies = tuple(self._copies), []
+        self.operations["copy_pages"] += len(copies)
+        return copies
+
+    def release_pages(self) -> None:
+        """Return the pages that are not needed after this step to the pool."""
+        self.pool.free_blocks(self._released)
+        self._released = []
