@@ -1,10 +1,9 @@
 """The GPU worker."""
 
 from collections.abc import Iterable
-from functools import wraps
 from typing import Any, ClassVar
 
-from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
+from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -12,6 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from mikv_vllm.engine.gpu_impl import TieredGPUImpl
 from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.tiered_worker import TieredWorker
+from mikv_vllm.engine.vllm_hooks import leave_full_graphs, leave_full_graphs_v2
 from mikv_vllm.engine.worker_context import context
 
 logger = init_logger(__name__)
@@ -58,10 +58,14 @@ class TieredGPUWorker(TieredWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
+
+        def is_native() -> bool:
+            return context.is_native
+
         if self.use_v2_model_runner:
-            self._leave_full_graphs_v2(self.model_runner.cudagraph_manager)
+            leave_full_graphs_v2(self.model_runner.cudagraph_manager, is_native)
         else:
-            self._leave_full_graphs(self.model_runner.cudagraph_dispatcher)
+            leave_full_graphs(self.model_runner.cudagraph_dispatcher, is_native)
         if self.vllm_config.kernel_config.enable_jit_warmup:
             self._warm_up()
         return result
@@ -73,34 +77,3 @@ class TieredGPUWorker(TieredWorker):
         tiered = [layer for layer in layers if isinstance(layer.impl, TieredGPUImpl)]
         for layer in {layer.impl.shape: layer for layer in tiered}.values():
             layer.impl.warm_up(layer.kv_cache)
-
-    @staticmethod
-    def _leave_full_graphs(dispatcher: Any) -> None:
-        """Run steps that touch a tier piecewise: attention outside of the CUDA graphs."""
-        dispatch = dispatcher.dispatch
-
-        @wraps(dispatch)
-        def dispatch_step(*args: Any, **kwargs: Any) -> Any:
-            if not context.is_native:
-                invalid = kwargs.get("invalid_modes") or frozenset()
-                kwargs["invalid_modes"] = invalid | {CUDAGraphMode.FULL}
-            return dispatch(*args, **kwargs)
-
-        dispatcher.dispatch = dispatch_step
-
-    @staticmethod
-    def _leave_full_graphs_v2(manager: Any) -> None:
-        """The same for the V2 model runner, whose full graphs are those of uniform batches."""
-        if manager is None:
-            return
-        dispatch = manager.dispatch
-
-        @wraps(dispatch)
-        def dispatch_step(
-            num_reqs: int, num_tokens: int, uniform_token_count: int | None, **kwargs: Any
-        ) -> Any:
-            if not context.is_native:
-                uniform_token_count = kwargs["max_query_len"] = None
-            return dispatch(num_reqs, num_tokens, uniform_token_count, **kwargs)
-
-        manager.dispatch = dispatch_step

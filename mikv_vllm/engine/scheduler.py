@@ -1,7 +1,7 @@
 """The scheduler: vLLM's own, plus one plan a step."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -25,32 +25,24 @@ from mikv_vllm.config import (
     parse_ratio,
 )
 from mikv_vllm.engine.block_manager import TieredBlockManager
-from mikv_vllm.engine.step_plan import (
-    CompressStep,
-    DecodeStep,
-    ExtendStep,
-    ScoreStep,
-    StepPlan,
-    TieredSchedulerOutput,
-    TierStats,
-)
-from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
+from mikv_vllm.engine.reports import request_report
+from mikv_vllm.engine.statistics import tier_stats
+from mikv_vllm.engine.step_plan import TieredSchedulerOutput, TierStats
+from mikv_vllm.engine.step_planner import StepPlanner
+from mikv_vllm.engine.vllm_hooks import append_tokens_first, follow_other_group
 from mikv_vllm.tiers.plan import largest_ratio
 
 logger = init_logger(__name__)
 
 
 class TieredScheduler(Scheduler):
-    """Schedules as vLLM does, then plans which requests to score, compress and demote.
-
-    Compression is planned in the step that computes a prompt's last token, or, for a request that
-    was too short then, in the decode step in which it first saves a page.
+    """Schedules as vLLM does, then plans what the step does with the tiers.
 
     With async scheduling an instance is a :class:`TieredAsyncScheduler`, as in vLLM.
     """
 
     def __new__(cls, vllm_config: VllmConfig, *args, **kwargs) -> "TieredScheduler":
-        """Choose as vLLM does between its own two where no class is given."""
+        """Choose as vLLM does between its own two schedulers if no class is given."""
         is_async = vllm_config.scheduler_config.async_scheduling
         return super().__new__(TieredAsyncScheduler if is_async else cls)
 
@@ -62,26 +54,19 @@ class TieredScheduler(Scheduler):
         )
         self.compression = config
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        self.tiers = self._only_tiered(managers)
+        self.manager = self._only_tiered(managers)
+        self.store = self.manager.store
         for manager in managers:
-            if manager is not self.tiers:
-                self.tiers.wrap_other_manager(manager)
-        spec = self.tiers.kv_cache_spec
-        self.largest_ratio = largest_ratio(
-            self.tiers.geometry.head_dim, config.high_bits, config.ladder
-        )
-        self._heads = spec.num_layers * spec.num_kv_heads
-        self._heads *= self.parallel_config.tensor_parallel_size
-        share = int(config.native_share * (self.kv_cache_config.num_blocks - 1))
-        least = config.min_tokens + config.window
-        self.tiers.native_limit = max(share, -(-least // self.block_size)) * self.block_size
+            if manager is not self.manager:
+                follow_other_group(manager, self.store.dirty, config.window)
         if len(managers) == 1:
-            self._allocate_slots = self.kv_cache_manager.allocate_slots
-            self.kv_cache_manager.allocate_slots = self._take_slots
-        self._scoring: set[str] = set()
+            append_tokens_first(self.kv_cache_manager, self.store)
+        spec, ranks = self.manager.kv_cache_spec, self.parallel_config.tensor_parallel_size
+        self._heads = spec.num_layers * spec.num_kv_heads * ranks
+        self.largest_ratio = largest_ratio(spec.head_size, config.high_bits, config.ladder)
+        self.planner = StepPlanner(self.manager, self.max_model_len)
         self._with_stop_strings: set[str] = set()
-        self._stats: TierStats | None = None
-        """Of this step, until a request leaves."""
+        self._stats: TierStats | None = None  # of this step, until a request ends
 
     def _only_tiered(self, managers: Sequence[SingleTypeKVCacheManager]) -> TieredBlockManager:
         """The manager of the one cache group that has tiers.
@@ -106,18 +91,18 @@ class TieredScheduler(Scheduler):
             "serve it with `vllm serve`."
         )
 
-    # Requests come and go.
+    # Request life cycle.
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
         ratio = self._requested_ratio(request)
         if ratio > 1.0:
-            self.tiers.ratios[request.request_id] = ratio
+            self.store.admit(request.request_id, ratio)
         if request.sampling_params and request.sampling_params.stop:
             self._with_stop_strings.add(request.request_id)
 
     def _requested_ratio(self, request: Request) -> float:
-        # A resumable request gets new prompt tokens later; they need native pages.
+        # A resumable request gets more prompt tokens later; they need native pages.
         if request.sampling_params is None or request.resumable:
             return 1.0
         value = (request.sampling_params.extra_args or {}).get(RATIO_FIELD)
@@ -133,15 +118,16 @@ class TieredScheduler(Scheduler):
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        request_id = request.request_id
         report, self._stats = self._report(request), None
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
-        self.tiers.ratios.pop(request.request_id, None)
-        self._scoring.discard(request.request_id)
-        self._with_stop_strings.discard(request.request_id)
+        self.store.forget(request_id)
+        self.planner.forget(request_id)
+        self._with_stop_strings.discard(request_id)
         return {REPORT_FIELD: report}, ec_transfer_params
 
     def _preempt_request(self, request: Request, *args, **kwargs) -> None:
-        self._scoring.discard(request.request_id)
+        self.planner.forget(request.request_id)
         super()._preempt_request(request, *args, **kwargs)
 
     def update_from_output(
@@ -158,43 +144,30 @@ class TieredScheduler(Scheduler):
         return by_client
 
     def _report(self, request: Request) -> dict[str, Any]:
-        """What a finished request took, true to the page."""
-        geometry = self.tiers.geometry
-        tiered = self.tiers.tiered.get(request.request_id)
-        sizes = tiered.sizes if tiered else None
-        tokens = sizes.num_tokens if sizes else request.num_computed_tokens
-        uncompressed = tokens * geometry.token_bytes * self._heads
-        stored = sizes.pages * geometry.page_bytes * self._heads if sizes else uncompressed
-        return {
-            "requested_ratio": self.tiers.ratios.get(request.request_id, 1.0),
-            "achieved_ratio": round(uncompressed / stored, 4) if stored else 1.0,
-            "kv_tokens": tokens,
-            "high_tokens": sizes.high_tokens if sizes else 0,
-            "low_tokens": sizes.low_tokens if sizes else 0,
-            "kv_bytes": stored,
-            "uncompressed_kv_bytes": uncompressed,
-            "low_format": tiered.planner.low_format.name if tiered else None,
-        }
+        return request_report(request, self.store, self._heads)
 
-    # A prompt's last queries have to be computed in one step: they score it.
+    # The prefix cache.
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         hit = super()._get_local_prefix_cache_hit(request)
         _, num_tokens, boundary, diverged = hit
-        if request.request_id not in self.tiers.ratios:
+        if request.request_id not in self.store.ratios:
             return hit
+        # The last queries of a prompt are computed in one step, because they score it.
         limit = 0
         if self.compression.importance == "window":
             limit = max(0, request.num_tokens - self.compression.window)
             limit -= limit % self.block_size
         if num_tokens <= limit:
             return hit
-        # Looked up anew, not cut: a sliding window needs the pages before the new end.
+        # A new lookup, because a sliding window needs the pages before the new end.
         manager = self.kv_cache_manager
         found, num_tokens, _ = manager.coordinator.find_longest_cache_hit(
             request.block_hashes, limit
         )
         return manager.create_kv_cache_blocks(found), num_tokens, boundary, diverged
+
+    # One step.
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -202,133 +175,22 @@ class TieredScheduler(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        if num_new_tokens <= 1 or request.request_id not in self.tiers.ratios:
-            return num_new_tokens
-        limit = self.tiers.native_limit
-        if request.request_id not in self.tiers.tiered and request.num_tokens > limit:
-            most = max(limit - num_computed_tokens, self.compression.window)
-            num_new_tokens = min(num_new_tokens, most)
-        if self.compression.importance == "window":
-            left = request.num_tokens - num_computed_tokens
-            before_window = left - self.compression.window
-            if 0 < before_window < num_new_tokens < left:
-                return before_window
-        return num_new_tokens
-
-    # One step.
+        return self.planner.cut_chunk(request, num_computed_tokens, num_new_tokens)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
+        plan = self.planner.plan(self.requests, output.num_scheduled_tokens)
+        self._stats = tier_stats(self.store, self.running, self._heads)
         values = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
-        return TieredSchedulerOutput(**values, plan=self._plan(output.num_scheduled_tokens))
-
-    def _take_slots(self, request: Request, num_new_tokens: int, *args, **kwargs):
-        """``KVCacheManager.allocate_slots``, short for what a compressed request mostly does."""
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        if num_new_tokens == 1 and self.tiers.append_token(request.request_id, num_tokens):
-            return self.kv_cache_manager.empty_kv_cache_blocks
-        return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
-
-    def _plan(self, num_scheduled_tokens: dict[str, int]) -> StepPlan:
-        decode: dict[str, DecodeStep] = {}
-        extend: dict[str, ExtendStep] = {}
-        for request_id, step in self.tiers.drain_steps().items():
-            num_new = num_scheduled_tokens[request_id]
-            if num_new == 1:
-                decode[request_id] = step
-            else:
-                extend[request_id] = ExtendStep(**vars(step), num_queries=self._queries(num_new))
-        score: dict[str, ScoreStep] = {}
-        compress: dict[str, CompressStep] = {}
-        for request_id in [r for r in self.tiers.ratios if r not in self.tiers.tiered]:
-            num_new = num_scheduled_tokens.get(request_id, 0)
-            if not num_new:
-                continue
-            request = self.requests[request_id]
-            if scoring := self._score(request, num_new):
-                score[request_id] = scoring
-            num_tokens = request.num_computed_tokens
-            if self._awaits_more_prompt(request) or num_tokens < self._least_tokens:
-                continue
-            most_tokens = max(num_tokens, request.num_tokens)
-            if done := self.tiers.compress(request_id, num_tokens, most_tokens):
-                compress[request_id] = done
-                self._scoring.discard(request_id)
-        self.tiers.release_native_pages()
-        zero = self.tiers.drain_pages_to_zero()
-        self._stats = self._tier_stats()
-        return StepPlan(score, compress, decode, extend, zero, self._stats)
-
-    @property
-    def _least_tokens(self) -> int:
-        return self.compression.min_tokens
-
-    def _awaits_more_prompt(self, request: Request) -> bool:
-        """Whether more of the prompt comes before it is compressed."""
-        limit = self.tiers.native_limit
-        # The window at a prompt's end is not cut: it has to fit behind what is native then.
-        has_room = request.num_computed_tokens < limit - self.compression.window
-        return request.is_prefill_chunk and (request.num_tokens <= limit or has_room)
-
-    def _queries(self, num_new: int) -> int:
-        """How many of a step's queries score."""
-        if self.compression.importance == "h2o":
-            return num_new
-        return min(self.compression.window, num_new)
-
-    def _score(self, request: Request, num_new: int) -> ScoreStep | None:
-        """How this step adds to the request's scores, if it does."""
-        num_tokens, window = request.num_computed_tokens, self.compression.window
-        if self.compression.importance == "h2o":
-            reset = num_tokens == num_new
-        else:
-            if self._awaits_more_prompt(request) or num_tokens < self._least_tokens - window:
-                return None
-            reset = num_new > 1 or request.request_id not in self._scoring
-        self._scoring.add(request.request_id)
-        capacity = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        return ScoreStep(self._queries(num_new), num_tokens, max(capacity, num_tokens), reset)
-
-    # What it holds.
-
-    def _tier_stats(self) -> TierStats:
-        pool, geometry, held = self.tiers.block_pool, self.tiers.geometry, self.tiers.totals
-        total, free = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
-        computed = sum(r.num_computed_tokens for r in self.running)
-        num_tiered = len(self.tiers.tiered)
-        high, low = held.high_tokens, LOW_RECORD_TOKENS * held.low_records
-        high_bytes = (
-            num_tiered * geometry.header_bytes + held.high_records * geometry.high.num_bytes
-        )
-        unused = held.pages * geometry.page_bytes - high_bytes - held.low_bytes
-        return TierStats(
-            pages={
-                "total": total,
-                "free": free,
-                "native": total - free - held.pages,
-                "tiered": held.pages,
-            },
-            tokens={"native": max(0, computed - high - low), "high": high, "low": low},
-            bytes={
-                "high": high_bytes * self._heads,
-                "low": held.low_bytes * self._heads,
-                "unused": unused * self._heads,
-            },
-            operations={
-                "compress": self.tiers.num_compressed,
-                "compress_in_place": self.tiers.num_compressed_in_place,
-                "demote": self.tiers.num_demoted,
-            },
-            requests={"native": len(self.running) - num_tiered, "tiered": num_tiered},
-        )
+        return TieredSchedulerOutput(**values, plan=replace(plan, stats=self._stats))
 
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             # The one field of vLLM's statistics that takes any dictionary; it is free, since
             # KV connectors are refused.
-            tier_stats = self._stats or self._tier_stats()
-            stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: vars(tier_stats)}
+            tiers = self._stats or tier_stats(self.store, self.running, self._heads)
+            stats.kv_connector_stats = {ADDITIONAL_CONFIG_KEY: vars(tiers)}
         return stats
 
 

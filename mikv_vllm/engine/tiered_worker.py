@@ -1,7 +1,6 @@
 """What our workers have in common: they hand the plan to the attention backend."""
 
 from dataclasses import asdict
-from functools import wraps
 from typing import Any, ClassVar
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -10,6 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.step_plan import StepPlan, TieredSchedulerOutput, TierStats
+from mikv_vllm.engine.vllm_hooks import observe_batches
 from mikv_vllm.engine.worker_context import context
 
 
@@ -34,14 +34,11 @@ class TieredWorker(Worker):
         if not self.use_v2_model_runner:
             context.request_ids = lambda: runner.input_batch.req_ids
             return
-        prepare_attn = runner.prepare_attn
 
-        @wraps(prepare_attn)
-        def prepare(input_batch: Any) -> Any:
+        def observe(input_batch: Any) -> None:
             context.request_ids = lambda: input_batch.req_ids
-            return prepare_attn(input_batch)
 
-        runner.prepare_attn = prepare
+        observe_batches(runner, observe)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)

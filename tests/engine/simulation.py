@@ -21,10 +21,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig
-from mikv_vllm.engine.block_manager import TierTotals
 from mikv_vllm.engine.scheduler import TieredScheduler
 from mikv_vllm.engine.spec import TieredAttentionSpec
 from mikv_vllm.engine.step_plan import TieredSchedulerOutput
+from mikv_vllm.engine.tiered_request import TierTotals
 from mikv_vllm.engine.worker_context import WorkerContext
 from mikv_vllm.kernels.batch import HIGH, LOW, PAGES
 from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
@@ -232,7 +232,7 @@ class Simulation:
     def _write_native(self, request_id: str, start: int, count: int) -> None:
         prefixes = self._prefixes(request_id, start + count)
         # A request that is compressed in this step has given its native pages back already.
-        own = {b.block_id for b in self.scheduler.tiers.req_to_blocks.get(request_id, ())}
+        own = {b.block_id for b in self.scheduler.manager.req_to_blocks.get(request_id, ())}
         for position in range(start, start + count):
             page, slot = self._slot(request_id, position)
             slots = self.memory.get(page)
@@ -244,8 +244,8 @@ class Simulation:
             slots[slot] = prefixes[position]
 
     def _tiered_pages(self) -> set[int]:
-        tiers = self.scheduler.tiers
-        return {b.block_id for r in tiers.tiered for b in tiers.req_to_blocks[r]}
+        held = self.scheduler.manager.req_to_blocks
+        return {page.block_id for r in self.scheduler.store.requests for page in held[r]}
 
     def _read_native(self, request_id: str, count: int) -> None:
         prefixes = self._prefixes(request_id, count)
@@ -270,21 +270,19 @@ class Simulation:
 
     def check_pages(self) -> None:
         """No page in two places, none leaked, tiers as large as the request."""
-        tiers = self.scheduler.tiers
-        holders = Counter(
-            block.block_id for blocks in tiers.req_to_blocks.values() for block in blocks
-        )
+        held, store = self.scheduler.manager.req_to_blocks, self.scheduler.store
+        holders = Counter(page.block_id for pages in held.values() for page in pages)
         for page, count in holders.items():
             assert self.pool.blocks[page].ref_cnt == count, f"page {page}: {count} holders"
         total = self.pool.num_gpu_blocks - 1
         assert len(holders) + self.pool.get_num_free_blocks() == total, "a page was leaked"
-        for request_id, tiered in tiers.tiered.items():
-            blocks = tiers.req_to_blocks[request_id]
-            assert len(blocks) == tiered.sizes.pages
-            assert all(holders[b.block_id] == 1 for b in blocks), "a tiered page is shared"
+        for request_id, tiered in store.requests.items():
+            pages = held[request_id]
+            assert len(pages) == tiered.sizes.pages
+            assert all(holders[page.block_id] == 1 for page in pages), "a tiered page is shared"
             request = self.scheduler.requests[request_id]
             assert tiered.sizes.num_tokens == request.num_computed_tokens
         totals = TierTotals()
-        for tiered in tiers.tiered.values():
-            totals.count(tiered, 1)
-        assert totals == tiers.totals
+        for tiered in store.requests.values():
+            totals.count(tiered)
+        assert totals == store.totals

@@ -91,9 +91,9 @@ def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
             simulation.step()
     simulation.run()
     assert simulation.pool.get_num_free_blocks() == num_pages
-    tiers = simulation.scheduler.tiers
     scheduler, context = simulation.scheduler, simulation.context
-    left = (tiers.tiered, tiers.req_to_blocks, tiers.ratios, scheduler._scoring)
+    manager, store = scheduler.manager, scheduler.store
+    left = (store.requests, store.ratios, manager.req_to_blocks, scheduler.planner._scoring)
     assert not any((*left, context.tiers, context.scores))
 
 
@@ -117,7 +117,7 @@ def test_a_full_pool_compresses_in_place(vllm_configs):
     simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 32))
     simulation.add("r", list(range(900)), 100, 4.0)
     simulation.run()
-    assert simulation.scheduler.tiers.num_compressed_in_place == 1
+    assert simulation.scheduler.store.operations["compress_in_place"] == 1
     assert simulation.reports["r"]["low_tokens"] > 800
 
 
@@ -141,7 +141,7 @@ def test_shared_pages_are_not_compressed_in_place(vllm_configs):
     for _ in range(10):
         simulation.step()
     assert simulation.most_running == 2
-    assert not simulation.scheduler.tiers.tiered
+    assert not simulation.scheduler.store.requests
     simulation.run()
     assert simulation.preemptions == 0
     assert simulation.reports["compressed"]["low_tokens"] > 300

@@ -1,0 +1,42 @@
+"""Statistics of the pool: what the tiers hold, and what was done so far."""
+
+from collections.abc import Sequence
+
+from vllm.v1.request import Request
+
+from mikv_vllm.engine.step_plan import TierStats
+from mikv_vllm.engine.tier_store import TierStore
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
+
+
+def tier_stats(store: TierStore, running: Sequence[Request], heads: int) -> TierStats:
+    """Return the statistics after a step is scheduled.
+
+    Args:
+        store: the tiers of all requests.
+        running: all running requests.
+        heads: KV heads of all layers.
+    """
+    pool, geometry, held = store.pool, store.geometry, store.totals
+    total, free = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
+    computed = sum(request.num_computed_tokens for request in running)
+    num_tiered = len(store.requests)
+    high, low = held.high_tokens, LOW_RECORD_TOKENS * held.low_records
+    high_bytes = num_tiered * geometry.header_bytes + held.high_records * geometry.high.num_bytes
+    unused = held.pages * geometry.page_bytes - high_bytes - held.low_bytes
+    return TierStats(
+        pages={
+            "total": total,
+            "free": free,
+            "native": total - free - held.pages,
+            "tiered": held.pages,
+        },
+        tokens={"native": max(0, computed - high - low), "high": high, "low": low},
+        bytes={
+            "high": high_bytes * heads,
+            "low": held.low_bytes * heads,
+            "unused": unused * heads,
+        },
+        operations=dict(store.operations),
+        requests={"native": len(running) - num_tiered, "tiered": num_tiered},
+    )
