@@ -41,7 +41,7 @@ HOOKS = ("engine/vllm_hooks.py", "server/vllm_hooks.py")
 def modules(folder: Path) -> dict[str, Path]:
     """Modules of a package by dotted name, without the name of the package itself."""
     found = {}
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.pyi")]):
         parts = path.relative_to(folder).with_suffix("").parts
         is_package = parts[-1] == "__init__" and len(parts) > 1
         found[".".join(parts[:-1] if is_package else parts)] = path
