@@ -1,0 +1,67 @@
+"""Every example runs and prints what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server.serving import RunningServer
+
+pytestmark = pytest.mark.engine
+
+FOLDER = Path(__file__).parent.parent / "examples"
+FLAGS = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(200 << 20), "--enforce-eager"]
+EXPECTED = {
+    "http_client.py": ["'requested_ratio': 4.0"],
+    "streaming.py": ["'requested_ratio': 3.0"],
+    "tools_and_json.py": ["tool call: weather ", "JSON: {'city': '"],
+    "ratio_by_request.py": ["requested  achieved  tokens  bytes", "      4.0 "],
+    "quality_check.py": ["| 4"],
+    "langchain_client.py": ["Paris"],
+    "litellm_client.py": ["Paris"],
+}
+"""What each script prints, beside other things; all of them but ``offline.py`` need a server."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, model_path):
+    flags = [*FLAGS, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with RunningServer(flags, tmp_path_factory.mktemp("server") / "log.txt") as running:
+        yield running
+
+
+def run(name: str, **env: str) -> str:
+    """What an example prints."""
+    result = subprocess.run(
+        [sys.executable, FOLDER / name],
+        env=os.environ | env,
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_example_with_a_server(server, name):
+    printed = run(name, MIKV_URL=f"{server.url}/v1")
+    for expected in EXPECTED[name]:
+        assert expected in printed
+
+
+def test_the_offline_example(model_path):
+    printed = run("offline.py")
+    assert "ratio 1:" in printed
+    assert "ratio 4:" in printed
+
+
+def test_every_example_is_run_and_described():
+    names = {path.name for path in FOLDER.glob("*.py")}
+    assert names == {*EXPECTED, "offline.py"}
+    readme = (FOLDER / "README.md").read_text()
+    assert all(f"[`{name}`]({name})" in readme for name in names)
