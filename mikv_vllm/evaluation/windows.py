@@ -1,4 +1,4 @@
-"""Windows of text: a prompt and the tokens that follow it. Texts to cut them from."""
+"""Windows of text: a prompt and the tokens that follow it. Also the texts of the evaluation."""
 
 import pydoc_data.topics
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Window:
 
     @property
     def inputs(self) -> list[int]:
-        """Tokens after which the continuation is predicted: each token before one of it."""
+        """Inputs of the model: the token before each token of the continuation."""
         return [self.prompt[-1], *self.continuation[:-1]]
 
 
