@@ -1,6 +1,8 @@
-"""Every example runs and prints what it promises."""
+"""Every example, and the README's own, runs and prints what it promises."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,31 @@ def test_the_offline_example(model_path):
     printed = run("offline.py")
     assert "ratio 1:" in printed
     assert "ratio 4:" in printed
+
+
+def blocks_of_the_readme(language: str) -> list[str]:
+    text = (FOLDER.parent / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_curl_of_the_readme_returns_the_report_that_it_shows(server):
+    (command,) = [code for code in blocks_of_the_readme("bash") if code.startswith("curl")]
+    command = command.replace("http://localhost:8000", server.url)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    report = json.loads(result.stdout)["kv_compression"]
+    (shown,) = blocks_of_the_readme("json")
+    assert json.loads(shown) == {name: report[name] for name in json.loads(shown)}
+
+
+def test_the_python_of_the_readme(tmp_path, model_path):
+    (code,) = blocks_of_the_readme("python")
+    script = tmp_path / "readme.py"
+    script.write_text(code.replace("LLM(", "LLM(enforce_eager=True, max_model_len=4096, "))
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "'requested_ratio': 4.0" in result.stdout
 
 
 def test_every_example_is_run_and_described():
