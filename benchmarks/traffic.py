@@ -8,7 +8,7 @@ from mikv_vllm.config import RATIO_FIELD, REPORT_FIELD
 from mikv_vllm.evaluation.windows import topics_text
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
-WRONG_RATIOS = ("4", True, [4.0], {}, 0.5, -2.0, 1e9, float("nan"), float("inf"))
+WRONG_RATIOS = ("four", True, [4.0], {}, 0.5, -2.0, 1e9, float("nan"), float("inf"))
 STOPS = (["the"], ["\n\n"], [".", ":"], ["object", "class"])
 CHARS_PER_TOKEN = 3
 """Low estimate for the Python reference, so that no prompt is longer than intended."""
