@@ -66,6 +66,30 @@ def test_a_broken_file_of_low_formats_is_named(tmp_path, capsys):
     assert f"{file} is not a file of `mikv-eval calibrate`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("- a\n- b\n", "holds a list"), ("text\n", "holds a single value"), ("a: [\n", "cannot read")],
+)
+def test_a_config_file_that_is_not_a_map_is_refused_with_one_sentence(
+    tmp_path, capsys, text, reason
+):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        parse(["--config", str(file)])
+    printed = capsys.readouterr().err.strip()
+    assert reason in printed
+    assert str(file) in printed
+    assert "it should hold one flag per line" in printed
+    assert "\n" not in printed
+
+
+def test_a_missing_config_file_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--config", "missing.yaml"])
+    assert "there is no file missing.yaml" in capsys.readouterr().err
+
+
 def test_the_presets_do_not_say_that_gpus_are_refused():
     for path in CONFIGS.glob("*.yaml"):
         assert "CPUs only" not in path.read_text()
