@@ -8,7 +8,7 @@ from mikv_vllm.config import RATIO_FIELD, RatioError, parse_ratio
 
 XARGS_FIELD = "vllm_xargs"
 """vLLM's field for extra sampling arguments; its entries reach ``SamplingParams.extra_args``."""
-OTHER_FIELDS = ("kv_transfer_params",)
+OTHER_FIELDS = ("kv_transfer_params", "kv_cache_report_mode")
 """Fields of vLLM that begin with ``kv_``."""
 
 

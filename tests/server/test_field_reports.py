@@ -48,6 +48,8 @@ def test_a_misspelt_field_is_refused_with_the_right_name(name):
 def test_fields_of_vllm_pass():
     body = json.dumps({"kv_transfer_params": {"a": 1}, "prompt": "kv_compresion_ratio"}).encode()
     assert move_ratio(body, 6.0) is body
+    body = json.dumps({"vllm_xargs": {"kv_cache_report_mode": "full"}}).encode()
+    assert move_ratio(body, 6.0) is body
 
 
 def test_a_missing_file_of_low_formats_is_named(capsys):
