@@ -1,4 +1,4 @@
-"""OpenAI's Python client: the ratio is one more field of the body."""
+"""OpenAI's Python client: ``extra_body`` adds the ratio to the request."""
 
 import os
 
