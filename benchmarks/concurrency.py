@@ -1,29 +1,23 @@
-"""How many requests run at once in the same pool bytes, none of them preempted."""
-
-import json
+"""Number of requests that run at once without preemption in pools of the same size."""
 
 from vllm import LLM, SamplingParams
 
 from benchmarks.engines import BLOCK_SIZE, STOCK, Contender, engines
+from benchmarks.pool import token_bytes
 from benchmarks.prompts import distinct_prompts
-from mikv_vllm.models import embedded_model
 
 POOL_TOKENS = 8 * 2048
-"""Native tokens of the pool: eight stock requests of 2,048."""
+"""Uncompressed tokens that fit into the pool: eight requests of 2,048."""
 NEW_TOKENS = 160
 RATIO_FOUR = Contender("ratio 4", "mikv", 4.0)
 
 
-def pool_bytes() -> int:
-    """Bytes of a pool for :data:`POOL_TOKENS` tokens of the embedded model."""
-    config = json.loads((embedded_model() / "config.json").read_text())
-    numbers = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    # One page more: vLLM keeps the null page.
-    return (POOL_TOKENS + BLOCK_SIZE) * 2 * 2 * numbers
-
-
 def _run(llm: LLM, contender: Contender, count: int) -> tuple[int, int]:
-    """Requests that decoded together at most, and preemptions."""
+    """Run ``count`` requests that arrive together.
+
+    Returns:
+        Largest number of requests that decoded at the same time, and number of preemptions.
+    """
     prompts = distinct_prompts(llm.get_tokenizer(), count, 2048 - NEW_TOKENS)
     engine = llm.llm_engine
     params = SamplingParams(
@@ -54,11 +48,17 @@ def _preemptions(llm: LLM) -> int:
 
 
 def measure() -> list[dict]:
-    """Raise the number of requests until one is preempted or has to wait."""
+    """Increase the number of requests until one is preempted or has to wait.
+
+    Returns:
+        A row for stock vLLM and one for ratio 4.
+    """
     rows: list[dict] = []
     names = {STOCK.engine, RATIO_FOUR.engine}
     settings = {"disable_log_stats": False, "max_num_seqs": 128}
-    with engines(names, pool_bytes(), **settings) as llms:
+    # One page more, because vLLM reserves the null page.
+    pool_bytes = (POOL_TOKENS + BLOCK_SIZE) * token_bytes()
+    with engines(names, pool_bytes, **settings) as llms:
         for contender, first in ((STOCK, 7), (RATIO_FOUR, 25)):
             best = 0
             for count in range(first, 64):

@@ -1,4 +1,4 @@
-"""Decode: milliseconds a step and tokens a second, by context and batch."""
+"""Decode: milliseconds per step and tokens per second, by context and number of sequences."""
 
 from statistics import median
 
@@ -8,6 +8,10 @@ from benchmarks.engines import RATIOS, STOCK, STOCK_FP8, Contender, step_times
 from benchmarks.prompts import distinct_prompts
 
 CONTENDERS = (STOCK, STOCK_FP8, *RATIOS)
+MARGIN_TOKENS = 8
+"""A sequence is this many tokens shorter than the context after its last step."""
+WARM_UP_STEPS = 4
+"""First steps of a run, which are not timed: the last requests are compressed in them."""
 
 
 def measure(
@@ -18,15 +22,26 @@ def measure(
     steps: int,
     contenders: tuple[Contender, ...] = CONTENDERS,
 ) -> list[dict]:
-    """Time every cell, the contenders in turn within each round.
+    """Time the decode steps of all contenders, which take turns in each round.
 
-    Prompts come from the prefix cache after their first use, so that a round is nearly all decode.
+    Prompts are in the prefix cache after their first use, so a round is almost only decode.
+
+    Args:
+        llms: engines by name.
+        contexts: tokens per sequence, the decoded ones included.
+        batches: numbers of sequences.
+        rounds: runs of each contender per context and batch.
+        steps: decode steps per run.
+        contenders: columns of the table.
+
+    Returns:
+        A row for each context, batch and contender, with the median step over all rounds.
     """
     tokenizer = next(iter(llms.values())).get_tokenizer()
     rows = []
     for context in contexts:
         for batch in batches:
-            prompts = distinct_prompts(tokenizer, batch, context - steps - 8)
+            prompts = distinct_prompts(tokenizer, batch, context - steps - MARGIN_TOKENS)
             times: dict[str, list[float]] = {c.name: [] for c in contenders}
             achieved: dict[str, float] = {}
             for name in {c.engine for c in contenders}:
@@ -37,8 +52,7 @@ def measure(
                     _, found, reports = step_times(
                         llms[contender.engine], prompts, steps, contender.extra_args
                     )
-                    # The first steps compress late-comers and warm caches.
-                    times[contender.name] += found[4:]
+                    times[contender.name] += found[WARM_UP_STEPS:]
                     if reports[0]:
                         achieved[contender.name] = reports[0]["achieved_ratio"]
             stock = median(times[STOCK.name])

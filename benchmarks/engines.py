@@ -1,4 +1,4 @@
-"""The engines that a run compares, all alive at once so that it can take them in turn."""
+"""The engines that a benchmark compares. All are alive at the same time and are run in turn."""
 
 import os
 import time
@@ -12,18 +12,20 @@ from mikv_vllm.config import RATIO_FIELD
 from mikv_vllm.models import embedded_model
 
 BLOCK_SIZE = 32
-"""Tokens a page, the same in every engine: MiKV's default on CPU."""
+"""Tokens per page in all engines. This is MiKV's default on a CPU."""
 MAX_MODEL_LEN = 8192
+"""Tokens of the longest request."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One column of the tables."""
+    """An engine and a ratio that are measured."""
 
     name: str
     engine: str
     """``stock``, ``stock fp8`` or ``mikv``."""
     ratio: float | None = None
+    """Requested ratio; None for stock vLLM."""
 
     @property
     def extra_args(self) -> dict[str, float] | None:
@@ -37,7 +39,13 @@ RATIOS = tuple(Contender(f"ratio {r:g}", "mikv", r) for r in (1.0, 2.0, 3.0, 4.0
 
 @contextmanager
 def engines(names: set[str], pool_bytes: int, **settings) -> Iterator[dict[str, LLM]]:
-    """Start engines by name, each with a pool of ``pool_bytes``; stop them afterwards."""
+    """Start engines, and stop them at the end of the ``with`` block.
+
+    Args:
+        names: ``stock``, ``stock fp8`` or ``mikv``.
+        pool_bytes: bytes of the pool of each engine.
+        **settings: arguments of ``vllm.LLM`` for all engines.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from mikv_vllm import LLM as TieredLLM
 
@@ -70,11 +78,17 @@ _counter = iter(range(1 << 60))
 def step_times(
     llm: LLM, prompts: list[list[int]], new_tokens: int, extra_args: dict | None
 ) -> tuple[float, list[float], list[dict | None]]:
-    """Run prompts together.
+    """Run requests that arrive together.
+
+    Args:
+        llm: the engine; no other request is in it.
+        prompts: token ids.
+        new_tokens: tokens to decode per request.
+        extra_args: of ``SamplingParams``, with the ratio.
 
     Returns:
-        Seconds until every prompt has its first token; seconds of each later step, with all
-        requests in it; the requests' compression reports.
+        Seconds until every request has its first token, seconds of each later step that includes
+        all requests, and the reports of the requests (None in stock vLLM).
     """
     engine = llm.llm_engine
     params = SamplingParams(

@@ -1,4 +1,4 @@
-"""Time to the first token of a prompt that no cache has seen."""
+"""Time to the first token of a prompt that is not in the prefix cache."""
 
 from statistics import median
 
@@ -11,7 +11,16 @@ CONTENDERS = (STOCK, *(c for c in RATIOS if c.ratio in (1.0, 4.0)))
 
 
 def measure(llms: dict[str, LLM], length: int, rounds: int) -> list[dict]:
-    """Seconds to the first token; the step that gives it scores and compresses the prompt."""
+    """Measure the seconds to the first token, scoring and compression included.
+
+    Args:
+        llms: engines by name.
+        length: tokens of the prompt.
+        rounds: prompts per contender.
+
+    Returns:
+        A row for each contender with its median.
+    """
     tokenizer = next(iter(llms.values())).get_tokenizer()
     times: dict[str, list[float]] = {c.name: [] for c in CONTENDERS}
     for number in range(rounds):

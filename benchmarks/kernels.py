@@ -1,7 +1,9 @@
-"""CPU kernels alone: bytes moved, GB/s and share of this machine's read bandwidth.
+"""Measure the CPU kernels: bytes, GB/s, and the share of this machine's read bandwidth.
 
-``python -m benchmarks.kernels``. Single thread unless ``--threads`` says otherwise. The decode
-table reads a cache that no CPU cache holds: many layers in turn, as a model does.
+    python -m benchmarks.kernels
+
+The decode step reads the caches of many layers in turn, as in a model, so the data comes from
+memory and not from a cache of the CPU.
 """
 
 import argparse
@@ -17,11 +19,12 @@ from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 64, 9, 3, 64, 16
 """The embedded model's attention."""
-K4V3 = LowFormat((6, 4, 3, 3), 3)
+LOW_FORMAT = LowFormat((6, 4, 3, 3), 3)
+NAME = LOW_FORMAT.name
 
 
 def seconds(run: Callable[[], None], repeat: int = 7) -> float:
-    """Median time of a call, after one that does not count."""
+    """Return the median time of a call, after one call that is not timed."""
     run()
     times = []
     for _ in range(repeat):
@@ -32,13 +35,13 @@ def seconds(run: Callable[[], None], repeat: int = 7) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that the threads in use read from memory."""
+    """Measure the bytes per second that the threads in use read from memory."""
     data = torch.ones(512 << 20, dtype=torch.uint8).view(torch.int64)
     return data.nbytes / seconds(data.max, 5)
 
 
 def layer_ops(geometry: TierGeometry, heads: int, kv_heads: int) -> cpu.LayerOps:
-    """A layer's kernels on pages in vLLM's plain layout: keys transposed, values in rows."""
+    """Set up the kernels of a layer for vLLM's plain layout: keys transposed, values in rows."""
     size = geometry.block_size * geometry.head_dim
     keys = torch.arange(size, dtype=torch.int32).view(geometry.head_dim, geometry.block_size)
     return cpu.LayerOps(
@@ -59,7 +62,14 @@ def layer_ops(geometry: TierGeometry, heads: int, kv_heads: int) -> cpu.LayerOps
 
 
 class Prompt:
-    """Native requests of one layer, and their compressed pages."""
+    """A native request in one layer, and the pages that it is compressed into.
+
+    Args:
+        geometry: sizes of pages and records.
+        heads, kv_heads: query heads and KV heads.
+        num_tokens: tokens of the request.
+        ratio: requested compression ratio.
+    """
 
     def __init__(
         self, geometry: TierGeometry, heads: int, kv_heads: int, num_tokens: int, ratio: float
@@ -94,7 +104,16 @@ class Prompt:
 
 
 class Decode:
-    """A decode step over several layers and rows, all of them at the same length."""
+    """A decode step of several layers and requests, all with the same sizes.
+
+    Args:
+        head_dim: channels of a head.
+        heads, kv_heads: query heads and KV heads.
+        low_format: format of the low tier.
+        high_tokens, low_records: sizes of each request.
+        rows: number of requests.
+        layers: number of layers.
+    """
 
     def __init__(
         self,
@@ -116,7 +135,7 @@ class Decode:
         self.batch = cpu.DecodeBatch.build(
             [(row, order[row].numpy(), before, step, low_format) for row in range(rows)]
         )
-        # Any bytes are a valid cache of integers; metadata of 0x3x bytes gives moderate numbers.
+        # All bytes are valid integers. As fp16 metadata, bytes from 40 to 79 are moderate numbers.
         self.caches = [
             torch.randint(40, 80, (rows * pages, kv_heads, page), dtype=torch.uint8)
             for _ in range(layers)
@@ -127,7 +146,7 @@ class Decode:
         self.out = torch.empty_like(self.q)
         self.items = rows * kv_heads * layers
         self.bytes = self.items * (geometry.high_bytes(high_tokens) + low_records * record)
-        self.chunks = self.items * low_records
+        self.low_records = self.items * low_records
 
     def __call__(self) -> None:
         for cache in self.caches:
@@ -135,37 +154,54 @@ class Decode:
 
 
 def decode_rows(isa: str, bandwidth: float) -> None:
-    for name, head_dim, group, low_format, high, low, rows, layers in (
-        ("8k, in cache", 64, 3, K4V3, 16, 16, 1, 1),
-        *((f"8k x 4 {f.name}", 64, 3, f, 16, 248, 4, 12) for f in LADDER),
-        ("8k x 4 K4V3, 10% high", 64, 3, K4V3, 800, 224, 4, 12),
-        ("2k x 16 K4V3", 64, 3, K4V3, 16, 62, 16, 12),
-        ("8k x 4 K4V3, 1 query head", 64, 1, K4V3, 16, 248, 4, 12),
-        ("8k x 4 K4V3, head_dim 128, 4 heads", 128, 4, K4V3, 16, 248, 4, 6),
-        ("8k x 4 K4V3, head_dim 128, 8 heads", 128, 8, K4V3, 16, 248, 4, 6),
-        ("8k x 4 all high", 64, 3, K4V3, 4000, 0, 4, 12),
+    """Print a line for each decode step: sizes, low formats, head sizes and query heads."""
+    for name, head_dim, queries_per_kv_head, low_format, high, low, rows, layers in (
+        (f"1 x 528 tokens, {NAME}, in the CPU cache", 64, 3, LOW_FORMAT, 16, 16, 1, 1),
+        *((f"4 x 8k, {f.name}", 64, 3, f, 16, 248, 4, 12) for f in LADDER),
+        (f"4 x 8k, {NAME}, 10 % high", 64, 3, LOW_FORMAT, 800, 224, 4, 12),
+        (f"16 x 2k, {NAME}", 64, 3, LOW_FORMAT, 16, 62, 16, 12),
+        (f"4 x 8k, {NAME}, 1 query per KV head", 64, 1, LOW_FORMAT, 16, 248, 4, 12),
+        (f"4 x 8k, {NAME}, head size 128, 4 queries", 128, 4, LOW_FORMAT, 16, 248, 4, 6),
+        (f"4 x 8k, {NAME}, head size 128, 8 queries", 128, 8, LOW_FORMAT, 16, 248, 4, 6),
+        ("4 x 4k, high tier only", 64, 3, LOW_FORMAT, 4000, 0, 4, 12),
     ):
         count = min(layers, 2) if isa == "scalar" else layers
-        step = Decode(head_dim, KV_HEADS * group, KV_HEADS, low_format, high, low, rows, count)
+        heads = KV_HEADS * queries_per_kv_head
+        step = Decode(head_dim, heads, KV_HEADS, low_format, high, low, rows, count)
         time_taken = seconds(step, 200 if count == 1 else 7)
         rate = step.bytes / time_taken
-        per_chunk = 1e9 * time_taken / step.chunks if step.chunks else float("nan")
+        per_record = f"{1e9 * time_taken / step.low_records:.1f}" if step.low_records else ""
         print(
-            f"{isa:7} {name:36} {1e-6 * step.bytes:8.2f} MB {1e3 * time_taken:8.3f} ms"
-            f" {1e-9 * rate:6.1f} GB/s {100 * rate / bandwidth:4.0f} %"
-            f" {per_chunk:7.1f} ns/chunk {1e6 * time_taken / count:8.1f} us/layer"
+            f"{isa:7} {name:42} {1e-6 * step.bytes:8.2f} {1e3 * time_taken:9.3f} {1e-9 * rate:6.1f}"
+            f" {rate / bandwidth:9.0%} {per_record:>17} {1e6 * time_taken / count:12.1f}"
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--isas", nargs="+", default=cpu.isas())
-    parser.add_argument("--tokens", type=int, default=4096, help="of the prompt")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument(
+        "--isas",
+        nargs="+",
+        choices=cpu.isas(),
+        default=cpu.isas(),
+        help="instruction sets to measure (default: all of this machine)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of the prompt (default: %(default)s)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bandwidth = read_bandwidth()
-    print(f"{args.threads} thread(s); memory reads {1e-9 * bandwidth:.1f} GB/s")
+    print(f"{args.threads} thread(s); reading memory: {1e-9 * bandwidth:.1f} GB/s")
+    print(
+        f"{'ISA':7} {'requests, or operation':42} {'MB':>8} {'ms':>9} {'GB/s':>6}"
+        f" {'of memory':>9} {'ns per low record':>17} {'us per layer':>12}"
+    )
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE)
     for isa in args.isas:
         cpu.set_isa(isa)
@@ -175,8 +211,8 @@ def main() -> None:
         for name, run in (("score 32 queries", prompt.score), ("compress", prompt.compress)):
             time_taken = seconds(run)
             print(
-                f"{isa:7} {f'{name}, {args.tokens} tokens':36} {1e-6 * taken:8.2f} MB"
-                f" {1e3 * time_taken:8.3f} ms {1e-9 * taken / time_taken:6.1f} GB/s"
+                f"{isa:7} {f'{name}, {args.tokens} tokens':42} {1e-6 * taken:8.2f}"
+                f" {1e3 * time_taken:9.3f} {1e-9 * taken / time_taken:6.1f}"
             )
 
 

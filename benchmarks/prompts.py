@@ -1,4 +1,4 @@
-"""Prompts of real text, no two alike from the first token on."""
+"""Prompts of real text without common prefixes."""
 
 from typing import Any
 
@@ -6,7 +6,10 @@ from mikv_vllm.evaluation.windows import topics_text
 
 
 def distinct_prompts(tokenizer: Any, count: int, length: int, seed: int = 0) -> list[list[int]]:
-    """``count`` prompts of ``length`` tokens each; a longer one starts with a shorter one."""
+    """Return ``count`` prompts of ``length`` token ids that all differ in their first token.
+
+    With the same ``count`` and ``seed`` a shorter prompt is the beginning of a longer one.
+    """
     tokens = tokenizer(topics_text()).input_ids
     stride = len(tokens) // count
     prompts = []

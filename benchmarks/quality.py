@@ -1,4 +1,4 @@
-"""KL divergence to the uncompressed model, by ratio."""
+"""KL divergence to the uncompressed cache, by ratio."""
 
 from dataclasses import asdict
 
@@ -9,11 +9,22 @@ from mikv_vllm.evaluation.windows import cut_windows
 
 RATIOS = (1.5, 2.0, 3.0, 4.0, 4.5, 5.0, 6.0)
 DTYPES = ("bfloat16", "float16")
-"""In bfloat16 two equally right attention kernels differ already; float16 shows the tiers alone."""
+"""In bfloat16 the rounding of activations hides part of the effect of the tiers."""
 
 
 def measure(num_windows: int = 8, prompt: int = 1536, continuation: int = 256) -> list[dict]:
-    """Forced decoding of the Python reference, full vocabulary; reference of the same dtype."""
+    """Measure forced decoding of the Python reference over the full vocabulary.
+
+    The reference of each dtype is the same engine at ratio 1.
+
+    Args:
+        num_windows: number of prompts.
+        prompt: tokens per prompt.
+        continuation: tokens that follow the prompt and are predicted.
+
+    Returns:
+        A row for each dtype and ratio.
+    """
     rows = []
     for dtype in DTYPES:
         with engines({"mikv"}, 1 << 30, dtype=dtype, logits_processors=[ForcedDecoding]) as llms:

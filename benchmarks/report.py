@@ -1,21 +1,48 @@
-"""Results as Markdown tables and as one picture."""
+"""Results of the benchmarks as Markdown tables and a chart."""
 
 from pathlib import Path
 
 from mikv_vllm.evaluation.tables import markdown_table
 
+TITLES = {
+    "first_token": "Time to the first token",
+    "decode": "Decode",
+    "concurrency": "Requests at once in the same pool",
+    "quality": "Quality",
+}
+HEADINGS = {
+    "of_stock": "relative to stock",
+    "ms_per_step": "ms per step",
+    "tokens_per_s": "tokens per s",
+    "achieved_ratio": "achieved ratio",
+    "first_token_s": "first token, s",
+    "prompt": "prompt, tokens",
+    "context": "context, tokens",
+    "at_once": "requests at once",
+    "divergence": "KL divergence, nats",
+    "divergence_error": "standard error",
+    "agreement": "same likeliest token",
+    "low_format": "low format",
+}
+"""Column headings by key of a result; other keys are their own heading."""
+
 
 def tables(result: dict) -> str:
-    """All parts of a result, one Markdown table each."""
+    """Return one Markdown table for each part of a result."""
     parts = [f"{result['date']}, {result['machine']}"]
     for name, rows in result.items():
         if isinstance(rows, list):
-            parts.append(f"## {name}\n\n{markdown_table(rows)}")
+            shown = [{HEADINGS.get(key, key): value for key, value in row.items()} for row in rows]
+            parts.append(f"## {TITLES[name]}\n\n{markdown_table(shown)}")
     return "\n\n".join(parts)
 
 
-def plot(result: dict, path: Path) -> None:
-    """Decode time against context, one panel a batch, and quality against ratio."""
+def plot(result: dict, path: Path) -> list[Path]:
+    """Draw decode time against context, one panel per batch, and quality against ratio.
+
+    Returns:
+        The files that were written; none if the result has neither part.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,7 +52,7 @@ def plot(result: dict, path: Path) -> None:
     batches = sorted({row["sequences"] for row in rows})
     panels = len(batches) + ("quality" in result)
     if not panels:
-        return
+        return []
     figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=False):
         for name in dict.fromkeys(row["contender"] for row in rows):
@@ -56,3 +83,4 @@ def plot(result: dict, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return [path]

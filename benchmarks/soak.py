@@ -1,8 +1,8 @@
-"""Mixed requests against a server whose pool is too small for them, and what must hold after it.
+"""Soak test: mixed requests to a server whose page pool is too small for all of them.
 
-Right and wrong ratios, short and long prompts, streams, several choices, stop strings, clients
-that hang up: nothing may fail that was not asked to, nothing may hang, and afterwards every page
-is free and the server's memory is where it was.
+The requests have valid and invalid ratios, short and long prompts, streams, several choices, stop
+strings, and clients that disconnect. Valid requests must not fail, none may hang, and at the end
+all pages must be free and the memory of the server must not have grown.
 """
 
 import argparse
@@ -29,15 +29,15 @@ SMALL_POOL_FLAGS = [
     *("--kv-cache-memory-bytes", str(44 << 20)),  # about 1,900 native tokens
     *("--kv-compression-ratio", "3.0"),
 ]
-"""Of a server in which 24 requests compete for the pages of one or two."""
+"""Flags of a server in which 24 requests compete for a pool that holds one or two."""
 SMALL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-"""Environment of a server whose memory is watched. oneDNN keeps 1,024 compiled matrix products,
-one for each number of tokens in a step: the worker grows by hundreds of MiB, at ratio 1.0 too,
-until they are all there. With 64 they are there after the warm-up."""
+"""Environment of a server whose memory is checked. oneDNN caches 1,024 compiled matrix products,
+one for each number of tokens in a step. Until this cache is full, the worker grows by hundreds of
+MiB, also at ratio 1.0. A cache of 64 is full after the warm-up."""
 DEFAULT_RATIO = 3.0
 LARGEST_RATIO = 6.0
 WARM_UP = 0.3
-"""Share of the requests after which the server's memory has to stay where it is."""
+"""Share of the requests after which the memory of the server must not grow any more."""
 SAMPLE_SECONDS = 2.0
 SETTLE_SECONDS = 15.0
 MIB = 1 << 20
@@ -45,14 +45,14 @@ MIB = 1 << 20
 
 @dataclass
 class Outcome:
-    """What came of a run."""
+    """Result of a run."""
 
     finished: int = 0
     refused: int = 0
     disconnected: int = 0
     violations: list[str] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
-    """Requests done, and bytes resident in the server's processes, by time."""
+    """Samples over time: finished requests, and resident bytes of all processes of the server."""
     operations: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
     seconds: float = 0.0
@@ -62,7 +62,11 @@ class Outcome:
         return self.finished + self.refused + self.disconnected
 
     def memory_growth(self) -> int | None:
-        """Bytes from the end of the warm-up to the end, by medians; None without samples."""
+        """Return the growth in bytes from the end of the warm-up to the end of the run.
+
+        The first and the last quarter of the samples are compared by their medians. The result is
+        None if there are too few samples.
+        """
         warm = [size for done, size in self.memory if done >= WARM_UP * self.done]
         if len(warm) < 4:
             return None
@@ -70,9 +74,9 @@ class Outcome:
         return int(statistics.median(warm[-quarter:]) - statistics.median(warm[:quarter]))
 
     def summary(self) -> str:
-        """The run on one line."""
+        """Return the result on one line."""
         growth = self.memory_growth()
-        memory = "memory not watched" if growth is None else f"memory {growth / MIB:+.0f} MiB"
+        memory = "memory not checked" if growth is None else f"memory {growth / MIB:+.0f} MiB"
         operations = ", ".join(f"{total} {kind}" for kind, total in self.operations.items())
         return (
             f"soak: {self.done} requests in {self.seconds:.0f} s: {self.finished} finished, "
@@ -82,14 +86,14 @@ class Outcome:
 
 
 class Soak:
-    """One run against one server.
+    """A run against one server.
 
     Args:
-        url: of the server.
-        pid: its main process, for its memory; None if it is on another machine.
-        api_key: if it wants one.
-        timeout: seconds after which a request counts as hanging.
-        default_ratio: of a request that names none.
+        url: URL of the server.
+        pid: main process of the server, to check its memory; None disables this check.
+        api_key: API key of the server, or None.
+        timeout: seconds after which a request is considered to hang.
+        default_ratio: ratio of requests that do not have one.
     """
 
     def __init__(
@@ -108,7 +112,14 @@ class Soak:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def run(self, seed: int, count: int, concurrency: int, seconds: float) -> Outcome:
-        """Send ``count`` requests, ``concurrency`` at a time, none after ``seconds``."""
+        """Send requests and check the answers.
+
+        Args:
+            seed: seed of the random requests.
+            count: number of requests.
+            concurrency: requests at the same time.
+            seconds: no request is sent after this time.
+        """
         start = time.monotonic()
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(
@@ -133,7 +144,7 @@ class Soak:
             if not watch.cancelled():
                 watch.result()
             if self.outcome.done < count:
-                self.violate(f"only {self.outcome.done} of {count} requests were done in time")
+                self.violate(f"only {self.outcome.done} of {count} requests finished in time")
             after = await self._settle()
             self.outcome.operations = {
                 kind: total - before[kind] for kind, total in after["operations"].items()
@@ -144,18 +155,18 @@ class Soak:
         return self.outcome
 
     def violate(self, sentence: str) -> None:
-        """Note, and say at once, what must not be."""
+        """Record a violation and print it."""
         self.outcome.violations.append(sentence)
         print(f"violation: {sentence}", flush=True)
 
     async def _first_step(self, model: str) -> None:
-        """Have the engine make a step: it has no statistics before."""
+        """Make the engine run a step, because it has no statistics before the first one."""
         body = {"model": model, "prompt": "a", "max_tokens": 1}
         async with self.session.post("/v1/completions", json=body) as response:
             response.raise_for_status()
 
     async def _send(self, request: Request) -> None:
-        """Send one request, and hang up, wait, or check the answer."""
+        """Send a request, then check the answer or disconnect."""
         limit = self.timeout if request.disconnect_after is None else request.disconnect_after
         try:
             async with asyncio.timeout(limit):
@@ -163,7 +174,7 @@ class Soak:
         except TimeoutError:
             self.outcome.disconnected += 1
             if request.disconnect_after is None:
-                self.violate(f"no whole answer in {limit:.0f} s to {_brief(request)}")
+                self.violate(f"no complete answer within {limit:.0f} s to {_brief(request)}")
             return
         except (aiohttp.ClientError, ValueError) as error:
             self.outcome.finished += 1
@@ -182,7 +193,7 @@ class Soak:
             self.violate(fault)
 
     async def _answer(self, request: Request) -> tuple[int, Any]:
-        """Status and JSON body, or the last event of a stream."""
+        """Return the status and the JSON body, or the last event of a stream."""
         async with self.session.post(
             request.route, json=request.body, timeout=aiohttp.ClientTimeout(total=None)
         ) as response:
@@ -195,7 +206,7 @@ class Soak:
             return response.status, json.loads(last)
 
     async def _watch(self, count: int, start: float) -> None:
-        """Sample the pool and the memory, and show progress, until cancelled."""
+        """Sample the pool and the memory, and print the progress, until cancelled."""
         shown = 0
         while True:
             stats = await self._get_json("/mikv/stats")
@@ -216,7 +227,7 @@ class Soak:
             await asyncio.sleep(SAMPLE_SECONDS)
 
     async def _settle(self) -> dict[str, Any]:
-        """The statistics once the server is idle; a violation if it does not get there."""
+        """Wait until the server is idle and return its statistics; a timeout is a violation."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             stats = await self._get_json("/mikv/stats")
@@ -227,7 +238,9 @@ class Soak:
             if free and not any(stats["requests"].values()) and not any(queued):
                 return stats
             if time.monotonic() > deadline:
-                self.violate(f"not idle at the end: {stats}, running and waiting {queued}")
+                self.violate(
+                    f"the server is not idle at the end: {stats}, running and waiting {queued}"
+                )
                 return stats
             await asyncio.sleep(0.5)
 
@@ -237,14 +250,14 @@ class Soak:
             return await response.json()
 
     async def _metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+        """Return the sum of a metric over its labels."""
         async with self.session.get("/metrics") as response:
             text = await response.text()
         return sum(float(v) for v in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident bytes of a process and all its descendants."""
+    """Return the resident bytes of a process and all its descendants."""
     process = psutil.Process(pid)
     total = 0
     for each in (process, *process.children(recursive=True)):
@@ -256,13 +269,13 @@ def resident_bytes(pid: int) -> int:
 
 
 def _brief(request: Request) -> str:
-    """A request without its prompt."""
+    """Describe a request without its prompt."""
     texts = ("prompt", "messages", "input")
     return f"{request.route} { ({k: v for k, v in request.body.items() if k not in texts}) }"
 
 
 def check_memory(outcome: Outcome, most_growth: int) -> None:
-    """Note a violation if the memory grew by more than ``most_growth`` bytes."""
+    """Record a violation if the memory grew by more than ``most_growth`` bytes."""
     growth = outcome.memory_growth()
     if growth is not None and growth > most_growth:
         outcome.violations.append(f"memory grew by {growth / MIB:.0f} MiB")
@@ -270,7 +283,7 @@ def check_memory(outcome: Outcome, most_growth: int) -> None:
 
 
 def check_pressure(outcome: Outcome) -> None:
-    """Note a violation if the pool was too large to show anything."""
+    """Record a violation if the pool was so large that requests did not compete for pages."""
     if not outcome.preemptions or not outcome.operations.get("compress_in_place"):
         outcome.violations.append("no preemption or no compression in place: the pool is too large")
         print(f"violation: {outcome.violations[-1]}", flush=True)
@@ -278,22 +291,51 @@ def check_pressure(outcome: Outcome) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--concurrency", type=int, default=24, help="requests at a time")
-    parser.add_argument("--minutes", type=float, default=40.0, help="no request is sent after it")
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds for one request")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory-growth", type=int, default=64, help="MiB allowed after warm-up")
-    parser.add_argument("--url", help="of a running mikv-serve; without it one is started")
+    parser.add_argument(
+        "--requests", type=int, default=2000, help="number of requests (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=24,
+        help="requests at the same time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=40.0,
+        help="time after which no request is sent (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=180.0,
+        help="longest time of a request, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random requests (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--memory-growth",
+        type=int,
+        default=64,
+        help="growth of memory that is allowed after the warm-up, in MiB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--url", help="URL of a running mikv-serve (default: start one with a small pool)"
+    )
     parser.add_argument(
         "--pid",
         type=int,
-        help="of the server at --url, to watch its memory; start it with "
+        help="main process of the server at --url, to check its memory; start that server with "
         f"{' '.join(f'{k}={v}' for k, v in SMALL_CACHE.items())}",
     )
-    parser.add_argument("--api-key", help="of the server at --url")
+    parser.add_argument("--api-key", help="API key of the server at --url")
     parser.add_argument(
-        "--default-ratio", type=float, default=DEFAULT_RATIO, help="of the server at --url"
+        "--default-ratio",
+        type=float,
+        default=DEFAULT_RATIO,
+        help="default ratio of the server at --url (default: %(default)s)",
     )
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Random requests of every kind, and what has to be true of their answers."""
+"""Random requests for the soak test, and checks of their answers."""
 
 import random
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ from mikv_vllm.config import RATIO_FIELD, REPORT_FIELD
 from mikv_vllm.evaluation.windows import topics_text
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
-WRONG_RATIOS = ("4", True, [4.0], {}, 0.5, -2.0, 1e9, float("nan"), float("inf"))
+WRONG_RATIOS = ("four", True, [4.0], {}, 0.5, -2.0, 1e9, float("nan"), float("inf"))
 STOPS = (["the"], ["\n\n"], [".", ":"], ["object", "class"])
 CHARS_PER_TOKEN = 3
-"""Cautious for the Python reference, so that no prompt outgrows its length in tokens."""
+"""Low estimate for the Python reference, so that no prompt is longer than intended."""
 DISCONNECTING, WRONG, SHARED_PREFIX = 0.15, 0.06, 0.4
-"""Shares of the requests."""
+"""Shares of requests whose client disconnects, that have a wrong ratio, or share a prefix."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request and what its answer has to be."""
+    """An HTTP request and what is expected of its answer."""
 
     route: str
     body: dict[str, Any]
     wrong: bool
-    """Its ratio is wrong: the answer is 400."""
+    """Whether its ratio is invalid, so that status 400 is expected."""
     ratio: float | None
-    """The requested ratio; None if it names none, or a wrong one."""
+    """Requested ratio; None if the request has none, or an invalid one."""
     disconnect_after: float | None
-    """Seconds until the client hangs up, unless the answer is there by then."""
+    """Seconds after which the client disconnects if the answer is not complete; None for never."""
 
     @property
     def stream(self) -> bool:
@@ -41,14 +41,15 @@ class Request:
 def random_requests(
     seed: int, count: int, model: str, largest_ratio: float, longest_prompt: int = 1500
 ) -> list[Request]:
-    """``count`` requests, the same for the same seed.
+    """Return random requests, the same ones for the same arguments.
 
     Args:
-        seed: of the random numbers.
-        count: how many.
+        seed: seed of the random numbers.
+        count: number of requests.
         model: name of the served model.
-        largest_ratio: right ratios lie between 1 and this.
-        longest_prompt: tokens; the shortest has about 100, and most are short.
+        largest_ratio: largest valid ratio in the requests.
+        longest_prompt: tokens of the longest prompt. The shortest has about 100 tokens, and most
+            prompts are short.
     """
     rng = random.Random(seed)
     text = topics_text()
@@ -96,22 +97,22 @@ def _random_request(
 
 
 def faults_of_refusal(request: Request, status: int, answer: Any) -> list[str]:
-    """What is wrong with the answer to a request with a wrong ratio."""
+    """Return the faults of the answer to a request with an invalid ratio, as sentences."""
     error = answer.get("error") if isinstance(answer, dict) else None
     if status != 400 or not isinstance(error, dict):
-        return [f"ratio {request.body[RATIO_FIELD]!r} was answered with {status}: {answer}"]
+        return [f"ratio {request.body[RATIO_FIELD]!r} was answered with status {status}: {answer}"]
     if error.get("param") != RATIO_FIELD or RATIO_FIELD not in error.get("message", ""):
-        return [f"the 400 for a wrong ratio names no {RATIO_FIELD}: {error}"]
+        return [f"the error for an invalid ratio does not name {RATIO_FIELD}: {error}"]
     return []
 
 
 def faults_of_answer(request: Request, answer: dict[str, Any], default_ratio: float) -> list[str]:
-    """What is wrong with a whole answer's report.
+    """Return the faults of the report in a complete answer, as sentences.
 
     Args:
-        request: what was asked.
-        answer: the body, or the last event of a stream.
-        default_ratio: of a request that names none.
+        request: the request.
+        answer: body, or last event of the stream.
+        default_ratio: ratio of a request that does not have one.
     """
     answer = answer.get("response", answer)  # the last event of /v1/responses wraps it
     report = answer.get(REPORT_FIELD)
@@ -123,30 +124,30 @@ def faults_of_answer(request: Request, answer: dict[str, Any], default_ratio: fl
     if prompt is None or new is None:
         return [f"no usage in {answer}"]
 
-    # A sequence's last token is never cached. One or two steps past a stop string may be.
+    # The last token of a sequence is never cached. One or two tokens after a stop string can be.
     cached = request.choices * (prompt - 1) + new
     tiered = report["high_tokens"] + report["low_tokens"]
     stored, uncompressed = report["kv_bytes"], report["uncompressed_kv_bytes"]
     ratio = default_ratio if request.ratio is None else request.ratio
-    untouched = report["low_format"] is None
-    # With several choices some may be compressed and some be too short for it.
+    native = report["low_format"] is None
+    # With several choices, some can be too short for compression.
     tiered_fits = 0 < tiered <= report["kv_tokens"]
     if request.choices == 1:
         tiered_fits = tiered == report["kv_tokens"]
     claims = {
-        "requested_ratio is what was asked": report["requested_ratio"] == ratio,
+        "requested_ratio is the ratio of the request": report["requested_ratio"] == ratio,
         "kv_tokens fits the usage": 0 <= report["kv_tokens"] - cached <= 2 * request.choices,
-        "high and low tokens fit kv_tokens": tiered == 0 if untouched else tiered_fits,
-        "an untouched cache keeps its bytes": not untouched or stored == uncompressed,
-        "a compressed cache is smaller": untouched or stored < uncompressed,
-        "ratio 1 is untouched": ratio > 1.0 or untouched,
-        "every token takes the same bytes": uncompressed % report["kv_tokens"] == 0,
-        "achieved_ratio is the quotient of the bytes": (
+        "high_tokens and low_tokens match kv_tokens": tiered == 0 if native else tiered_fits,
+        "an uncompressed cache keeps its bytes": not native or stored == uncompressed,
+        "a compressed cache is smaller": native or stored < uncompressed,
+        "ratio 1 is uncompressed": ratio > 1.0 or native,
+        "all tokens have the same uncompressed bytes": uncompressed % report["kv_tokens"] == 0,
+        "achieved_ratio is uncompressed bytes divided by stored bytes": (
             abs(report["achieved_ratio"] - uncompressed / stored) < 1e-3
         ),
     }
     return [
-        f"not so: {claim} (ratio {ratio}, n {request.choices}, {usage}, {report})"
+        f"does not hold: {claim} (ratio {ratio}, n {request.choices}, {usage}, {report})"
         for claim, holds in claims.items()
         if not holds
     ]

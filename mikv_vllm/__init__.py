@@ -11,7 +11,7 @@ __all__ = ["LLM", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import :class:`LLM` on first use: vLLM takes seconds to import."""
+    """Import :class:`LLM` on first access, because importing vLLM takes seconds."""
     if name == "LLM":
         from mikv_vllm import compatibility
 

@@ -34,12 +34,14 @@ def _read_low_formats(value: Any) -> Any:
         return [name.strip() for name in value.split(",")]
     try:
         return json.loads(Path(value).read_text())["low_formats"]
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{value} is no file of low formats: {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {value}") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{value} is not a file of `mikv-eval calibrate`: {error}") from None
 
 
 def _sort_low_formats(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Richest first; refuses what is no name."""
+    """Sort names, the richest format first. Raises ValueError for unknown names."""
     formats = sorted(map(LowFormat.parse, dict.fromkeys(names)), key=lambda f: -f.token_bits)
     return tuple(low_format.name for low_format in formats)
 
@@ -58,7 +60,7 @@ class CompressionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ratio: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
-    """Compression ratio of a request that names none. 1.0 leaves it untouched."""
+    """Compression ratio of a request that does not name one. 1.0 does not compress."""
 
     importance: Literal["window", "h2o"] = "window"
     """How a prompt is scored: attention of its last ``window`` queries, or of all of them
@@ -80,8 +82,8 @@ class CompressionConfig(BaseModel):
     """A request stays native until it holds this many tokens."""
 
     native_share: float = Field(default=0.5, ge=0.05, le=1.0, allow_inf_nan=False)
-    """Share of all pages up to which a prompt stays uncompressed while it is computed. What is
-    longer is compressed then, and after each further step, so that it need not fit as it is."""
+    """Share of all pages up to which a prompt stays uncompressed while it is computed. A longer
+    prompt is compressed while it is computed, so it does not have to fit uncompressed."""
 
     codec: Codec = "channel"
     """Low-tier codec: keys per channel, the costly channels at more bits; or ``balanced``, the
@@ -129,14 +131,15 @@ class CompressionConfig(BaseModel):
 
 
 class RatioError(ValueError):
-    """A compression ratio that is no number or out of range."""
+    """A compression ratio that is not a number or out of range."""
 
 
 def parse_ratio(value: Any, largest: float, field: str = RATIO_FIELD) -> float:
     """Check one compression ratio.
 
     Args:
-        value: what the user gave.
+        value: what the user gave. A string that contains a number is taken as the number:
+            environment variables and some clients can only pass strings.
         largest: the largest ratio of the served model, from
             :func:`mikv_vllm.tiers.plan.largest_ratio`.
         field: name of the field or flag, for the message.
@@ -144,9 +147,15 @@ def parse_ratio(value: Any, largest: float, field: str = RATIO_FIELD) -> float:
     Raises:
         RatioError: one sentence with the field, the value and the range.
     """
-    allowed = f"allowed is a number from 1.0 (untouched) to {largest:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RatioError(f"{field} is {value!r}, which is no number; {allowed}.")
-    if not 1.0 <= value <= largest:  # NaN is in no range
+    allowed = f"allowed is a number from 1.0 (uncompressed) to {largest:g}"
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise RatioError(f"{field} is {value!r}, which is not a number; {allowed}.")
+    if not 1.0 <= number <= largest:  # false for NaN
         raise RatioError(f"{field} is {value!r}, which is out of range; {allowed}.")
-    return float(value)
+    return float(number)

@@ -188,6 +188,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "BlockPool.free_blocks": "self ordered_blocks",
         "BlockPool.get_new_blocks": "self num_blocks",
         "BlockPool.get_num_free_blocks": "self",
+        "BlockPool.num_gpu_blocks": None,
     },
     "v1/core/kv_cache_coordinator.py": {
         "KVCacheCoordinator.find_longest_cache_hit": "self block_hashes max_cache_hit_length",

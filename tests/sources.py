@@ -98,7 +98,7 @@ class Sources:
         self._modules: dict[str, Module | None] = {}
 
     def module(self, name: str) -> Module | None:
-        """The module of this name; None if no folder has it."""
+        """Return the module with this name, or None if it is in none of the folders."""
         if name not in self._modules:
             top, *rest = name.split(".")
             path = self.folders.get(top, Path("/nowhere")).joinpath(*rest)

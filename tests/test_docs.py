@@ -36,9 +36,34 @@ def test_the_ladder_is_what_was_measured():
         assert row in quality
 
 
-def test_every_setting_is_in_the_readme():
+def test_every_setting_is_documented():
     from mikv_vllm.server.options import FLAGS
 
-    readme = (ROOT / "README.md").read_text()
+    settings = (ROOT / "docs/settings.md").read_text()
     for name, field in CompressionConfig.model_fields.items():
-        assert f"| `{FLAGS[name]}` | `{name}` | {field.default} |" in readme
+        assert f"| `{FLAGS[name]}` | `{name}` | {field.default} |" in settings
+
+
+def test_links_between_pages_exist():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")]
+    assert len(pages) > 10
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if not link.startswith(("http://", "https://")):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+def test_the_readme_is_short_and_its_numbers_are_those_of_the_report():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 125
+    quality = (ROOT / "docs/quality/report.md").read_text()
+    rows = re.findall(r"^\| (?:MiKV|stock|eviction).*\| (\d\.\d\d) \| (\d\.\d{4}) \|", readme, re.M)
+    assert len(rows) == 5
+    for ratio, divergence in rows:
+        assert re.search(rf"\| {ratio} \|[^|]* ?{divergence}", quality), (ratio, divergence)

@@ -10,9 +10,10 @@ from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
 
 
 def request_report(request: Request, store: TierStore, heads: int) -> dict[str, Any]:
-    """Report the cache of a request, counted in whole pages.
+    """Return the report of a request, counted in whole pages.
 
     Args:
+        store: the tiers of all requests.
         heads: KV heads of all layers.
     """
     geometry = store.geometry

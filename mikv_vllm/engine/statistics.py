@@ -10,9 +10,10 @@ from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
 
 
 def tier_stats(store: TierStore, running: Sequence[Request], heads: int) -> TierStats:
-    """Statistics at the end of a step's scheduling.
+    """Return the statistics after a step is scheduled.
 
     Args:
+        store: the tiers of all requests.
         running: all running requests.
         heads: KV heads of all layers.
     """

@@ -35,7 +35,7 @@ class StepPlanner:
         """Native requests that have scores."""
 
     def forget(self, request_id: str) -> None:
-        """A request ended, or lost its cache."""
+        """Forget a request that ended or was preempted."""
         self._scoring.discard(request_id)
 
     def plan(
@@ -80,7 +80,7 @@ class StepPlanner:
         )
 
     def cut_chunk(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Tokens of a prompt chunk that vLLM should compute at most.
+        """Return how many of ``num_new_tokens`` tokens vLLM should compute in this step.
 
         The last queries of a prompt are computed in one step, because they score it. A long prompt
         is computed natively up to ``native_limit`` only.
@@ -98,20 +98,20 @@ class StepPlanner:
         return before_window if is_cut and self._settings.importance == "window" else num_new_tokens
 
     def _awaits_more_prompt(self, request: Request) -> bool:
-        """Whether more of the prompt comes before it is compressed."""
+        """Whether more of the prompt is computed before the request is compressed."""
         limit = self._manager.native_limit
         # The window at a prompt's end is not cut: there has to be room for it.
         has_room = request.num_computed_tokens < limit - self._settings.window
         return request.is_prefill_chunk and (request.num_tokens <= limit or has_room)
 
     def _queries(self, num_new: int) -> int:
-        """How many of a step's queries score."""
+        """Number of queries of a step that score."""
         if self._settings.importance == "h2o":
             return num_new
         return min(self._settings.window, num_new)
 
     def _score(self, request: Request, num_new: int) -> ScoreStep | None:
-        """How this step adds to a native request's scores, if it does."""
+        """Plan how this step adds to the scores of a native request; None if it does not."""
         num_tokens, settings = request.num_computed_tokens, self._settings
         if settings.importance == "h2o":
             reset = num_tokens == num_new

@@ -1,6 +1,8 @@
-"""Methods of vLLM that the engine replaces at run time: all of them, and why.
+"""Methods of vLLM that the engine replaces at run time, one function for each hook.
 
-Each hook names the patch in ``patches/`` that would make it unnecessary, or says that there is none.
+The other modules of this package contain the behaviour and pass it to these functions. A method is
+replaced on one object of this process, never on a class. Each docstring names the file in
+``patches/`` that would make the hook unnecessary, if there is one.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def append_tokens_first(manager: KVCacheManager, store: TierStore) -> None:
-    """Try the fast path of compressed requests before ``KVCacheManager.allocate_slots``.
+    """Try :meth:`TierStore.append_token` before ``KVCacheManager.allocate_slots``.
 
-    Why: most decode steps of a compressed request need no page, and vLLM's method costs more than
-    all else that is done for the request in such a step. Patch: none.
+    Most decode steps of a compressed request allocate no page. In such a step, vLLM's method would
+    take most of the time that the scheduler spends on the request. Patch: none.
     """
     allocate = manager.allocate_slots
 
@@ -39,15 +41,20 @@ def append_tokens_first(manager: KVCacheManager, store: TierStore) -> None:
             return manager.empty_kv_cache_blocks
         return allocate(request, num_new_tokens, *args, **kwargs)
 
-    manager.allocate_slots = allocate_slots  # type: ignore[method-assign]
+    manager.allocate_slots = allocate_slots
 
 
 def follow_other_group(manager: SingleTypeKVCacheManager, dirty: DirtyPages, window: int) -> None:
-    """Follow what the manager of another cache group does, for example of sliding windows.
+    """Follow the manager of another cache group, for example of sliding windows.
 
-    Why: pages that it allocates may have been tiered. And it keeps only those pages of a prompt in
-    the prefix cache that the same prompt needs; a compressed request begins at its last ``window``
-    tokens. Patch: none.
+    The pages that it allocates may have been tiered before: they have to be zeroed. And of a prompt
+    it keeps only those pages in the prefix cache that a request with the same prompt reads, and a
+    compressed request reads those before its last ``window`` tokens. Patch: none.
+
+    Args:
+        manager: its ``allocate_new_blocks`` and ``cache_blocks`` are replaced.
+        dirty: pages that were tiered.
+        window: queries at the end of a prompt that score it.
     """
     allocate, cache = manager.allocate_new_blocks, manager.cache_blocks
 
@@ -62,14 +69,14 @@ def follow_other_group(manager: SingleTypeKVCacheManager, dirty: DirtyPages, win
         boundary = max(0, request.num_prompt_tokens - window)
         cache(request, *args, replay_boundaries=(*replay_boundaries, boundary), **kwargs)
 
-    manager.allocate_new_blocks = allocate_new_blocks  # type: ignore[method-assign]
-    manager.cache_blocks = cache_blocks  # type: ignore[method-assign]
+    manager.allocate_new_blocks = allocate_new_blocks
+    manager.cache_blocks = cache_blocks
 
 
 def observe_batches(runner: GPUModelRunner, observe: Callable[[Any], None]) -> None:
     """Call ``observe`` with each batch before the V2 model runner prepares its attention.
 
-    Why: metadata builders have to know which request each row of a batch is. Patch: none.
+    The metadata builders have to know the request of each row of a batch. Patch: none.
     """
     prepare = runner.prepare_attn
 
@@ -78,13 +85,17 @@ def observe_batches(runner: GPUModelRunner, observe: Callable[[Any], None]) -> N
         observe(input_batch)
         return prepare(input_batch)
 
-    runner.prepare_attn = prepare_attn  # type: ignore[method-assign]
+    runner.prepare_attn = prepare_attn
 
 
 def leave_full_graphs(dispatcher: CudagraphDispatcher, is_native: Callable[[], bool]) -> None:
-    """Run steps that touch a tier piecewise: attention outside of the CUDA graphs.
+    """Run steps that read or change tiers piecewise, with attention outside of CUDA graphs.
 
-    Why: which kernels of the tiers run, and how often, differs from step to step. Patch: none.
+    The number of kernels that the tiers need differs from step to step. Patch: none.
+
+    Args:
+        dispatcher: its ``dispatch`` is replaced.
+        is_native: tells whether the current step reads and changes no tiers.
     """
     dispatch = dispatcher.dispatch
 
@@ -95,13 +106,13 @@ def leave_full_graphs(dispatcher: CudagraphDispatcher, is_native: Callable[[], b
             kwargs["invalid_modes"] = invalid | {CUDAGraphMode.FULL}
         return dispatch(*args, **kwargs)
 
-    dispatcher.dispatch = dispatch_step  # type: ignore[method-assign]
+    dispatcher.dispatch = dispatch_step
 
 
 def leave_full_graphs_v2(manager: CudaGraphManager | None, is_native: Callable[[], bool]) -> None:
-    """:func:`leave_full_graphs` for the V2 model runner.
+    """Do the same as :func:`leave_full_graphs` for the V2 model runner.
 
-    Its full graphs are those of uniform batches.
+    Its full graphs are those of uniform batches, so the batch is declared not uniform. Patch: none.
     """
     if manager is None:
         return
@@ -115,4 +126,4 @@ def leave_full_graphs_v2(manager: CudaGraphManager | None, is_native: Callable[[
             uniform_token_count = kwargs["max_query_len"] = None
         return dispatch(num_reqs, num_tokens, uniform_token_count, **kwargs)
 
-    manager.dispatch = dispatch_step  # type: ignore[method-assign]
+    manager.dispatch = dispatch_step

@@ -1,1 +1,1 @@
-"""Measuring what compression does to a model's answers, through the real engine."""
+"""Measurement of quality: how compression of the KV cache changes the answers of a model."""

@@ -1,4 +1,4 @@
-"""Which low formats a ratio should choose from: those that do the most for their bytes."""
+"""Find the ladder of a model: the low formats with the least divergence for their bytes."""
 
 import json
 import math
@@ -20,26 +20,31 @@ KEY_BITS = (
     *((6, 6, 5, 5), (6, 5, 5, 4), (6, 5, 4, 4), (6, 4, 4, 3), (6, 4, 3, 3), (5, 4, 3, 2)),
     *((5, 3, 3, 2), (5, 3, 2, 2), (4, 3, 2, 2), (4, 2, 2, 2), (3, 2, 2, 2), (2, 2, 2, 2)),
 )
+"""Bits of the quarters of a key that are measured, ranked by cost."""
 VALUE_BITS = (5, 4, 3, 2)
+"""Bits of a value that are measured."""
 HIGH_SHARE = 0.05
-"""Share of tokens in the high tier while formats are compared."""
+"""Share of tokens in the high tier during the measurement."""
 LEAST_STEP = 1.07
-"""Bytes of a format by those of the next one on a ladder, at least."""
+"""Least factor between the bytes of a format and of the next one of the ladder."""
 NEAR = 1.25
-"""A format's divergence by that of a mixture of two others with the same bytes, at most. Such
-mixtures are more high tokens, which do not do quite as well."""
+"""Largest factor between the divergence of a format and of a mixture of two others with the same
+bytes. In practice such a mixture is made of more high tokens, which is slightly worse."""
 MOST_DIVERGENCE = 0.05
-"""A format that does more to a model, in nats, is not offered."""
+"""Largest divergence of a format of the ladder, in nats."""
 
 
 @dataclass(frozen=True)
 class OneFormat(CacheMethod):
-    """Two tiers of fixed shares, everything counted but whole pages.
+    """Keep a fixed share of the tokens in the high tier and the others in one low format.
+
+    Bytes include all metadata, but they are not rounded up to whole pages.
 
     Args:
-        low_format: of the low tier.
-        keys, values: whether these are stored so, or as they are.
-        recent: newest tokens that stay high.
+        low_format (LowFormat): format of the low tier.
+        keys (bool, default True): store the keys in the tiers; otherwise they stay unchanged.
+        values (bool, default True): the same for the values.
+        recent (int, default 16): newest tokens, which stay in the high tier.
     """
 
     low_format: LowFormat
@@ -67,11 +72,13 @@ class OneFormat(CacheMethod):
 
 @dataclass(frozen=True)
 class Point:
-    """A format and what it does: mean KL divergence in nats, and the ratio that it makes."""
+    """A low format of the ladder, as it was measured."""
 
     name: str
     ratio: float
+    """Compression ratio."""
     divergence: float
+    """Mean KL divergence to the uncompressed cache, nats."""
 
 
 def _token_bytes(low_format: LowFormat, head_dim: int) -> float:
@@ -81,11 +88,15 @@ def _token_bytes(low_format: LowFormat, head_dim: int) -> float:
 def frontier(
     head_dim: int, of_keys: dict[tuple[int, ...], float], of_values: dict[int, float]
 ) -> list[LowFormat]:
-    """The ladder, richest first: formats near the lower hull of log divergence over bytes.
+    """Return the ladder, richest first: formats near the lower hull of log divergence over bytes.
+
+    The divergence of a format is estimated as the sum of those of its keys and of its values, which
+    is accurate for small divergences.
 
     Args:
-        of_keys, of_values: divergence when only keys, or only values, are stored in so many bits.
-            Small divergences add up.
+        head_dim: channels of a head, which determine the bytes of a format.
+        of_keys: divergence if only the keys are stored, by their bits.
+        of_values: divergence if only the values are stored, by their bits.
     """
     points: list[tuple[float, float, LowFormat]] = []
     for keys, values in product(of_keys, of_values):
@@ -93,7 +104,7 @@ def frontier(
         both = of_keys[keys] + of_values[values]
         if both <= MOST_DIVERGENCE:
             points.append((_token_bytes(low_format, head_dim), math.log(both), low_format))
-    # Each is better than all that are smaller.
+    # Each format has a smaller divergence than all formats with fewer bytes.
     falling: list[tuple[float, float, LowFormat]] = []
     for point in sorted(points, key=lambda p: p[:2]):
         if not falling or point[1] < falling[-1][1]:
@@ -108,7 +119,7 @@ def frontier(
 
 
 def _hull(points: list[tuple[float, float, LowFormat]], size: float) -> float:
-    """The lowest that a straight line between two of ``points`` passes at ``size``."""
+    """Return the lowest value at ``size`` of the straight lines between two of ``points``."""
     lowest = min(y for x, y, _ in points if x == size)
     for left, low, _ in points:
         for right, high, _ in points:
@@ -118,10 +129,12 @@ def _hull(points: list[tuple[float, float, LowFormat]], size: float) -> float:
 
 
 class Calibration:
-    """Measures formats on some windows.
+    """Measurement of key bits and value bits. The constructor runs it.
 
     Args:
-        progress: wraps the iteration over windows, which is what takes time.
+        model: the model.
+        windows: prompts and continuations.
+        progress: wraps the iteration over the windows, for example in a progress bar.
     """
 
     def __init__(
@@ -147,7 +160,7 @@ class Calibration:
                 found.append(self._measure(OneFormat(low_format, keys=False), *run)[0])
 
     def ladder(self) -> list[Point]:
-        """The ladder, richest first, each format measured as a whole."""
+        """Return the ladder, richest first, with each of its formats measured as a whole."""
         ladder = frontier(
             self._runs[0][0].layers[0][0].head_dim,
             {bits: fmean(found) for bits, found in self._of_keys.items()},
@@ -163,13 +176,19 @@ class Calibration:
     def _measure(
         self, method: CacheMethod, prefill: Prefill, tokens: list[int], reference: torch.Tensor
     ) -> tuple[float, float]:
-        """Divergence and ratio of a method on one window."""
+        """Return the divergence and the ratio of a method on one window."""
         run = self._model.continue_with(prefill, tokens, method)
         return divergence(reference, run.log_probs), run.ratio
 
 
 def write(points: list[Point], model: str, path: Path) -> None:
-    """Store a ladder as ``--kv-low-formats`` reads it, and how it was measured."""
+    """Write a ladder and its measurements as JSON, for ``--kv-low-formats``.
+
+    Args:
+        points: the ladder, richest first.
+        model: name of the model.
+        path: file to write.
+    """
     measured = [vars(point) for point in points]
     names = [point.name for point in points]
     path.write_text(

@@ -1,4 +1,4 @@
-"""``mikv-eval``: what every byte of a KV cache buys."""
+"""``mikv-eval``: measure the quality of a compressed KV cache."""
 
 import argparse
 import sys
@@ -9,34 +9,38 @@ from pathlib import Path
 from mikv_vllm.evaluation.tasks import TASKS
 
 DESCRIPTION = """\
-Compare ways to store a KV cache on one model: divergence, agreement, recall, at true bytes.
+Compare methods that store a KV cache on one model: quality by stored bytes, metadata included.
 
-All of them run in plain torch, in float32, on the same prompts; nothing but the method rounds.
-Results go to --out: results.jsonl (a run that is cut off goes on), summary.csv, chart.png and .svg,
-report.html and report.md.
+All methods run in plain torch and float32 on the same prompts, so only the method changes the
+predictions. --out receives results.jsonl, summary.csv, chart.png, chart.svg, report.html and
+report.md. A run that was interrupted continues from results.jsonl.
 """
 
+"""Description of ``mikv-eval curve``."""
 CALIBRATE_DESCRIPTION = """\
-Find the low formats that buy the most for their bytes on a model, and write them to --out.
+Find the low formats with the least divergence for their bytes on a model, and write them to --out.
 
-mikv-serve --kv-low-formats FILE lets ratios choose from them. The text is not that of `curve`.
+Serve with them: mikv-serve --kv-low-formats FILE. The text differs from that of `curve`.
 """
+"""Description of ``mikv-eval calibrate``."""
 COMPARE_DESCRIPTION = """\
-Send the same prompts to a running mikv-serve at several ratios and compare with ratio 1.
+Send the same prompts to a running mikv-serve at several ratios, and compare with ratio 1.
 
-Ratio 1 among the ratios is asked twice: what differs there is not compression, but what shares a
-step with what. Answers are greedy, one at a time, without the prefix cache.
+Ratio 1 in --ratios is sent a second time. Its differences do not come from compression, but from
+rounding in different batches. Answers are greedy, one at a time, without the prefix cache.
 """
+"""Description of ``mikv-eval compare``."""
 
 
 def positive(text: str) -> int:
-    """How argparse reads a count."""
+    """Parse a positive integer for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     top = argparse.ArgumentParser(prog="mikv-eval", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -48,70 +52,120 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    curve = command(
-        "curve", run_curve, "quality against stored bytes, method by method", DESCRIPTION
+    curve = command("curve", run_curve, "compare methods: quality by stored bytes", DESCRIPTION)
+    curve.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mikv-eval"),
+        help="folder for the results (default: %(default)s)",
     )
-    curve.add_argument("--out", type=Path, default=Path("mikv-eval"), help="folder for results")
     curve.add_argument(
         "--tasks",
         nargs="+",
         default=list(TASKS),
         metavar="TASK",
-        help=f"{', '.join(TASKS)}, or a file of JSON lines, {{'prompt': …, 'answer': …}}",
+        help=f'{", ".join(TASKS)}, or a file with lines {{"prompt": …, "answer": …}} '
+        "(default: all)",
     )
-    _add_windows(curve, 8, "prompts of each task")
+    _add_windows(curve, 8, "prompts per task")
     curve.add_argument(
-        "--ratios", nargs="+", type=float, default=[2.0, 3.0, 3.2, 4.0, 5.0, 5.5], metavar="R"
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[2.0, 3.0, 3.2, 4.0, 5.0, 5.5],
+        metavar="R",
+        help="compression ratios (default: 2 3 3.2 4 5 5.5)",
     )
-    curve.add_argument("--methods", nargs="+", metavar="NAME", help="families; all by default")
-    curve.add_argument("--block-size", type=positive, default=32, help="tokens of a page")
+    curve.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="names of methods, as in reports (default: all)",
+    )
+    curve.add_argument(
+        "--block-size", type=positive, default=32, help="tokens per page (default: %(default)s)"
+    )
     curve.add_argument(
         "--served",
         choices=("bfloat16", "float16"),
-        help="measure what engines of this dtype serve too: ours, and stock vLLM's fp8 cache",
+        help="also measure engines of this dtype: MiKV, and stock vLLM with its fp8 cache",
     )
     curve.add_argument(
-        "--quick", action="store_true", help="2 short prompts of each task: a look in 3 minutes"
+        "--quick", action="store_true", help="2 short prompts per task, which takes about 3 minutes"
     )
 
     calibrate = command(
         "calibrate",
         run_calibrate,
-        "the low formats for a model, from measurements",
+        "find the low formats for a model",
         CALIBRATE_DESCRIPTION,
     )
-    calibrate.add_argument("--out", type=Path, default=Path("low-formats.json"), metavar="FILE")
-    _add_windows(calibrate, 4, "pieces of the text")
+    calibrate.add_argument(
+        "--out",
+        type=Path,
+        default=Path("low-formats.json"),
+        metavar="FILE",
+        help="file to write (default: %(default)s)",
+    )
+    _add_windows(calibrate, 4, "prompts")
 
     compare = command(
-        "compare", run_compare, "a running server's answers at several ratios", COMPARE_DESCRIPTION
+        "compare",
+        run_compare,
+        "compare the answers of a running server at several ratios",
+        COMPARE_DESCRIPTION,
     )
-    compare.add_argument("--url", required=True, help="of mikv-serve, without /v1")
-    compare.add_argument("--api-key", help="what the server was started with")
-    compare.add_argument("--model", help="served model; the first by default")
+    compare.add_argument("--url", required=True, help="URL of mikv-serve, without /v1")
+    compare.add_argument("--api-key", help="API key of the server")
+    compare.add_argument("--model", help="name of the served model (default: the first one)")
     compare.add_argument(
-        "--ratios", nargs="+", type=float, default=[1.0, 2.0, 3.0, 4.0, 5.0], metavar="R"
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[1.0, 2.0, 3.0, 4.0, 5.0],
+        metavar="R",
+        help="compression ratios (default: 1 2 3 4 5)",
     )
-    compare.add_argument("--prompts", type=Path, help='JSON lines, {"prompt": "…"}')
     compare.add_argument(
-        "--count", type=positive, default=8, help="prompts of the Python reference"
+        "--prompts",
+        type=Path,
+        help='file with lines {"prompt": "…"} (default: pieces of the Python reference)',
     )
-    compare.add_argument("--max-tokens", type=positive, default=64, help="of an answer")
+    compare.add_argument(
+        "--count",
+        type=positive,
+        default=8,
+        help="pieces of the Python reference (default: %(default)s)",
+    )
+    compare.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=64,
+        help="most tokens of an answer (default: %(default)s)",
+    )
     return top
 
 
 def _add_windows(command: argparse.ArgumentParser, count: int, what: str) -> None:
-    """What a model continues, and which model."""
-    command.add_argument("--model", help="folder or name of a model; the embedded one by default")
-    command.add_argument("--text", type=Path, help="a text file instead of the Python reference")
-    command.add_argument("--windows", type=positive, default=count, help=what)
-    command.add_argument("--prompt", type=positive, default=1536, help="tokens of a prompt")
+    """Add the flags of the model and of its prompts."""
+    command.add_argument("--model", help="folder or name of a model (default: the embedded one)")
+    command.add_argument("--text", type=Path, help="text file (default: the Python reference)")
     command.add_argument(
-        "--continuation", type=positive, default=256, help="tokens that follow the text"
+        "--windows", type=positive, default=count, help=f"{what} (default: %(default)s)"
+    )
+    command.add_argument(
+        "--prompt", type=positive, default=1536, help="tokens per prompt (default: %(default)s)"
+    )
+    command.add_argument(
+        "--continuation",
+        type=positive,
+        default=256,
+        help="tokens that are predicted after a prompt of text (default: %(default)s)",
     )
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command and return the exit status: 2 if the arguments are wrong."""
     args = parser().parse_args(argv)
     try:
         args.run(args)
@@ -122,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_curve(args: argparse.Namespace) -> None:
-    """Measure, then write the report."""
+    """Measure all methods, then write the report."""
     needs("matplotlib", "tqdm")
     import transformers
     from tqdm import tqdm
@@ -141,7 +195,7 @@ def run_curve(args: argparse.Namespace) -> None:
     if args.methods:
         if unknown := set(args.methods) - set(families):
             names = ", ".join(sorted(unknown))
-            raise ValueError(f"--methods: there is no {names}; there are {', '.join(families)}")
+            raise ValueError(f"--methods: unknown names {names}; choose from {', '.join(families)}")
         methods = [method for method in methods if method.family in args.methods]
     model_path = args.model or embedded_model()
     config = transformers.AutoConfig.from_pretrained(model_path)
@@ -150,7 +204,9 @@ def run_curve(args: argparse.Namespace) -> None:
     )
     most = largest_ratio(head_dim)
     if wrong := [ratio for ratio in args.ratios if not 1.0 < ratio <= most]:
-        raise ValueError(f"--ratios: {wrong[0]:g} is not above 1 and at most {most:g}")
+        raise ValueError(
+            f"--ratios: {wrong[0]:g} is out of range; give ratios above 1, up to {most:g}"
+        )
     model = ReferenceModel(model_path)
     served = None
     if args.served:
@@ -182,7 +238,7 @@ def run_curve(args: argparse.Namespace) -> None:
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
-    """Measure formats, print the ladder and write it."""
+    """Measure low formats, then print and write the ladder."""
     needs("tqdm")
     from tqdm import tqdm
 
@@ -207,7 +263,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """Ask, then print a table."""
+    """Send all prompts, then print a table."""
     needs("tqdm")
     from tqdm import tqdm
 
@@ -223,9 +279,9 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def needs(*packages: str) -> None:
-    """Refuse to go on without packages of the extra ``eval``."""
+    """Raise ``ValueError`` if packages of the extra ``eval`` are not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise ValueError(f"needs {' and '.join(missing)}: pip install 'mikv-vllm[eval]'")
+        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'mikv-vllm[eval]'")
 
 
 if __name__ == "__main__":

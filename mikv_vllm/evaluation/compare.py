@@ -1,7 +1,7 @@
-"""A running server's answers to the same prompts at several ratios: what they share, cost and take.
+"""Comparison of a running server's answers to the same prompts at several ratios.
 
-Answers are greedy. Two of them that differ in one token go on from different texts, so
-probabilities are compared only up to there.
+Answers are greedy. After the first token that differs, two answers continue different texts.
+Therefore probabilities are only compared before that token.
 """
 
 import time
@@ -18,47 +18,54 @@ from mikv_vllm.evaluation.json_lines import read_texts
 from mikv_vllm.evaluation.windows import topics_text
 
 PROMPT_CHARACTERS = 6000
+"""Length of a prompt that is cut from the Python reference."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a server: tokens as text, with log-probabilities in nats."""
+    """An answer of a server."""
 
     tokens: list[str]
     log_probs: list[float]
+    """Of each token, nats."""
     first_token_seconds: float
     seconds: float
     report: dict
+    """Field ``kv_compression`` of the response."""
 
     @property
     def token_seconds(self) -> float:
-        """Time per token after the first."""
+        """Time per token after the first one."""
         return (self.seconds - self.first_token_seconds) / max(1, len(self.tokens) - 1)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One ratio against ratio 1, means over prompts."""
+    """Result of one ratio compared with ratio 1: means over prompts."""
 
     ratio: float
     achieved_ratio: float
     kv_bytes: float
-    """Of one request."""
+    """Bytes of the cache of a request."""
     shared: float
-    """Share of the answer's tokens before the first that differs."""
+    """Share of the tokens of an answer before the first one that differs."""
     same: float
-    """Share of answers that are the same to the end."""
+    """Share of answers that are identical."""
     log_prob_difference: float
-    """Mean difference of the shared tokens' log-probabilities, without sign, nats."""
+    """Mean absolute difference of the log-probabilities of shared tokens, nats."""
     first_token_seconds: float
     token_seconds: float
 
 
 def read_prompts(path: Path | None, count: int) -> list[str]:
-    """Prompts of a file of JSON lines, ``{"prompt": …}``, or ``count`` pieces of our own text.
+    """Return the prompts to send.
+
+    Args:
+        path: file with lines ``{"prompt": …}``; None for pieces of the Python reference.
+        count: number of pieces.
 
     Raises:
-        ValueError: a line is something else, or there is none.
+        ValueError: a line has another form, or the file is empty.
     """
     if path is None:
         text = topics_text()
@@ -68,14 +75,16 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
 
 
 class Server:
-    """An OpenAI-compatible server.
+    """A running ``mikv-serve``.
 
     Args:
-        url: without ``/v1``.
-        model: None for the first that it serves.
+        url: URL without ``/v1``.
+        api_key: API key of the server, or None.
+        model: name of the served model; None for the first one.
+        max_tokens: most tokens of an answer.
 
     Raises:
-        ValueError: it cannot be reached, or refuses.
+        ValueError: the server cannot be reached, or refuses the request.
     """
 
     def __init__(self, url: str, api_key: str | None, model: str | None, max_tokens: int) -> None:
@@ -86,10 +95,17 @@ class Server:
         try:
             self.model = model or self._client.models.list().data[0].id
         except openai.OpenAIError as error:
-            raise ValueError(f"--url: {url} does not answer: {error}") from None
+            raise ValueError(f"--url: the server at {url} does not answer: {error}") from None
 
     def ask(self, prompt: str, ratio: float) -> Answer:
-        """One answer at a ratio; no prefix cache takes part, since that would spare one of them."""
+        """Return the answer at a ratio.
+
+        A ``cache_salt`` disables the prefix cache, which would make all answers but the first one
+        faster.
+
+        Raises:
+            ValueError: the server refuses the request, or does not report ``kv_compression``.
+        """
         begin = time.perf_counter()
         first: float | None = None
         tokens: list[str] = []
@@ -114,7 +130,10 @@ class Server:
         except openai.OpenAIError as error:
             raise ValueError(f"{self._url}, ratio {ratio:g}: {error}") from None
         if report is None:
-            raise ValueError(f"--url: {self._url} reports no {REPORT_FIELD}; is it mikv-serve?")
+            raise ValueError(
+                f"--url: the server at {self._url} does not report {REPORT_FIELD}; start it with "
+                "mikv-serve"
+            )
         end = time.perf_counter()
         return Answer(tokens, log_probs, (first or end) - begin, end - begin, report)
 
@@ -122,9 +141,12 @@ class Server:
 def compare(
     server: Server, prompts: list[str], ratios: list[float]
 ) -> Iterator[tuple[float, Answer, Answer]]:
-    """Yield each ratio's answer to each prompt beside that at ratio 1.
+    """Send all prompts at all ratios.
 
-    The ratios take turns on every prompt, so that what else the machine does meets all of them.
+    Ratios take turns on each prompt, so that other load on the machine affects all of them equally.
+
+    Yields:
+        The ratio, the answer at this ratio, and the answer at ratio 1 to the same prompt.
     """
     for prompt in prompts:
         reference = server.ask(prompt, 1.0)
@@ -133,7 +155,7 @@ def compare(
 
 
 def summarize(answers: list[tuple[float, Answer, Answer]]) -> list[Comparison]:
-    """Means over prompts, by ratio."""
+    """Return the means over prompts, by ratio."""
     found = []
     for ratio in dict.fromkeys(ratio for ratio, _, _ in answers):
         pairs = [(mine, theirs) for other, mine, theirs in answers if other == ratio]
@@ -162,24 +184,24 @@ def summarize(answers: list[tuple[float, Answer, Answer]]) -> list[Comparison]:
 
 
 def _shared(mine: Answer, theirs: Answer) -> int:
-    """Tokens before the first that differs."""
+    """Return the number of tokens before the first one that differs."""
     pairs = zip(mine.tokens, theirs.tokens, strict=False)
     different = (i for i, (a, b) in enumerate(pairs) if a != b)
     return next(different, min(len(mine.tokens), len(theirs.tokens)))
 
 
 def rows(comparisons: list[Comparison]) -> list[dict]:
-    """What a table shows."""
+    """Return the rows of a table."""
     return [
         {
             "ratio": f"{c.ratio:g}",
             "achieved": f"{c.achieved_ratio:.2f}",
-            "KV MB a request": f"{c.kv_bytes / 1e6:.2f}",
-            "tokens before a difference": f"{c.shared:.0%}",
-            "same answers": f"{c.same:.0%}",
+            "KV cache per request, MB": f"{c.kv_bytes / 1e6:.2f}",
+            "tokens before the first difference": f"{c.shared:.0%}",
+            "identical answers": f"{c.same:.0%}",
             "log-probability difference": f"{c.log_prob_difference:.4f}",
             "first token, s": f"{c.first_token_seconds:.3f}",
-            "next tokens, ms": f"{1000 * c.token_seconds:.1f}",
+            "time per next token, ms": f"{1000 * c.token_seconds:.1f}",
         }
         for c in comparisons
     ]

@@ -1,7 +1,8 @@
-"""Force an engine through a known text, and compare its predictions with a stored run.
+"""Force an engine to generate a known text, and compare its predictions with a stored run.
 
-A logits processor in the worker sees the whole vocabulary, so no logits leave the process: one run
-stores its log-probabilities in a file, the others are measured against it there.
+A logits processor of vLLM runs in the worker, where it has the logits of the whole vocabulary. The
+reference run stores its log-probabilities in files. Other runs are compared with these files in the
+worker, so no logits have to be sent to another process.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,22 +17,22 @@ from vllm.logits_process import LogitsProcessor as RequestLogitsProcessor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 COLUMNS = 4
-"""Numbers that are measured for each token."""
+"""Numbers per token in :attr:`Forced.measured`."""
 FIELD = "forced_decoding"
 """Entry of ``SamplingParams.extra_args`` that carries a :class:`Forced`."""
 
 
 @dataclass(frozen=True)
 class Forced:
-    """One request's forced continuation.
+    """The forced continuation of one request.
 
     Attributes:
-        tokens: token ids that the request has to produce.
+        tokens: token ids that the request generates.
         log_probs: file of float32 log-probabilities ``[tokens, vocabulary]``.
-        measured: file for the comparison, float64 ``[tokens, 4]``: KL divergence in nats from
-            ``log_probs`` to the request's own, whether the likeliest token is the same, the forced
-            token's log-probability, and whether it is the likeliest. None to write ``log_probs``
-            instead.
+        measured: file for the comparison, float64 ``[tokens, 4]``. The columns are the KL
+            divergence from ``log_probs`` in nats, whether the likeliest token is the same, the
+            log-probability of the forced token, and whether the forced token is the likeliest. If
+            None, the request is a reference: it writes ``log_probs``.
     """
 
     tokens: list[int]
@@ -39,7 +40,7 @@ class Forced:
     measured: str | None
 
     def sampling_params(self, **extra_args: Any) -> SamplingParams:
-        """Parameters of a request that is forced so."""
+        """Return the parameters of the request, with further ``extra_args``."""
         return SamplingParams(
             temperature=0.0,
             max_tokens=len(self.tokens),
@@ -49,7 +50,10 @@ class Forced:
 
 
 class ForcedDecoding(AdapterLogitsProcessor):
-    """vLLM logits processor: ``LLM(logits_processors=[ForcedDecoding])``."""
+    """Logits processor that forces the tokens of requests with a :class:`Forced`.
+
+    Use it as ``LLM(logits_processors=[ForcedDecoding])``.
+    """
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -72,6 +76,7 @@ class ForcedDecoding(AdapterLogitsProcessor):
 
 
 def _store(forced: Forced, step: int, log_probs: torch.Tensor) -> None:
+    """Write the row of one token, float32 ``[vocabulary]``, or its comparison."""
     rows = np.memmap(
         forced.log_probs,
         dtype=np.float32,

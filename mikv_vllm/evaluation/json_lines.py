@@ -1,17 +1,19 @@
-"""Users' own prompts: files of JSON lines."""
+"""Prompts of the user: files with one JSON object per line."""
 
 import json
 from pathlib import Path
 
 
 def read_texts(path: Path, names: tuple[str, ...], flag: str) -> list[list[str]]:
-    """The texts called ``names`` of every line.
+    """Read the texts with the keys ``names`` from every line.
 
     Args:
-        flag: what the file was given to, for the message.
+        path: the file.
+        names: keys, all required.
+        flag: flag of the file, for error messages.
 
     Raises:
-        ValueError: a line has no such texts, or there is no line.
+        ValueError: a line does not have these texts, or the file is empty.
     """
     found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -24,5 +26,5 @@ def read_texts(path: Path, names: tuple[str, ...], flag: str) -> list[list[str]]
             raise ValueError(f"{flag}: line {number} of {path} is not {{{wanted}}}")
         found.append(texts)
     if not found:
-        raise ValueError(f"{flag}: {path} has no line")
+        raise ValueError(f"{flag}: {path} is empty")
     return found

@@ -1,6 +1,7 @@
-"""Methods side by side on the same prompts: what each does to a model's predictions, and its bytes.
+"""Comparison of methods on the same prompts: change of the predictions, and bytes.
 
-Every measurement is a line of ``results.jsonl``; a run that was cut off goes on where it stopped.
+Every measurement is a line of ``results.jsonl``. A run that was interrupted continues after the
+last complete line.
 """
 
 from __future__ import annotations
@@ -22,34 +23,39 @@ if TYPE_CHECKING:
     from mikv_vllm.evaluation.served import Served
 
 UNCOMPRESSED = "uncompressed"
+"""Family of the reference in reports."""
 NORMAL_95 = 1.96
+"""Half the width of the 95 % interval of a standard normal number."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One method on one window."""
+    """Result of one method on one window."""
 
     task: str
     window: int
     family: str
     setting: str
     ratio: float
-    """16-bit bytes by stored bytes, everything counted."""
+    """Bytes at 16 bits divided by stored bytes, metadata included."""
     divergence: float
     """Mean KL divergence to the uncompressed model's next-token distribution, nats."""
     agreement: float
-    """Share of tokens whose likeliest successor is the same."""
+    """Share of tokens with the same likeliest next token."""
     log_loss: float
     """Mean negative log-probability of the known continuation, nats."""
     accuracy: float
-    """Share of the continuation's tokens that are the likeliest ones."""
+    """Share of tokens of the continuation that are the likeliest ones."""
     exact: float
-    """1 if all of them are."""
+    """1 if all tokens of the continuation are the likeliest ones, otherwise 0."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One method on one task: means over windows, and half their 95 % confidence intervals."""
+    """Result of one method on one task: means over windows.
+
+    Each ``..._error`` is half of the 95 % confidence interval.
+    """
 
     task: str
     family: str
@@ -70,7 +76,20 @@ class Summary:
 def measure(
     model: ReferenceModel, task: str, windows: list[Window], methods: list[CacheMethod], out: Path
 ) -> Iterator[Measurement]:
-    """Measure what is not yet in ``out/results.jsonl``, and write it there, window by window."""
+    """Run methods in plain torch, and append their measurements to ``out/results.jsonl``.
+
+    Measurements that are in the file already are skipped.
+
+    Args:
+        model: the model.
+        task: name of the task, for the results.
+        windows: prompts and continuations of the task.
+        methods: methods to measure, in addition to the uncompressed cache.
+        out: folder of the results.
+
+    Yields:
+        Each new measurement, after it is written.
+    """
     path = out / "results.jsonl"
     done = {(m.task, m.window, m.family, m.setting) for m in load(out)}
     for index, window in enumerate(windows):
@@ -101,7 +120,19 @@ def measure(
 def measure_served(
     served: Served, task: str, windows: list[Window], out: Path
 ) -> Iterator[Measurement]:
-    """The same of what engines serve, all windows of a setting at once."""
+    """Run engines, and append their measurements to ``out/results.jsonl``.
+
+    All windows of a setting run in one batch. Settings that are in the file already are skipped.
+
+    Args:
+        served: the engines and their settings.
+        task: name of the task, for the results.
+        windows: prompts and continuations of the task.
+        out: folder of the results.
+
+    Yields:
+        Each new measurement, after it is written.
+    """
     done = {(m.task, m.window, m.family, m.setting) for m in load(out)}
     last = len(windows) - 1
     todo = [name for name in served.settings if (task, last, *name) not in done]
@@ -126,7 +157,7 @@ def _compare(
     reference: torch.Tensor,
     method: CacheMethod | None,
 ) -> dict[str, float]:
-    """A measurement's numbers."""
+    """Return the numbers of a :class:`Measurement` of a method, or of the untouched cache."""
     run = model.continue_with(prefill, tokens, method)
     mine, theirs = run.log_probs.double(), reference.double()
     likeliest = mine.argmax(-1)
@@ -142,7 +173,10 @@ def _compare(
 
 
 def load(out: Path) -> list[Measurement]:
-    """All measurements of a folder; a last line that was cut off is ignored."""
+    """Return all measurements of a folder.
+
+    An incomplete last line, which an interrupted run leaves, is removed from the file.
+    """
     path = out / "results.jsonl"
     if not path.exists():
         return []
@@ -154,7 +188,7 @@ def load(out: Path) -> list[Measurement]:
 
 
 def summarize(measurements: list[Measurement]) -> list[Summary]:
-    """Means by task and method, in the order of their first measurement."""
+    """Return means by task and method, in the order of their first measurement."""
     grouped: dict[tuple[str, str, str], list[Measurement]] = {}
     for one in measurements:
         grouped.setdefault((one.task, one.family, one.setting), []).append(one)

@@ -1,4 +1,4 @@
-"""KL divergence and agreement of compressed requests to uncompressed ones."""
+"""Quality of the engine: compressed requests compared with uncompressed ones."""
 
 import tempfile
 from dataclasses import dataclass
@@ -14,9 +14,14 @@ from mikv_vllm.evaluation.windows import Window
 
 
 def generate_together(llm: LLM, prompts: list, params: Any) -> list[RequestOutput]:
-    """The outputs of requests that all wait when the engine begins.
+    """Generate after all requests are queued, and return their outputs.
 
-    Prompts then share steps in the same way in every run, and rounding does not differ.
+    The scheduler then forms the same batches in every run, so that rounding does not differ.
+
+    Args:
+        llm: the engine; no other request is in it.
+        prompts: as in ``LLM.generate``.
+        params: sampling parameters of all prompts, or one for each.
     """
     llm.sleep(level=0)
     llm.enqueue(prompts, params, use_tqdm=False)
@@ -26,7 +31,7 @@ def generate_together(llm: LLM, prompts: list, params: Any) -> list[RequestOutpu
 
 @dataclass(frozen=True)
 class Quality:
-    """What one ratio does, over all windows."""
+    """Result of one ratio: means over all windows."""
 
     ratio: float
     achieved_ratio: float
@@ -35,34 +40,34 @@ class Quality:
     divergence_error: float
     """Standard error of that mean, over windows."""
     agreement: float
-    """Share of tokens whose likeliest token is the same."""
+    """Share of tokens with the same likeliest next token."""
     low_format: str | None
 
 
 @dataclass(frozen=True)
 class WindowQuality:
-    """What one ratio does on one window: means over its tokens."""
+    """Result of one ratio on one window: means over its tokens."""
 
     ratio: float
-    """Achieved; 1.0 where the engine reports none."""
+    """Achieved ratio; 1.0 if the engine reports none."""
     divergence: float
     agreement: float
     log_loss: float
-    """Negative log-probability of the forced tokens, nats."""
+    """Mean negative log-probability of the forced tokens, nats."""
     accuracy: float
-    """Share of them that are the likeliest."""
+    """Share of forced tokens that are the likeliest ones."""
     exact: float
-    """1 if all are."""
+    """1 if all forced tokens are the likeliest ones, otherwise 0."""
     low_format: str | None
 
 
 class QualityRun:
-    """Reference run of some windows, against which ratios are measured.
+    """Measures ratios against a reference run. The constructor runs the reference.
 
     Args:
         llm: an engine with ``logits_processors=[ForcedDecoding]``.
-        windows: prompts and continuations; all run in one batch.
-        ratio: of the reference.
+        windows: prompts and continuations, which all run in one batch.
+        ratio: ratio of the reference.
     """
 
     def __init__(self, llm: LLM, windows: list[Window], ratio: float = 1.0) -> None:
@@ -72,13 +77,14 @@ class QualityRun:
         self._generate(ratio, None)
 
     def use(self, llm: LLM) -> None:
-        """Measure another engine from now on, against the same reference."""
+        """Use another engine for the following measurements, with the same reference."""
         self._llm = llm
 
     def _path(self, name: str, window: int) -> str:
         return str(Path(self._folder.name) / f"{name}-{window}")
 
     def _generate(self, ratio: float, measured: str | None) -> list[dict]:
+        """Run all windows and return their reports, empty for stock vLLM."""
         forced = [
             Forced(
                 window.continuation,
@@ -95,7 +101,7 @@ class QualityRun:
         return [(output.kv_transfer_params or {}).get(REPORT_FIELD, {}) for output in outputs]
 
     def measure_windows(self, ratio: float) -> list[WindowQuality]:
-        """Run all windows at ``ratio`` and compare."""
+        """Run all windows at ``ratio`` and return a result for each."""
         name = "measured"
         reports = self._generate(ratio, name)
         found = []
@@ -117,7 +123,7 @@ class QualityRun:
         return found
 
     def measure(self, ratio: float) -> Quality:
-        """Means over all windows at ``ratio``."""
+        """Run all windows at ``ratio`` and return their means."""
         found = self.measure_windows(ratio)
         divergences = np.array([window.divergence for window in found])
         return Quality(

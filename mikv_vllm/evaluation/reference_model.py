@@ -1,4 +1,4 @@
-"""A model in plain torch whose cache can be replaced between prompt and continuation."""
+"""A model in plain torch. Its cache can be replaced between the prompt and the continuation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +20,14 @@ from transformers.masking_utils import sdpa_mask
 from mikv_vllm.evaluation.methods.base import CacheMethod, HeadCache
 
 ATTENTION = "mikv_recording"
+"""Name of :func:`_attention` in transformers."""
 QUERIES_AT_ONCE = 256
+"""Queries whose attention weights are in memory at the same time."""
 
 
 @dataclass
 class _Recording:
-    """What attention saw during one prompt, by layer."""
+    """Queries and attention weights of one prompt, by layer, as in :class:`HeadCache`."""
 
     window: int
     queries: list[torch.Tensor] = field(default_factory=list)
@@ -40,14 +42,21 @@ _recording: _Recording | None = None
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any
 ) -> Any:
-    """transformers' own attention; notes down queries and weights while a prompt is recorded."""
+    """Compute attention with transformers' SDPA; record queries and weights of a prompt."""
     if _recording is not None:
         _record(_recording, query[0].float(), key[0].float(), kw.get("scaling"))
     return sdpa_attention_forward(module, query, key, value, *args, **kw)
 
 
 def _record(to: _Recording, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
-    """Queries ``[heads, tokens, head_dim]`` over keys ``[kv_heads, tokens, head_dim]``, causal."""
+    """Append the queries and the causal attention weights of one layer to a recording.
+
+    Args:
+        to: the recording.
+        query: float32 ``[heads, tokens, head_dim]``.
+        key: float32 ``[kv_heads, tokens, head_dim]``.
+        scale: factor of the logits; None for ``head_dim**-0.5``.
+    """
     heads, tokens, head_dim = query.shape
     kv_heads = len(key)
     grouped = query.unflatten(0, (kv_heads, heads // kv_heads))
@@ -72,32 +81,40 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt's cache: ``layers[layer][kv_head]``."""
+    """The cache of a prompt."""
 
     num_tokens: int
     layers: list[list[HeadCache]]
+    """By layer and KV head."""
 
 
 def divergence(reference: torch.Tensor, log_probs: torch.Tensor) -> float:
-    """Mean KL divergence to a reference, nats, of log-probabilities ``[tokens, vocabulary]``."""
+    """Return the mean KL divergence from ``reference`` in nats.
+
+    Args:
+        reference: log-probabilities ``[tokens, vocabulary]``.
+        log_probs: log-probabilities ``[tokens, vocabulary]``.
+    """
     theirs = reference.double()
     return (theirs.exp() * (theirs - log_probs.double())).sum(-1).mean().item()
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Predictions for a known continuation, float32 ``[tokens, vocabulary]``, and bytes stored."""
+    """Predictions for a known continuation."""
 
     log_probs: torch.Tensor
+    """float32 ``[tokens, vocabulary]``."""
     ratio: float
+    """Bytes of the cache at 16 bits divided by stored bytes; 1.0 without a method."""
 
 
 class ReferenceModel:
-    """A decoder model on the CPU in float32, where nothing but the method rounds.
+    """A decoder model on the CPU in float32, so that only the method changes the predictions.
 
     Args:
         path: folder or name of the model.
-        window: queries at a prompt's end that methods may look at.
+        window: number of the last queries of a prompt that methods may use.
     """
 
     def __init__(self, path: str | Path, window: int = 32) -> None:
@@ -112,6 +129,7 @@ class ReferenceModel:
 
     @contextmanager
     def _recorded(self) -> Iterator[_Recording]:
+        """Record the attention of all layers in the ``with`` block."""
         global _recording  # noqa: PLW0603
         _recording = _Recording(self._window)
         try:
@@ -121,12 +139,12 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int]) -> Prefill:
-        """Run a prompt but for its last token, which the continuation begins with."""
+        """Compute the cache of a prompt without its last token, which starts the continuation."""
         cache = transformers.DynamicCache(config=self._model.config)
         with self._recorded() as seen:
             self._model(torch.tensor([prompt[:-1]]), past_key_values=cache, logits_to_keep=1)
         layers = []
-        for layer, keys, values in zip(range(10**9), *self._tensors(cache), strict=False):
+        for layer, (keys, values) in enumerate(self._tensors(cache)):
             layers.append(
                 [
                     HeadCache(
@@ -142,21 +160,20 @@ class ReferenceModel:
             )
         return Prefill(len(prompt) - 1, layers)
 
-    def _tensors(self, cache: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        layers = cache.layers
-        return [layer.keys[0].float() for layer in layers], [
-            layer.values[0].float() for layer in layers
-        ]
+    def _tensors(self, cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return keys and values of each layer, float32 ``[kv_heads, tokens, head_dim]``."""
+        return [(layer.keys[0].float(), layer.values[0].float()) for layer in cache.layers]
 
     @torch.inference_mode()
     def continue_with(
         self, prefill: Prefill, tokens: list[int], method: CacheMethod | None
     ) -> Continuation:
-        """Predict what follows each of ``tokens``, over the prompt's cache as ``method`` stores it.
+        """Predict the next token after each of ``tokens``, over the cache that ``method`` stores.
 
         Args:
-            tokens: the prompt's last token, then the continuation but for its last one.
-            method: None for the cache as it is.
+            prefill: cache of the prompt. It is not modified.
+            tokens: the last token of the prompt and the continuation without its last token.
+            method: how the cache is stored; None for the untouched cache.
         """
         cache = transformers.DynamicCache(config=self._model.config)
         stored_bytes = native_bytes = 0.0

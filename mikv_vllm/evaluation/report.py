@@ -1,4 +1,4 @@
-"""Results as CSV, charts and one HTML page that needs no other file."""
+"""Results as CSV, charts, Markdown, and an HTML page without external files."""
 
 import base64
 import csv
@@ -12,6 +12,7 @@ from mikv_vllm.evaluation.lab import UNCOMPRESSED, Summary
 from mikv_vllm.evaluation.tables import markdown_table
 
 OURS = "MiKV for vLLM"
+"""Family that the chart draws in bold."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 13px }
@@ -23,9 +24,11 @@ PANELS = {
     "text": ("divergence", "KL divergence, nats"),
     "generated": ("accuracy", "share of the answer's tokens right"),
 }
+"""Measured number and axis label of the chart, for the text task and for generated tasks."""
 
 
 def write_csv(summaries: list[Summary], path: Path) -> None:
+    """Write all summaries, one row each."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Summary)])
         writer.writeheader()
@@ -33,7 +36,7 @@ def write_csv(summaries: list[Summary], path: Path) -> None:
 
 
 def tables(summaries: list[Summary]) -> dict[str, list[dict]]:
-    """Heading and rows of each task, ascending by ratio."""
+    """Return the rows of each task by heading, ascending by ratio."""
     found = {}
     for task in dict.fromkeys(summary.task for summary in summaries):
         rows = sorted((s for s in summaries if s.task == task), key=lambda s: s.ratio)
@@ -54,14 +57,14 @@ def tables(summaries: list[Summary]) -> dict[str, list[dict]]:
 
 
 def markdown(summaries: list[Summary]) -> str:
-    """All tables."""
+    """Return all tables."""
     return "\n\n".join(
         f"## {heading}\n\n{markdown_table(rows)}" for heading, rows in tables(summaries).items()
     )
 
 
 def draw(summaries: list[Summary], paths: list[Path]) -> None:
-    """Quality against ratio, a panel for each task."""
+    """Draw quality against ratio, one panel per task, into each of ``paths``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,7 +101,7 @@ def draw(summaries: list[Summary], paths: list[Path]) -> None:
 
 
 def write_html(summaries: list[Summary], chart: Path, title: str, path: Path) -> None:
-    """The tables and the chart in one file."""
+    """Write the tables and the chart as one file."""
     image = base64.b64encode(chart.read_bytes()).decode()
     out = io.StringIO()
     out.write(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>")

@@ -1,4 +1,4 @@
-"""What engines serve, measured through forced decoding against their own uncompressed run."""
+"""Quality of engines, measured by forced decoding against their own uncompressed run."""
 
 import gc
 from collections.abc import Iterator
@@ -16,18 +16,20 @@ from mikv_vllm.server.llm import LLM
 OURS_SERVED = "MiKV for vLLM, served"
 FP8 = "stock vLLM, fp8"
 STEP_TOKENS = 2048
+"""Least token budget of a step (``max_num_batched_tokens``)."""
 Name = tuple[str, str]
-"""Family and setting."""
+"""Family and setting, as in :class:`~mikv_vllm.evaluation.lab.Measurement`."""
 
 
 class Served:
-    """vLLM with our cache at some ratios, and stock vLLM with its fp8 cache.
+    """MiKV at some ratios, and stock vLLM with its fp8 cache.
 
     Args:
-        model: folder or name.
+        model: folder or name of the model.
         ratios: requested compression ratios.
-        block_size: tokens of a page.
-        dtype: of the engines; in float16, less rounding hides what the tiers do.
+        block_size: tokens per page.
+        dtype: dtype of the engines. In float16 there is less rounding that hides the effect of the
+            tiers than in bfloat16.
     """
 
     def __init__(self, model: str | Path, ratios: list[float], block_size: int, dtype: str) -> None:
@@ -37,12 +39,21 @@ class Served:
 
     @property
     def settings(self) -> list[Name]:
+        """All settings that :meth:`measure` accepts."""
         return [*self._ratios, self._fp8]
 
     def measure(
         self, windows: list[Window], names: list[Name]
     ) -> Iterator[tuple[Name, list[WindowQuality]]]:
-        """Measure some settings on windows, one engine at a time."""
+        """Measure settings, one engine after the other.
+
+        Args:
+            windows: prompts and continuations.
+            names: settings to measure.
+
+        Yields:
+            Each setting with a result for each window.
+        """
         longest = max(len(window.prompt) + len(window.continuation) for window in windows)
         with self._engine(LLM, longest) as llm:
             pages = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
@@ -52,7 +63,7 @@ class Served:
                     yield name, run.measure_windows(self._ratios[name])
         if self._fp8 in names:
             with self._engine(StockLLM, longest, kv_cache_dtype="fp8") as llm:
-                # Pages of the same pool: what a token takes, told by the engine itself.
+                # The number of pages in a pool of the same bytes shows the bytes of a token.
                 more = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks / pages
                 run.use(llm)
                 found = run.measure_windows(1.0)
@@ -61,6 +72,7 @@ class Served:
 
     @contextmanager
     def _engine(self, kind: type, longest: int, **settings: str) -> Iterator[StockLLM]:
+        """Start an engine for requests of ``longest`` tokens, and stop it after the block."""
         llm = kind(
             model=self._model,
             dtype=self._dtype,

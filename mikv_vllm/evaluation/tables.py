@@ -2,7 +2,12 @@
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """Rows with the same names, which head the columns; None is an empty cell."""
+    """Return a Markdown table.
+
+    Args:
+        rows: at least one row, all with the same keys, which are the headings. None is an empty
+            cell.
+    """
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for row in rows:

@@ -1,4 +1,4 @@
-"""What models are asked: known text to continue, and generated tasks that need the whole prompt."""
+"""Tasks: known text to continue, and generated tasks that depend on the whole prompt."""
 
 import random
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from mikv_vllm.evaluation.json_lines import read_texts
 from mikv_vllm.evaluation.windows import Window, cut_windows, topics_text
 
 KEYS = 24
-"""Pairs of a key-value task."""
+"""Pairs in the recall task."""
 PASSAGE_WORDS = 48
-"""Length of a passage to copy."""
+"""Words of the passage in the copying task."""
 LEAD_WORDS = 12
-"""Words of it that are repeated before the model goes on."""
+"""Words of the passage that are repeated at the end of the prompt."""
 
 
 def _words(rng: random.Random, count: int) -> list[str]:
-    """Made-up words that no model knows."""
+    """Return random made-up words."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     return ["".join(rng.choices(syllables, k=rng.randint(2, 3))) for _ in range(count)]
 
@@ -25,7 +25,19 @@ def _words(rng: random.Random, count: int) -> list[str]:
 def _place(
     tokenizer: Any, filler: list[int], text: str, question: str, length: int, depth: float
 ) -> list[int]:
-    """A prompt of ``length`` tokens: filler with ``text`` at ``depth`` in it, then ``question``."""
+    """Return a prompt of ``length`` tokens: filler that contains ``text``, then ``question``.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        filler: token ids, at least ``length``.
+        text: text that the answer depends on.
+        question: end of the prompt.
+        length: tokens of the prompt.
+        depth: position of ``text`` in the filler, from 0 to 1.
+
+    Raises:
+        ValueError: ``text`` and ``question`` are longer than the prompt.
+    """
     needle, end = tokenizer(text).input_ids, tokenizer(question).input_ids
     room = length - len(needle) - len(end)
     if room < 0:
@@ -35,7 +47,10 @@ def _place(
 
 
 def passkey(tokenizer: Any, rng: random.Random, filler: list[int], length: int) -> Window:
-    """A number, somewhere in text about something else, asked for at the end."""
+    """Hide a number in the filler and ask for it at the end.
+
+    Source: Landmark Attention (Mohtashami and Jaggi, 2023, arXiv:2305.16300).
+    """
     number = str(rng.randint(10000, 99999))
     text = f"\n\nThe pass key is {number}. Remember it. {number} is the pass key.\n\n"
     question = "\n\nWhat is the pass key? The pass key is"
@@ -44,7 +59,7 @@ def passkey(tokenizer: Any, rng: random.Random, filler: list[int], length: int) 
 
 
 def copying(tokenizer: Any, rng: random.Random, filler: list[int], length: int) -> Window:
-    """A passage of made-up words that begins again at the end."""
+    """Hide a passage of made-up words, and repeat its beginning at the end."""
     words = _words(rng, PASSAGE_WORDS)
     text = "\n\n" + " ".join(words) + ".\n\n"
     question = "\n\n" + " ".join(words[:LEAD_WORDS])
@@ -54,7 +69,7 @@ def copying(tokenizer: Any, rng: random.Random, filler: list[int], length: int) 
 
 
 def recall(tokenizer: Any, rng: random.Random, filler: list[int], length: int) -> Window:
-    """Pairs of made-up words, one of which is asked for."""
+    """Hide pairs of made-up words, and ask for the second word of one pair."""
     names, values = _words(rng, KEYS), _words(rng, KEYS)
     pairs = "".join(f"{name} = {value}\n" for name, value in zip(names, values, strict=True))
     asked = rng.randrange(KEYS)
@@ -69,23 +84,26 @@ GENERATED: dict[str, Callable[[Any, random.Random, list[int], int], Window]] = {
     "copying": copying,
     "recall": recall,
 }
+"""Functions that make a window of ``length`` tokens from ``filler``."""
 TASKS = ("text", *GENERATED)
 
 
 def windows_of(
     task: str, tokenizer: Any, count: int, prompt: int, continuation: int, text: str | None = None
 ) -> list[Window]:
-    """``count`` windows of a task, the same for the same arguments.
+    """Return windows of a task, the same ones for the same arguments.
 
     Args:
-        task: one of :data:`TASKS`, or a file of JSON lines, ``{"prompt": …, "answer": …}``, whose
-            texts have their own lengths.
-        prompt, continuation: tokens; a generated task's answer has a length of its own.
-        text: what is continued, and what generated tasks are hidden in; None for the Python
-            reference.
+        task: one of :data:`TASKS`, or a file with lines ``{"prompt": …, "answer": …}``. The texts
+            of a file keep their lengths.
+        tokenizer: tokenizer of the model.
+        count: number of windows; largest number for a file.
+        prompt: tokens of a prompt.
+        continuation: tokens of a continuation. Answers of generated tasks keep their lengths.
+        text: text to continue, and filler of generated tasks; None for the Python reference.
 
     Raises:
-        ValueError: there is no such task, or no room for as many windows.
+        ValueError: the task does not exist, or the text is too short.
     """
     text = topics_text() if text is None else text
     if task not in TASKS:
@@ -102,8 +120,10 @@ def windows_of(
 
 
 def _own_windows(tokenizer: Any, path: Path, count: int) -> list[Window]:
-    """Lines of a file, ``count`` at most."""
+    """Read at most ``count`` windows from a file."""
     if not path.is_file():
-        raise ValueError(f"--tasks: {path} is no file, and no task: {', '.join(TASKS)}")
+        raise ValueError(
+            f"--tasks: {path} is neither a file nor one of the tasks {', '.join(TASKS)}"
+        )
     lines = read_texts(path, ("prompt", "answer"), "--tasks")[:count]
     return [Window(*(tokenizer(text).input_ids for text in texts)) for texts in lines]

@@ -1,4 +1,4 @@
-"""Windows of text: a prompt and the tokens that follow it."""
+"""Windows of text: a prompt and the tokens that follow it. Also the texts of the evaluation."""
 
 import pydoc_data.topics
 from dataclasses import dataclass
@@ -8,30 +8,34 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens of one text, cut in two."""
+    """A prompt and its continuation, as token ids."""
 
     prompt: list[int]
     continuation: list[int]
 
     @property
     def inputs(self) -> list[int]:
-        """What a model is given to predict the continuation: the prompt's last token, and so on."""
+        """Inputs of the model: the token before each token of the continuation."""
         return [self.prompt[-1], *self.continuation[:-1]]
 
 
 RUN_WORDS = 12
-"""Texts that have this many words in a row in common overlap."""
+"""Two texts overlap if they share a run of this many words."""
 
 
 def word_runs(text: str) -> set[tuple[str, ...]]:
-    """All runs of :data:`RUN_WORDS` words."""
+    """Return all runs of :data:`RUN_WORDS` words."""
     words = text.split()
     return {tuple(words[i : i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1)}
 
 
 @cache
 def _split_topics() -> tuple[str, str]:
-    """Texts for evaluation and for calibration. Topics quote one another: none is in both."""
+    """Return the texts for evaluation and for calibration.
+
+    Topics of the Python reference quote each other. A topic that shares a run of words with the
+    calibration text is in neither text.
+    """
     topics = pydoc_data.topics.topics
     names = sorted(topics)
     calibration = "\n".join(topics[name] for name in names[::4])
@@ -41,28 +45,39 @@ def _split_topics() -> tuple[str, str]:
 
 
 def topics_text() -> str:
-    """Most of the Python reference in the standard library, about 67,000 tokens: for evaluation."""
+    """Return the evaluation text: most topics of the Python reference, about 67,000 tokens.
+
+    The topics are those of ``pydoc_data`` in the standard library.
+    """
     return _split_topics()[0]
 
 
 def calibration_text() -> str:
-    """Other topics of it, about 30,000 tokens: what formats were chosen by, never evaluated on."""
+    """Return the calibration text: other topics of the Python reference, about 30,000 tokens."""
     return _split_topics()[1]
 
 
 def cut_windows(
     tokenizer: Any, count: int, prompt: int, continuation: int, text: str | None = None
 ) -> list[Window]:
-    """``count`` windows, spread evenly over ``text`` (:func:`topics_text`), lengths in tokens.
+    """Cut windows that do not overlap, at equal distances in a text.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        count: number of windows.
+        prompt: tokens of a prompt.
+        continuation: tokens of a continuation.
+        text: None for :func:`topics_text`.
 
     Raises:
-        ValueError: the text is too short for as many.
+        ValueError: the text is too short.
     """
     tokens = tokenizer(topics_text() if text is None else text).input_ids
     stride = (len(tokens) - prompt - continuation) // count
     if stride < 0 or (stride < prompt + continuation and count > 1):
         raise ValueError(
-            f"{count} windows of {prompt} + {continuation} tokens do not fit {len(tokens)} tokens"
+            f"{count} windows of {prompt} + {continuation} tokens do not fit into a text of "
+            f"{len(tokens)} tokens; give fewer or shorter ones"
         )
     starts = [i * stride for i in range(count)]
     return [

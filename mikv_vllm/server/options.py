@@ -75,10 +75,20 @@ def _parser_of(name: str) -> Callable[[str], Any]:
             value = text
         try:
             return adapter.validate_python(value)
-        except ValidationError:
-            raise ArgumentTypeError(f"{text!r} is not allowed; give {allowed(name)}") from None
+        except ValidationError as error:
+            raise ArgumentTypeError(
+                f"{text!r} is not allowed{_reason(error)}; give {allowed(name)}"
+            ) from None
 
     return parse
+
+
+def _reason(error: ValidationError) -> str:
+    """Why one of our own checks refused a value, in parentheses; empty for pydantic's checks."""
+    first = error.errors()[0]
+    if first["type"] != "value_error":
+        return ""
+    return f" ({first['msg'].removeprefix('Value error, ')})"
 
 
 def config_of(args: Namespace) -> CompressionConfig:
@@ -103,11 +113,12 @@ def make_config(settings: dict[str, Any]) -> CompressionConfig:
         name = str(first["loc"][0]) if first["loc"] else ""
         if name in FLAGS:
             raise Refusal(
-                f"{name} is {first['input']!r}, which is not allowed; give {allowed(name)}."
+                f"{name} is {first['input']!r}, which is not allowed{_reason(error)}; "
+                f"give {allowed(name)}."
             ) from None
         if name:
             names = ", ".join(FLAGS)
-            raise Refusal(f"{name!r} is no setting of MiKV; the settings are {names}.") from None
+            raise Refusal(f"{name!r} is not a setting of MiKV; the settings are {names}.") from None
         message = first["msg"].removeprefix("Value error, ")
         raise Refusal(f"{message[0].upper()}{message[1:]}.") from None
 

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+import yaml
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -40,10 +41,26 @@ class ServeParser(FlexibleArgumentParser):
         return super().parse_args(split, namespace)
 
     def load_config_file(self, file_path: str) -> list[str]:
-        """Read a YAML file of flags, ours among them; an empty file has none."""
-        with open(file_path) as file:
-            has_flags = any(line.strip() and line.lstrip()[0] != "#" for line in file)
-        return super().load_config_file(file_path) if has_flags else []
+        """Read a YAML file of flags, including those of MiKV. An empty file has no flags.
+
+        Raises:
+            ValueError: one sentence, if there is no such file or it is not a map of flags.
+        """
+        expected = "it should hold one flag per line, such as `max-model-len: 4096`"
+        try:
+            with open(file_path) as file:
+                flags = yaml.safe_load(file)
+        except FileNotFoundError:
+            raise ValueError(f"--config: there is no file {file_path}; {expected}.") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--config: cannot read {file_path} ({reason}); {expected}.") from None
+        if flags is None:
+            return []
+        if not isinstance(flags, dict):
+            kind = "a list" if isinstance(flags, list) else "a single value"
+            raise ValueError(f"--config: {file_path} holds {kind}; {expected}.")
+        return super().load_config_file(file_path)
 
 
 def make_parser() -> ServeParser:

@@ -1,26 +1,30 @@
 """The ratio in a request's JSON body: found, checked, and put where vLLM passes it on."""
 
 import json
+from difflib import get_close_matches
 from typing import Any
 
 from mikv_vllm.config import RATIO_FIELD, RatioError, parse_ratio
 
 XARGS_FIELD = "vllm_xargs"
 """vLLM's field for extra sampling arguments; its entries reach ``SamplingParams.extra_args``."""
+OTHER_FIELDS = ("kv_transfer_params", "kv_cache_report_mode")
+"""Fields of vLLM that begin with ``kv_``."""
 
 
 def move_ratio(body: bytes, largest: float) -> bytes:
     """Move a top-level ``kv_compression_ratio`` into ``vllm_xargs``.
 
-    A body without the field, or that is no JSON object, comes back as it is: what is wrong with
-    it is vLLM's to say. A null means that there is no such field.
+    A body without the field, or one that is not a JSON object, is returned unchanged: vLLM reports
+    what is wrong with it. A null is the same as no field.
 
     Args:
         body: of a request, as received.
         largest: the largest ratio of the served model.
 
     Raises:
-        RatioError: the ratio is no number, out of range, or given twice with different values.
+        RatioError: the ratio is not a number, out of range, or given twice with different values;
+            or a field looks like a misspelt ``kv_compression_ratio``.
     """
     try:
         request = json.loads(body)
@@ -30,6 +34,8 @@ def move_ratio(body: bytes, largest: float) -> bytes:
         return body
     xargs = request.get(XARGS_FIELD)
     inner_args = xargs if isinstance(xargs, dict) else {}
+    _check_names(request, "")
+    _check_names(inner_args, f"{XARGS_FIELD}.")
     if RATIO_FIELD not in request and RATIO_FIELD not in inner_args:
         return body
     ratio = _checked(request.pop(RATIO_FIELD, None), largest, RATIO_FIELD)
@@ -51,3 +57,15 @@ def move_ratio(body: bytes, largest: float) -> bytes:
 
 def _checked(value: Any, largest: float, field: str) -> float | None:
     return None if value is None else parse_ratio(value, largest, field)
+
+
+def _check_names(fields: dict[str, Any], prefix: str) -> None:
+    """Refuse names that begin with ``kv_`` and that neither MiKV nor vLLM knows, or that are close.
+
+    vLLM ignores unknown fields, so the request would silently stay uncompressed.
+    """
+    for name in fields:
+        if name == RATIO_FIELD or name in OTHER_FIELDS:
+            continue
+        if name.startswith("kv_") or get_close_matches(name, [RATIO_FIELD], cutoff=0.85):
+            raise RatioError(f"unknown field {prefix}{name}; did you mean {prefix}{RATIO_FIELD}?")

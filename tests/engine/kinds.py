@@ -354,9 +354,9 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
                 found["without"] = run.measure(RATIO).divergence
         run.close()
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        pool = scheduler.tiers.block_pool
+        pool = scheduler.store.pool
         found["held_pages"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        found["held_requests"] = len(scheduler.tiers.tiered)
+        found["held_requests"] = len(scheduler.store.requests)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Low formats from measurements, and text that is kept apart for them."""
+"""Calibration of low formats, and its text, which evaluation does not use."""
 
 import json
 from itertools import pairwise
@@ -12,12 +12,12 @@ from mikv_vllm.evaluation.windows import calibration_text, topics_text, word_run
 from mikv_vllm.tiers.formats import LADDERS, TierGeometry
 
 
-def test_formats_are_not_chosen_by_the_text_they_are_evaluated_on():
+def test_calibration_and_evaluation_use_different_texts():
     assert not word_runs(calibration_text()) & word_runs(topics_text())
     assert min(len(word_runs(text)) for text in (calibration_text(), topics_text())) > 10_000
 
 
-def test_a_ladder_rises_in_bytes_and_falls_in_divergence():
+def test_more_bytes_give_less_divergence_along_a_ladder():
     of_keys = {bits: 0.4 / 4 ** (sum(bits) / 4) for bits in KEY_BITS}
     of_values = {bits: 0.004 / 4**bits for bits in VALUE_BITS}
     ladder = frontier(64, of_keys, of_values)
@@ -26,11 +26,11 @@ def test_a_ladder_rises_in_bytes_and_falls_in_divergence():
     assert len(ladder) > 4
     assert all(before >= 1.07 * after for before, after in pairwise(sizes))
     assert found == sorted(found)
-    # Keys weigh a hundred times as much: values get more bits only when keys have all.
+    # Keys matter a hundred times more, so values get more bits only after keys have all bits.
     assert all(one.value_bits == 2 for one in ladder if one.key_bits != KEY_BITS[0])
 
 
-def test_formats_that_change_answers_are_not_offered():
+def test_formats_with_a_large_divergence_are_left_out():
     of_keys = {bits: 1.0 / 4 ** (sum(bits) / 4) for bits in KEY_BITS}
     ladder = frontier(64, of_keys, dict.fromkeys(VALUE_BITS, 0.0))
     assert all(of_keys[one.key_bits] <= 0.05 for one in ladder)
@@ -80,7 +80,7 @@ def test_low_formats_that_do_not_exist_are_refused(given):
         CompressionConfig(low_formats=given)
 
 
-def test_calibrating_writes_a_ladder(model_path, tmp_path):
+def test_calibrate_writes_a_ladder(model_path, tmp_path):
     path = tmp_path / "low-formats.json"
     command = ["calibrate", "--model", str(model_path), "--out", str(path), "--windows", "1"]
     assert cli.main([*command, "--prompt", "512", "--continuation", "64"]) == 0

@@ -1,4 +1,4 @@
-"""mikv-eval on the embedded model, in its quick form."""
+"""``mikv-eval curve --quick`` on the embedded model."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def model(model_path):
 
 @pytest.fixture(scope="module")
 def quick(model_path, tmp_path_factory):
-    """A quick run's folder, and its summaries by task and method."""
+    """The folder of a quick run, its command, and its summaries by task and method."""
     out = tmp_path_factory.mktemp("curve")
     command = ["curve", "--quick", "--out", str(out), "--ratios", "4", "--model", str(model_path)]
     assert cli.main([*command, "--methods", *METHODS, "--tasks", "text", "copying"]) == 0
@@ -38,7 +38,7 @@ def test_a_quick_run_writes_every_report(quick):
     assert (out / "chart.svg").stat().st_size > 10_000
 
 
-def test_a_run_goes_on_where_it_stopped(quick, capsys):
+def test_an_interrupted_run_continues(quick, capsys):
     out, command, _ = quick
     path = out / "results.jsonl"
     whole = path.read_text()
@@ -51,7 +51,7 @@ def test_a_run_goes_on_where_it_stopped(quick, capsys):
         assert mine["divergence"] == pytest.approx(theirs["divergence"], rel=1e-4, abs=1e-9)
 
 
-def test_keeping_every_token_beats_dropping_some(quick):
+def test_keeping_all_tokens_is_better_than_eviction(quick):
     _, _, summaries = quick
     for task in ("text", "copying"):
         ours = summaries[task, "MiKV for vLLM", "ratio 4"]
@@ -63,7 +63,7 @@ def test_keeping_every_token_beats_dropping_some(quick):
     assert summaries["copying", "H2O", "ratio 4"].accuracy < 0.5
 
 
-def test_an_untouched_cache_changes_nothing(model):
+def test_an_untouched_cache_gives_the_predictions_of_the_model(model):
     (window,) = windows_of("text", model.tokenizer, 1, 200, 20)
     prefill = model.prefill(window.prompt)
     tokens = window.inputs
@@ -89,12 +89,15 @@ def test_windows_are_the_same_every_time(model, task):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ratios", "9"], "--ratios: 9 is not above 1 and at most 6.1"),
-        (["--ratios", "1"], "--ratios: 1 is not above 1"),
-        (["--methods", "magic"], "--methods: there is no magic; there are per-token, "),
-        (["--prompt", "90000"], "8 windows of 90000 + 256 tokens do not fit"),
+        (["--ratios", "9"], "--ratios: 9 is out of range; give ratios above 1, up to 6.1"),
+        (["--ratios", "1"], "--ratios: 1 is out of range"),
+        (["--methods", "magic"], "--methods: unknown names magic; choose from per-token, "),
+        (["--prompt", "90000"], "8 windows of 90000 + 256 tokens do not fit into a text of "),
         (["--tasks", "copying", "--prompt", "50"], "a prompt of 50 tokens cannot hold"),
-        (["--tasks", "magic"], "--tasks: magic is no file, and no task: text, passkey, "),
+        (
+            ["--tasks", "magic"],
+            "--tasks: magic is neither a file nor one of the tasks text, passkey, ",
+        ),
     ],
 )
 def test_wrong_arguments_get_a_sentence(model_path, tmp_path, capsys, arguments, message):
@@ -103,7 +106,7 @@ def test_wrong_arguments_get_a_sentence(model_path, tmp_path, capsys, arguments,
     assert message in capsys.readouterr().err
 
 
-def test_a_task_of_ones_own_is_a_file(model, tmp_path):
+def test_a_task_can_be_a_file(model, tmp_path):
     path = tmp_path / "capitals.jsonl"
     path.write_text('{"prompt": "The capital of France is", "answer": " Paris"}\n' * 2)
     windows = windows_of(str(path), model.tokenizer, 2, 0, 0)

@@ -59,7 +59,7 @@ def test_two_different_ratios_are_refused():
 
 
 @pytest.mark.parametrize(
-    "value", ["NaN", "Infinity", "-1", "0.99", "6.01", '"4"', "true", "[4]", '{"a": 4}']
+    "value", ["NaN", "Infinity", "-1", "0.99", "6.01", '"four"', '""', "true", "[4]", '{"a": 4}']
 )
 @pytest.mark.parametrize(
     "template", ['{"kv_compression_ratio": %s}', '{"vllm_xargs": {"kv_compression_ratio": %s}}']

