@@ -1,6 +1,6 @@
-"""What a worker knows of its compressed requests, in arrays: a step costs little for each of them.
+"""Block tables and sizes of a worker's compressed requests, in arrays.
 
-The plan names only the requests whose step is more than a new token in the last high group.
+The plan contains only the requests whose step is more than a new token in the last high record.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,21 +9,22 @@ import numpy as np
 
 from mikv_vllm.engine.step_plan import BlockTable, DecodeStep, ExtendStep
 from mikv_vllm.kernels.batch import (
+    BLOCKS,
     DEMOTED,
     HIGH,
     LOW,
     LOW_END_LINE,
-    NEW_TOKENS,
     PAGES,
     ROW_FIELDS,
     TOKEN,
     row_numbers,
 )
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 WIDTH = 16
-"""Pages by which tables grow, so that what is staged behind them for a GPU stays aligned."""
+"""Tables grow by this number of pages, which keeps the data behind them aligned on a GPU."""
 
 
 def _whole(num_pages: int) -> int:
@@ -67,9 +68,9 @@ class TierTables:
         index = self._counts[slot]
         self._reserve(slot, index + 1, len(block.pages))
         if index:
-            self._rows[slot, index - 1, NEW_TOKENS] = 0
-        step = AppendStep(1, 0, 0, 0, block.sizes)
-        self._rows[slot, index] = row_numbers(0, block.sizes, step, block.low_format)
+            self._rows[slot, index - 1, BLOCKS] = 0
+        step = TailStep(1, (), (), 0, block.sizes)
+        self._rows[slot, index] = row_numbers(0, block.sizes, step, block.low_format, index + 1)
         self._tables[slot, index, : len(block.pages)] = block.pages
         self._formats[slot].append(block.low_format)
         self._counts[slot] = index + 1
@@ -89,7 +90,7 @@ class TierTables:
             empty = (0,) * step.before.pages
             self._add_block(slot, BlockTable(empty, step.before, step.low_format))
         index = self._counts[slot] - 1
-        numbers = row_numbers(0, step.before, step.append, step.low_format)
+        numbers = row_numbers(0, step.before, step.append, step.low_format, index + 1)
         known = self._rows[slot, index, HIGH : LOW_END_LINE + 1].tolist()
         assert known == list(numbers[HIGH : LOW_END_LINE + 1]), (
             f"the plan and the worker disagree about {request_id}: {numbers}, {known}"
@@ -160,9 +161,10 @@ class TierTables:
         for change in step.changes:
             self.change(request_id, change)
             after = change.append.after
-            unchanged = AppendStep(1, 0, 0, 0, after)
-            numbers = row_numbers(0, after, unchanged, change.low_format)
-            self._rows[slot, self._counts[slot] - 1] = numbers
+            unchanged = TailStep(1, (), (), 0, after)
+            count = self._counts[slot]
+            numbers = row_numbers(0, after, unchanged, change.low_format, count)
+            self._rows[slot, count - 1] = numbers
             self.forget_pages(request_id, change.append.freed_positions)
 
     def _reserve(self, slot: int, num_blocks: int, num_pages: int) -> None:

@@ -7,37 +7,38 @@ import numpy as np
 
 from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
-DecodeRow = tuple[int, Any, TierSizes, AppendStep, LowFormat]
+DecodeRow = tuple[int, Any, TierSizes, TailStep, LowFormat]
 """Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
 step; the step; low format."""
 
-ROW_FIELDS = 11
+ROW_FIELDS = 9
 (
     TOKEN,
     PAGES,
     HIGH,
     LOW,
     LOW_END_LINE,
-    MOVED,
     DEMOTED,
-    NEXT_LOW_END_LINE,
     KEY_CODE,
     VALUE_BITS,
-    NEW_TOKENS,
+    BLOCKS,
 ) = range(ROW_FIELDS)
-"""Fields of a row: row of q, k, v and out; pages of the stream; high tokens, low records and low end
-before the step; moved low records; demoted low records; low end after the step; key code; value
-bits; new tokens. Low ends are in lines.
+"""Fields of a row: row of q, k, v and out; pages of the stream; high tokens and low records before
+the step; low end, in lines; demoted low records; key code; value bits; blocks of the request.
 
-A row is one block. The blocks of a request are consecutive rows with the same token; the last one
-takes the new token, the others are only read and have no new tokens.
+A row is one block. The blocks of a request are consecutive rows with the same token. The new token
+joins the last one. The others are only read, and their number of blocks is 0.
 """
 
 
 def row_numbers(
-    token: int, before: TierSizes, step: AppendStep | TailStep, low_format: LowFormat
+    token: int,
+    before: TierSizes,
+    step: TailStep,
+    low_format: LowFormat,
+    blocks: int = 1,
 ) -> tuple[int, ...]:
     """Return the :data:`ROW_FIELDS` fields of a row."""
     return (
@@ -46,12 +47,10 @@ def row_numbers(
         before.high_tokens,
         before.low_records,
         before.low_end_bytes // LINE_BYTES,
-        step.moved_records,
         step.demoted_records,
-        step.after.low_end_bytes // LINE_BYTES,
         low_format.key_code,
         low_format.value_bits,
-        step.new_tokens,
+        blocks,
     )
 
 
@@ -61,12 +60,15 @@ def describe_rows(rows: Sequence[DecodeRow]) -> tuple[np.ndarray, np.ndarray]:
     numbers = np.empty((len(rows), ROW_FIELDS), np.int32)
     max_pages = max((row[3].after.pages for row in rows), default=0)
     tables = np.zeros((len(rows), max_pages), np.int32)
+    first = 0
     for i, (token, table, before, step, low_format) in enumerate(rows):
+        first = first if i and rows[i - 1][0] == token else i
         num_pages = step.after.pages
         pages = np.asarray(table)[:num_pages]
         assert len(pages) == num_pages, (
             f"the table has {len(pages)} pages, the step needs {num_pages}"
         )
         tables[i, :num_pages] = pages
-        numbers[i] = row_numbers(token, before, step, low_format)
+        blocks = i - first + 1 if step.new_tokens else 0
+        numbers[i] = row_numbers(token, before, step, low_format, blocks)
     return numbers, tables

@@ -5,8 +5,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import HeaderLayout, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
 """The compressed rows of a decode step, as the kernels of a device read them."""
@@ -100,8 +101,8 @@ class LayerOps(Protocol[Batch_contra]):
     ) -> None:
         """Run one decode step of every row of a batch.
 
-        In each row: move low records, demote, append the new token, compute attention, and update
-        the scores of the high tokens.
+        In each request: demote and append the new token in its tail, compute attention over all its
+        blocks, and update the scores of the high tokens of the tail.
 
         Args:
             cache: in and out, tiered pages.
@@ -149,7 +150,7 @@ class LayerOps(Protocol[Batch_contra]):
         cache: torch.Tensor,
         tiered_table: Any,
         sizes: TierSizes,
-        step: AppendStep,
+        step: TailStep,
         low_format: LowFormat,
         k: torch.Tensor,
         v: torch.Tensor,

@@ -57,7 +57,6 @@ class TailStep:
     """Times 32 high tokens that become one low record."""
     after: TierSizes
     """Sizes afterwards."""
-    moved_records = 0
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 
 from mikv_vllm.tiers import packing
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.key_codecs import key_codec
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 from mikv_vllm.tiers.records import (
     Stream,
     high_record_offset,
@@ -78,22 +79,6 @@ def compress(
             tokens = low[LOW_RECORD_TOKENS * record : LOW_RECORD_TOKENS * (record + 1)]
             offset = low_record_offset(geometry, low_format, sizes, record)
             write_low_record(stream, geometry, low_format, offset, k[tokens], v[tokens])
-
-
-def move_low_records(
-    stream: Stream,
-    geometry: TierGeometry,
-    low_format: LowFormat,
-    sizes: TierSizes,
-    count: int,
-    low_end_bytes: int,
-) -> TierSizes:
-    """Move the ``count`` lowest low records to end at ``low_end_bytes``; returns the new sizes."""
-    size = geometry.low(low_format).num_bytes
-    for i in range(count):
-        start = low_record_offset(geometry, low_format, sizes, i)
-        stream.write(low_end_bytes - (count - i) * size, stream.read(start, size))
-    return replace(sizes, low_end_bytes=low_end_bytes)
 
 
 def demote(
@@ -200,7 +185,7 @@ def extend(
     geometry: TierGeometry,
     low_format: LowFormat,
     sizes: TierSizes,
-    step: AppendStep,
+    step: TailStep,
     keys: torch.Tensor,
     values: torch.Tensor,
     scores: torch.Tensor,
@@ -221,9 +206,6 @@ def extend(
     leaving = torch.zeros(len(scores), dtype=torch.bool)
     order = torch.sort(scores[: len(scores) - recent], stable=True).indices
     leaving[order[: LOW_RECORD_TOKENS * step.demoted_records]] = True
-    moved, low_end_bytes = step.moved_records, step.after.low_end_bytes
-    sizes = move_low_records(stream, geometry, low_format, sizes, moved, low_end_bytes)
-    sizes = replace(sizes, pages=step.after.pages)
     stay, new_stay = ~leaving[:before], ~leaving[before:]
     _keep_high(stream, geometry, stay, scores[:before], (own_keys, own_values), dtype)
     low_keys = torch.cat([own_keys, keys.float()])[leaving]

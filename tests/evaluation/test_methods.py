@@ -19,8 +19,8 @@ from mikv_vllm.evaluation.methods import (
 )
 from mikv_vllm.evaluation.methods.turboquant import lloyd_max
 from mikv_vllm.tiers import records, reference
+from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import LADDERS, TierGeometry
-from mikv_vllm.tiers.plan import TierPlanner
 
 TOKENS, HEAD_DIM = 500, 64
 METHODS = every_method([2.0, 4.0])
@@ -120,15 +120,15 @@ def test_levels_match_the_published_ones():
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 5.5])
 def test_mikv_matches_the_bytes_of_the_oracle(cache, ratio, codec):
     geometry = TierGeometry(HEAD_DIM, 32)
-    planner = TierPlanner.choose(geometry, ratio, 16, TOKENS, LADDERS[codec])
-    sizes = planner.compress(TOKENS)
+    planner = BlockPlanner(geometry, ratio, 16, LADDERS[codec])
+    (sizes,), low_format = planner.compress(TOKENS), planner.form(0).low_format
     pages = torch.zeros(sizes.pages, 1, geometry.page_bytes, dtype=torch.uint8)
     table = list(range(sizes.pages))
     reference.compress(
         pages,
         table,
         geometry,
-        planner.low_format,
+        low_format,
         sizes,
         cache.keys[:, None],
         cache.values[:, None],
@@ -142,8 +142,8 @@ def test_mikv_matches_the_bytes_of_the_oracle(cache, ratio, codec):
         records.read_low_record(
             stream,
             geometry,
-            planner.low_format,
-            records.low_record_offset(geometry, planner.low_format, sizes, record),
+            low_format,
+            records.low_record_offset(geometry, low_format, sizes, record),
         )
         for record in range(sizes.low_records)
     ]

@@ -66,14 +66,14 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, low_records,
         q,
         RECENT,
     )
-    layer(shape, index).compress(pages, native, tiered, sizes, low_format, scores, q)
+    layer(shape, index).compress(pages, native, tiered, sizes, low_format, scores, q, RECENT)
     assert_same_tiers(pages, expected, tiered, shape, low_format, sizes)
     others = [p for p in range(len(order)) if p not in tiered]
     assert torch.equal(pages[others], before[others])
 
     in_place = before.clone()
     table = native[: sizes.pages]
-    layer(shape, index).compress(in_place, native, table, sizes, low_format, scores, q)
+    layer(shape, index).compress(in_place, native, table, sizes, low_format, scores, q, RECENT)
     for head in range(shape.kv_heads):
         arguments = (head, shape, low_format, sizes)
         assert torch.equal(
@@ -142,7 +142,7 @@ def test_low_keys_serve_the_queries_that_they_were_rounded_for():
         pages = new_pages(shape, len(native) + len(tiered))
         write_native(pages, native, shape, keys, values, index)
         layer(shape, index).compress(
-            pages, native, tiered, sizes, low_format, scores, rounded_for[-32:]
+            pages, native, tiered, sizes, low_format, scores, rounded_for[-32:], RECENT
         )
         error = 0.0
         for head in range(shape.kv_heads):

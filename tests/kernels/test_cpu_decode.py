@@ -5,8 +5,9 @@ import torch
 
 from mikv_vllm.kernels import cpu
 from mikv_vllm.tiers import reference
+from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
 from mikv_vllm.tiers.formats import LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 from .cpu_layer import DECAY, RECENT, layer
 from .tiered_cache import (
@@ -129,7 +130,6 @@ def test_rows_of_different_sizes(shape, low_format, kwargs, threads):
     if kwargs.get("sinks"):
         kwargs["sinks"] = 2 * torch.randn(shape.heads)
     other = LowFormat((5, 3, 2, 2), 3)
-    geometry = shape.geometry
     # High tokens, low records, format.
     wanted = [(30, 20, low_format), (17, 1, other), (47, 0, low_format), (100, 9, other)]
     befores, steps, formats, tables = [], [], [], []
@@ -137,28 +137,14 @@ def test_rows_of_different_sizes(shape, low_format, kwargs, threads):
     free = torch.randperm(len(pages)).tolist()
     for i, (high, low, fmt) in enumerate(wanted):
         before = sizes_of(shape, fmt, high, low, slack_lines=i)
-        size = geometry.low(fmt).num_bytes
-        after_pages = before.pages
-        demoted, moved, low_end_bytes = 0, 0, before.low_end_bytes
-        if i == 0:
-            # New pages: low records move to the new end.
-            after_pages += 2
-            moved = min(low, (after_pages * geometry.page_bytes - low_end_bytes) // size)
-            low_end_bytes += moved * size
-        elif i == 2:
-            after_pages += 1
-            low_end_bytes = after_pages * geometry.page_bytes
-        elif i == 3:
-            demoted = 1
-        else:
-            after_pages += 1
-            moved = min(1, (after_pages * geometry.page_bytes - low_end_bytes) // size)
-            low_end_bytes += moved * size
-        after = TierSizes(after_pages, high + 1 - 32 * demoted, low + demoted, low_end_bytes)
+        demoted = int(i == 3)
+        after = TierSizes(
+            before.pages, high + 1 - 32 * demoted, low + demoted, before.low_end_bytes
+        )
         befores.append(before)
-        steps.append(AppendStep(1, after_pages - before.pages, moved, demoted, after))
+        steps.append(TailStep(1, (), (), demoted, after))
         formats.append(fmt)
-        table = [free.pop() for _ in range(after_pages)]
+        table = [free.pop() for _ in range(before.pages)]
         tables.append(table)
         filled(shape, fmt, before, pages, table, seed=i)
     run_step(shape, formats, befores, steps, pages, tables, 5, layer(shape, **kwargs), kwargs)
@@ -168,11 +154,11 @@ def test_a_long_row_is_split_between_threads(threads):
     shape = Shape(64, kv_heads=1)
     low_format = LowFormat((6, 4, 3, 3), 3)
     before = sizes_of(shape, low_format, 600, 100)
-    pages = new_pages(shape, before.pages + 1)
+    pages = new_pages(shape, before.pages)
     table = torch.randperm(len(pages)).tolist()
     filled(shape, low_format, before, pages, table, seed=3)
-    after = TierSizes(before.pages + 1, 601, 100, before.low_end_bytes)
-    step = AppendStep(1, 1, 0, 0, after)
+    after = TierSizes(before.pages, 601, 100, before.low_end_bytes)
+    step = TailStep(1, (), (), 0, after)
     run_step(shape, [low_format], [before], [step], pages, [table], 1, layer(shape), {})
 
 
@@ -180,27 +166,25 @@ def test_a_long_row_is_split_between_threads(threads):
 @pytest.mark.parametrize("poison", [0xFF, None])
 def test_many_steps_as_the_planner_plans_them(ratio, poison):
     shape = Shape(64, kv_heads=2, queries_per_kv_head=2, block_size=32)
-    planner = TierPlanner.choose(shape.geometry, ratio, RECENT, 300)
-    sizes = planner.compress(300)
-    assert sizes is not None
+    planner = BlockPlanner(shape.geometry, ratio, RECENT)
+    sizes, low_format = planner.tail(0, 300), planner.form(0).low_format
     pages = new_pages(shape, 60, poison)
     table = torch.randperm(len(pages)).tolist()
-    filled(shape, planner.low_format, sizes, pages, table, seed=1)
+    filled(shape, low_format, sizes, pages, table, seed=1)
     ops = layer(shape)
     seen = set()
     for i in range(180):
-        step = planner.append(sizes)
-        seen |= {(step.moved_records > 0, step.demoted_records > 0)}
-        if step.moved_records or step.demoted_records or i % 10 == 0:
-            run_step(shape, [planner.low_format], [sizes], [step], pages, [table], i, ops, {})
+        step = planner.append(0, sizes)
+        seen |= {step.demoted_records > 0}
+        if step.demoted_records or i % 10 == 0:
+            run_step(shape, [low_format], [sizes], [step], pages, [table], i, ops, {})
         else:
             k, v = tokens(shape, 1, seed=i)
             q = torch.randn(1, shape.heads, shape.head_dim).to(shape.dtype)
-            batch = cpu.DecodeBatch.build([(0, table, sizes, step, planner.low_format)])
+            batch = cpu.DecodeBatch.build([(0, table, sizes, step, low_format)])
             ops.decode(pages, batch, q, k, v, torch.empty_like(q))
         sizes = step.after
-    assert (False, True) in seen
-    assert any(moved for moved, _ in seen)
+    assert True in seen
 
 
 def test_an_outlier_query_channel_keeps_its_accuracy():
@@ -228,7 +212,7 @@ def outlier_error(seed):
     q[:, :, 5] *= torch.tensor([0.1, 1.0, 3.0])
     q = q.to(shape.dtype)
     after = TierSizes(sizes.pages, 33, 30, sizes.low_end_bytes)
-    batch = cpu.DecodeBatch.build([(0, table, sizes, AppendStep(1, 0, 0, 0, after), low_format)])
+    batch = cpu.DecodeBatch.build([(0, table, sizes, TailStep(1, (), (), 0, after), low_format)])
     out = torch.empty_like(q)
     ops.decode(pages, batch, q, keys[:1], values[:1], out)
     tiers = read_tiers(pages, table, 0, shape, low_format, after)

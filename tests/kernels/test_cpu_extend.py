@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mikv_vllm.tiers import records, reference
+from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import LowFormat
-from mikv_vllm.tiers.plan import TierPlanner
 
 from .cpu_layer import RECENT, layer
 from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, permutation, tokens
@@ -24,11 +24,11 @@ CASES = [
 
 def compressed(shape, low_format, ratio, first, more):
     """A compressed request of ``first`` tokens, with pages for ``more`` tokens after it."""
-    planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
-    sizes = planner.compress(first)
-    step = planner.extend(sizes, more)
-    pages = new_pages(shape, step.after.pages + 3, poison=None)
-    table = torch.randperm(len(pages))[: step.after.pages].tolist()
+    planner = BlockPlanner(shape.geometry, ratio, RECENT, (low_format,))
+    sizes = planner.tail(0, first)
+    step = planner.extend(0, sizes, more)
+    pages = new_pages(shape, sizes.pages + 3, poison=None)
+    table = torch.randperm(len(pages))[: sizes.pages].tolist()
     filled(shape, low_format, sizes, pages, table, seed=first, recent=RECENT)
     return sizes, step, pages, table
 
@@ -74,7 +74,7 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
         assert after == step.after
     k, v = keys[1 : more + 1], values[1 : more + 1]
     ops = layer(shape, permutation(shape, order))
-    ops.extend(pages, table, sizes, step, low_format, k, v, scores, keep)
+    ops.extend(pages, table, sizes, step, low_format, k, v, scores, RECENT, keep)
     assert_same_tiers(pages, expected, table, shape, low_format, step.after)
     others = [page for page in range(len(pages)) if page not in table]
     assert torch.equal(pages[others], before[others])

@@ -88,6 +88,7 @@ def test_compress_writes_the_oracles_bytes(shape, low_format, high, records, dev
         low_format,
         scores.to(device),
         q.to(device),
+        RECENT,
         native=native_cache(shape, keys, values, native, num_native + 2, device),
     )
     pages = pages.cpu()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mikv_vllm.tiers import records, reference
+from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import LowFormat
-from mikv_vllm.tiers.plan import TierPlanner
 
 from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, sizes_of, tokens
 from .triton_layer import RECENT, layer
@@ -54,7 +54,6 @@ def test_restored_pages_hold_both_tiers(shape, low_format, high, low_records, de
 
 
 STEPS = [
-    # New pages: some, all or no low records move, and some or no tokens are demoted.
     (
         Shape(64, block_size=16, queries_per_kv_head=1),
         LowFormat((5, 3, 3, 2), 3),
@@ -67,7 +66,6 @@ STEPS = [
     (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 2.2, 60, 90, 1.0),
     (Shape(64, block_size=16), LowFormat((5, 3, 3, 2), 3), 1.6, 60, 33, 1.0),
     (Shape(64, block_size=16), LowFormat.parse("B3V3"), 2.2, 190, 5, 0.0),
-    # No new pages.
     (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 4), 3.0, 300, 17, 0.0),
     (Shape(96, block_size=32), LowFormat.parse("B3V3"), 4.0, 300, 40, 1.0),
     (Shape(112, kv_heads=1, block_size=16), LowFormat((6, 4, 3, 3), 5), 3.0, 200, 1, 0.0),
@@ -79,10 +77,10 @@ STEPS = [
 
 @pytest.mark.parametrize(("shape", "low_format", "ratio", "first", "more", "keep"), STEPS)
 def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, keep, device):
-    planner = TierPlanner(shape.geometry, ratio, RECENT, low_format)
-    sizes = planner.compress(first)
-    step = planner.extend(sizes, more)
-    pages, table = compressed(shape, low_format, sizes, step.after.pages)
+    planner = BlockPlanner(shape.geometry, ratio, RECENT, (low_format,))
+    sizes = planner.tail(0, first)
+    step = planner.extend(0, sizes, more)
+    pages, table = compressed(shape, low_format, sizes)
     check_extend(
         layer(shape, device), shape, low_format, sizes, step, pages, table, more, keep, device
     )
@@ -90,22 +88,22 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
 
 def test_a_prompt_chunk_by_chunk(device):
     shape = Shape(64, kv_heads=1, block_size=16)
-    planner = TierPlanner.choose(shape.geometry, 4.0, RECENT, 400)
-    sizes = planner.compress(100)
-    pages, table = compressed(shape, planner.low_format, sizes, 40)
+    planner = BlockPlanner(shape.geometry, 4.0, RECENT)
+    sizes, low_format = planner.tail(0, 100), planner.form(0).low_format
+    pages, table = compressed(shape, low_format, sizes)
     ops = layer(shape, device)
     for more in (60, 1, 33, 16, 150, 40):
-        step = planner.extend(sizes, more)
-        check_extend(ops, shape, planner.low_format, sizes, step, pages, table, more, 1.0, device)
+        step = planner.extend(0, sizes, more)
+        check_extend(ops, shape, low_format, sizes, step, pages, table, more, 1.0, device)
         sizes = step.after
     assert sizes.num_tokens == 400
 
 
-def compressed(shape, low_format, sizes, num_pages):
-    """Pages with a compressed request, and its block table of ``num_pages`` pages."""
-    pages = new_pages(shape, num_pages + 3, poison=None)
-    table = torch.randperm(len(pages))[:num_pages].tolist()
-    filled(shape, low_format, sizes, pages, table, seed=num_pages, recent=RECENT)
+def compressed(shape, low_format, sizes):
+    """Pages with a compressed block, and its block table."""
+    pages = new_pages(shape, sizes.pages + 3, poison=None)
+    table = torch.randperm(len(pages))[: sizes.pages].tolist()
+    filled(shape, low_format, sizes, pages, table, seed=sizes.pages, recent=RECENT)
     return pages, table
 
 
@@ -131,7 +129,7 @@ def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, 
         assert after == step.after
     on_device = pages.to(device)
     k, v = (part[1 : more + 1].to(device) for part in (keys, values))
-    args = (on(device, table), sizes, step, low_format, k, v, scores.to(device), keep)
+    args = (on(device, table), sizes, step, low_format, k, v, scores.to(device), RECENT, keep)
     ops.extend(on_device, *args)
     pages.copy_(on_device)
     assert_same_tiers(pages, expected, table, shape, low_format, step.after)

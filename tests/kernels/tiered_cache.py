@@ -1,10 +1,11 @@
 """Caches that hold random requests, for tests that compare kernels with the torch oracle."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from mikv_vllm.tiers import packing, records, reference
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import (
     HIGH_RECORD_TOKENS,
     LINE_BYTES,
@@ -12,7 +13,7 @@ from mikv_vllm.tiers.formats import (
     LowFormat,
     TierGeometry,
 )
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 
 @dataclass(frozen=True)
@@ -158,20 +159,15 @@ def oracle_step(
     shape: Shape,
     low_format: LowFormat,
     before: TierSizes,
-    step: AppendStep,
+    step: TailStep,
     key: torch.Tensor,
     value: torch.Tensor,
     recent: int,
 ) -> None:
     """Do what a decode step does before attention; key and value ``[kv_heads, head_dim]``."""
-    geometry, after = shape.geometry, step.after
+    geometry = shape.geometry
     for head in range(shape.kv_heads):
         stream, sizes = records.Stream(pages, table, head), before
-        moved, low_end_bytes = step.moved_records, after.low_end_bytes
-        sizes = reference.move_low_records(
-            stream, geometry, low_format, sizes, moved, low_end_bytes
-        )
-        sizes = replace(sizes, pages=after.pages)
         for _ in range(step.demoted_records):
             sizes = reference.demote(stream, geometry, low_format, sizes, recent, shape.dtype)
         records.write_high(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mikv_vllm.tiers.blocks import BlockPlanner
+from mikv_vllm.tiers.blocks import BlockPlanner, most_tokens, pages_needed
 from mikv_vllm.tiers.formats import LADDERS, TierGeometry
 from mikv_vllm.tiers.plan import largest_ratio
 
@@ -16,7 +16,8 @@ GEOMETRIES = [
     TierGeometry(80, 32),
     TierGeometry(256, 64, 16),
 ]
-RECENTS = [1, 16, 100]
+RECENT = 16
+RECENTS = [1, RECENT, 100]
 RATIO = st.floats(1.1, 6.0)
 
 
@@ -79,3 +80,30 @@ def test_the_blocks_of_a_request_follow_its_ratio(geometry, ratio, num_tokens):
     assert sum(sizes.num_tokens for sizes in blocks) == num_tokens
     for index, sizes in enumerate(blocks):
         check(planner, index, sizes)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@settings(max_examples=100, deadline=None)
+@given(ratio=st.just(1.0) | RATIO, pages=st.integers(8, 400))
+def test_most_tokens_fill_the_pages(geometry, ratio, pages):
+    most = most_tokens(geometry, ratio, RECENT, pages)
+    assert pages_needed(geometry, ratio, RECENT, most) <= pages
+    assert most >= 0.85 * (pages - 2) * geometry.block_size * ratio
+
+
+@settings(max_examples=50, deadline=None)
+@given(ratio=RATIO, first=st.integers(300, 2000), count=st.integers(50, 4000))
+def test_a_request_takes_no_more_pages_than_needed(ratio, first, count):
+    geometry = GEOMETRIES[0]
+    planner = BlockPlanner(geometry, ratio, RECENT)
+    blocks = planner.compress(first)
+    if blocks is None:
+        return
+    for _ in range(count):
+        index = len(blocks) - 1
+        if blocks[-1].num_tokens == planner.block_tokens:
+            index += 1
+            blocks.append(planner.empty(index))
+        blocks[-1] = planner.append(index, blocks[-1]).after
+    pages = sum(planner.num_allocated(index, sizes) for index, sizes in enumerate(blocks))
+    assert pages <= pages_needed(geometry, ratio, RECENT, first + count)

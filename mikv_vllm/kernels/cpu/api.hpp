@@ -33,10 +33,11 @@ struct Row {
     int32_t token;  // row of q, k, v and out
     int32_t num_pages;
     int32_t high_tokens, low_records, low_end_line;  // before the step
-    int32_t moved_records, demoted_records;
-    int32_t low_end_line_after;
+    int32_t demoted_records;
     int32_t key_code, value_bits;  // see LowLayout
-    int32_t new_tokens;  // 1: the token joins this block, the last of its request; 0: only read
+    int32_t blocks;  // of the request, if this is its tail, which the new token joins; else 0
+
+    bool is_tail() const { return blocks > 0; }
 };
 
 struct Batch {
@@ -80,7 +81,7 @@ struct Tiers {
 // The next chunk of a prompt, whose tokens join the tiers of a compressed request.
 struct Extension {
     Tiers tiers;  // before the step
-    int moved_records, demoted_records, low_end_line_after;
+    int demoted_records;
     Rows k, v;
     int num_tokens;
     const float* scores;  // [num_kv_heads, score_stride]: tokens of the tiers, then new tokens

@@ -45,19 +45,6 @@ struct ChangeScratch {
     static constexpr int kRecord = 2 * kHighRecordTokens * kMaxHeadDim * 2 + 256;
 };
 
-// Moves the `count` lowest low records to the end of the low tier, which becomes
-// `low_end_line_after`. The caller provides the pages.
-inline void move_low_records(const Stream& stream, const LowLayout& low, Sizes& sizes, int count,
-                             int low_end_line_after, uint8_t* buffer) {
-    if (count > sizes.low_records) count = sizes.low_records;
-    const int first = sizes.low_record_line(low, 0);
-    for (int i = 0; i < count; ++i) {
-        stream.read(first + i * low.num_lines, low.num_lines, buffer);
-        stream.write(low_end_line_after - (count - i) * low.num_lines, low.num_lines, buffer);
-    }
-    sizes.low_end_line = low_end_line_after;
-}
-
 // Removes the tokens with s.chosen[i] == 1 from the high tier; the others keep their order. Calls
 // leave(record, slot) for each removed token, before its bytes are overwritten.
 template <class Leave>

@@ -51,8 +51,8 @@ struct Step {
     }
 
     static Sizes sizes_after(const Row& row) {
-        return {row.high_tokens - kLowRecordTokens * row.demoted_records + row.new_tokens,
-                row.low_records + row.demoted_records, row.low_end_line_after};
+        return {row.high_tokens - kLowRecordTokens * row.demoted_records + row.is_tail(),
+                row.low_records + row.demoted_records, row.low_end_line};
     }
 
     Block block(const Row& row, int head) const {
@@ -79,11 +79,9 @@ struct Step {
 
     void change(const Item& item, ChangeScratch& scratch) const {
         const Row& row = item.request->last();
-        if (!row.new_tokens) return;
+        if (!row.is_tail()) return;
         const Block block = this->block(row, item.head);
         Sizes sizes{row.high_tokens, row.low_records, row.low_end_line};
-        move_low_records(block.stream, block.low, sizes, row.moved_records, row.low_end_line_after,
-                         scratch.source);
         for (int i = 0; i < row.demoted_records; ++i) {
             demote(layer, block.stream, high, block.low, sizes, scratch);
         }
@@ -131,11 +129,11 @@ struct Step {
             const Block block = this->block(*row, item.head);
             const Part range = this->range(request, block, before, part);
             before += block.sizes.num_tokens();
-            if (range.empty() && !row->new_tokens) continue;
+            if (range.empty() && !row->is_tail()) continue;
             float read_top[G];
             float* kept = weights + first * stride + range.high_record_begin * kHighRecordTokens;
-            attention.run(block.stream, block.low, range, row->new_tokens ? kept : read_weights,
-                          stride, row->new_tokens ? partial.high_top + first : read_top);
+            attention.run(block.stream, block.low, range, row->is_tail() ? kept : read_weights,
+                          stride, row->is_tail() ? partial.high_top + first : read_top);
         }
         attention.finish(
             {partial.out + first * D, partial.top + first, partial.total + first, nullptr});
@@ -201,7 +199,7 @@ struct Step {
             for (int c = 0; c < d; c += 16) store_half(out + c, load(merged + c), layer.dtype);
         }
         const Row& row = item.request->last();
-        if (!row.new_tokens) return;
+        if (!row.is_tail()) return;
         const Block block = this->block(row, item.head);
         const int64_t before = item.request->num_tokens - block.sizes.num_tokens();
         for (int p = 0; p < parts; ++p) {

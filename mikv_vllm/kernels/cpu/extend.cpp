@@ -126,7 +126,6 @@ struct Extender {
         Sizes sizes{before, job.tiers.low_records, job.tiers.low_end_line};
         choose(before, s);
         write_scores(before, s.scores);
-        move_low_records(stream, low, sizes, job.moved_records, job.low_end_line_after, s.source);
         int leaving = 0;
         compact(stream, high, sizes, s, [&](const uint8_t* record, int slot) {
             float* to = victims + static_cast<int64_t>(2 * d) * leaving++;

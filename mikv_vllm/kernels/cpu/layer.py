@@ -8,8 +8,9 @@ import torch
 from mikv_vllm.kernels import layer_ops
 from mikv_vllm.kernels.cpu._C import Layer
 from mikv_vllm.kernels.cpu.batch import DecodeBatch
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 128, 256)
 """Head sizes that the kernels are compiled for."""
@@ -179,7 +180,7 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
         cache: torch.Tensor,
         tiered_table: Any,
         sizes: TierSizes,
-        step: AppendStep,
+        step: TailStep,
         low_format: LowFormat,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -192,9 +193,7 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
             *_place(cache),
             tiered.ctypes.data,
             *_size_arguments(sizes, low_format),
-            step.moved_records,
             step.demoted_records,
-            step.after.low_end_bytes // LINE_BYTES,
             k.data_ptr(),
             k.stride(0),
             v.data_ptr(),

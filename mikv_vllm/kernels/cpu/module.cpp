@@ -166,16 +166,14 @@ class LayerHandle {
 
     void extend(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
                 int high_tokens, int low_records, int low_end_line, int key_code, int value_bits,
-                int moved_records, int demoted_records, int low_end_line_after, uintptr_t k,
-                int64_t k_stride, uintptr_t v, int64_t v_stride, int num_tokens, uintptr_t scores,
-                int64_t score_stride, int recent, float keep) const {
+                int demoted_records, uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride,
+                int num_tokens, uintptr_t scores, int64_t score_stride, int recent,
+                float keep) const {
         nb::gil_scoped_release unlocked;
         active->extend(layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
                        {{pointer<const int32_t>(table), high_tokens, low_records, low_end_line,
                          key_code, value_bits},
-                        moved_records,
                         demoted_records,
-                        low_end_line_after,
                         rows(k, k_stride),
                         rows(v, v_stride),
                         num_tokens,

@@ -1,4 +1,4 @@
-"""Decode attention over both tiers. Each program computes one split of a request and KV head.
+"""Decode attention over blocks. Each program computes one split of a block and KV head.
 
 Logits are ``keys [32, channels] @ queries [channels, heads]``. Outputs are
 ``values [channels, 32] @ weights [32, heads]``. Both have the query heads on the short side of the
@@ -46,7 +46,7 @@ def attend_kernel(
 ):
     """Write the unnormalized output, and the softmax maximum and sum, of one split.
 
-    A split of the high tier also writes the logits of its tokens. Grid
+    A split of the high tier of a tail also writes the logits of its tokens. Grid
     ``(splits, kv_heads, rows)``. Programs of rows with another low format return at once.
 
     Args:
@@ -57,7 +57,7 @@ def attend_kernel(
             tier write rotated values.
         partial_sums: out, float32 ``[rows, kv_heads, splits, 2, heads]``.
         high_logits: out, float32 ``[kv_heads, queries_per_kv_head, logits_stride]``, to base 2, of
-            the high tokens of all rows.
+            the high tokens of all tails.
         starts: int32 ``[rows]``, the first position of each row in ``high_logits``.
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -97,11 +97,22 @@ def attend_kernel(
             starts + index
         )
         high = row.high_tokens
+        num_stored = tl.where(row.blocks > 0, high, 0)
         if LAYER.high_bits == 8:
             to = value_channel_order(LAYER.padded)
             raw = load_queries(q, channel_order(LAYER.padded), column, LAYER).to(tl.float32)
             top, total, out = attend_high(
-                stream, raw, first, last, high, high_logits, logits_stride, scale, SOFTCAP, LAYER
+                stream,
+                raw,
+                first,
+                last,
+                high,
+                num_stored,
+                high_logits,
+                logits_stride,
+                scale,
+                SOFTCAP,
+                LAYER,
             )
         else:
             to = tl.arange(0, LAYER.padded)
@@ -112,6 +123,7 @@ def attend_kernel(
                 first,
                 last,
                 high,
+                num_stored,
                 high_logits,
                 logits_stride,
                 scale,

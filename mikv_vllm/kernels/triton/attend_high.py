@@ -17,11 +17,11 @@ HIGH_EXPONENT = tl.constexpr(127 - SCALE_BIAS.value)
 
 
 @triton.jit
-def store_high_logits(logits_out, logits_stride, logits, tokens, valid, LAYER: tl.constexpr):
+def store_high_logits(logits_out, logits_stride, logits, tokens, mask, LAYER: tl.constexpr):
     """Store logits ``[32, heads]`` of high tokens, from which their scores are updated."""
     member = tl.arange(0, LAYER.heads)
     at = logits_out + member[None, :] * logits_stride + tokens[:, None]
-    tl.store(at, logits, mask=valid[:, None] & (member < LAYER.queries_per_kv_head)[None, :])
+    tl.store(at, logits, mask=mask[:, None] & (member < LAYER.queries_per_kv_head)[None, :])
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def attend_high(
     first,
     last,
     high_tokens,
+    num_stored,
     logits_out,
     logits_stride,
     scale,
@@ -42,6 +43,7 @@ def attend_high(
     Args:
         q: float32 ``[padded, heads]``, without ``scale``, channels in
             :func:`~orders.channel_order`.
+        num_stored: logits of the tokens before this one are stored.
         logits_out: where the logits of these tokens are stored,
             ``[queries_per_kv_head, logits_stride]``.
 
@@ -82,7 +84,7 @@ def attend_high(
         )
         logits *= key_scales[:, None] * unfold[None, :]
         logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
-        store_high_logits(logits_out, logits_stride, logits, tokens, valid, LAYER)
+        store_high_logits(logits_out, logits_stride, logits, tokens, tokens < num_stored, LAYER)
         weights, top, total, older = weigh(logits, top, total)
 
         bits = value_scales.to(tl.int32, bitcast=True)
@@ -104,6 +106,7 @@ def attend_high_16(
     first,
     last,
     high_tokens,
+    num_stored,
     logits_out,
     logits_stride,
     scale,
@@ -132,7 +135,7 @@ def attend_high_16(
         keys = tl.load(at.to(tl.pointer_type(q.dtype)), mask=mask, other=0.0)
         logits = dot(keys, q, tl.full([32, LAYER.heads], 0, tl.float32)) * scale
         logits = tl.where(valid[:, None], capped(logits, SOFTCAP), NEVER)
-        store_high_logits(logits_out, logits_stride, logits, tokens, valid, LAYER)
+        store_high_logits(logits_out, logits_stride, logits, tokens, tokens < num_stored, LAYER)
         weights, top, total, older = weigh(logits, top, total)
         byte = LAYER.high_values + byte[None, :] + 2 * channel[:, None]
         at = byte_pointer(stream, start[None, :], byte, LAYER)

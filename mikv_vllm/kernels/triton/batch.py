@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from mikv_vllm.kernels.batch import (
+    BLOCKS,
     DEMOTED,
     HIGH,
     KEY_CODE,
-    MOVED,
     VALUE_BITS,
     DecodeRow,
     describe_rows,
@@ -19,8 +19,9 @@ from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, LowFormat
 
 
 def _high_space(numbers: np.ndarray) -> np.ndarray:
-    """Positions for the high tokens of each row, before a demotion, in multiples of 32."""
-    return -(-(numbers[:, HIGH] + 1) // LOW_RECORD_TOKENS) * LOW_RECORD_TOKENS
+    """Positions for the high tokens of each tail, before a demotion, in multiples of 32."""
+    space = -(-(numbers[:, HIGH] + 1) // LOW_RECORD_TOKENS) * LOW_RECORD_TOKENS
+    return np.where(numbers[:, BLOCKS] > 0, space, 0)
 
 
 def high_starts(numbers: np.ndarray) -> np.ndarray:
@@ -37,11 +38,10 @@ class DecodeBatch:
         rows: int32 ``[rows, ROW_FIELDS]``. A row without a request has token -1.
         tables: int32 ``[rows, max_pages]``, page ids.
         starts: int32 ``[rows]``, result of :func:`high_starts`.
-        num_high: number of positions for the high tokens of all rows in scratch.
+        num_high: number of positions for the high tokens of all tails in scratch.
         low_formats: low formats that rows can have. Each one costs a launch, whose programs of rows
             with another format return at once.
-        changes: whether a row can move low records or demote. This costs another launch for each
-            low format.
+        changes: whether a row can demote. This costs another launch for each low format.
     """
 
     rows: torch.Tensor
@@ -71,7 +71,7 @@ class DecodeBatch:
         found = {tuple(bits) for bits in numbers[:, [KEY_CODE, VALUE_BITS]].tolist()}
         low_formats = tuple(f for f in ladder if (f.key_code, f.value_bits) in found)
         assert len(low_formats) == len(found), "a row has a low format that is not in the ladder"
-        changes = bool(numbers[:, [MOVED, DEMOTED]].any())
+        changes = bool(numbers[:, DEMOTED].any())
         return cls(rows, tables, starts, int(_high_space(numbers).sum()), low_formats, changes)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Changes of the tiers in a decode step, before attention: move low records, demote, append."""
+"""Changes of the tails in a decode step, before attention: demote and append."""
 
 import triton
 import triton.language as tl
@@ -11,28 +11,14 @@ from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_low_record
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.select import split_tokens
-from mikv_vllm.kernels.triton.stream import line_pointer, load_frame
-
-COPY_LINES = tl.constexpr(64)
-"""Lines that a program copies at a time."""
-
-
-@triton.jit
-def copy_lines(stream, source, to, count, LAYER: tl.constexpr):
-    """Copy ``count`` lines of a stream from line ``source`` to line ``to``, without overlap."""
-    word = tl.arange(0, 16)[None, :]
-    for start in range(0, count, COPY_LINES):
-        line = start + tl.arange(0, COPY_LINES)[:, None]
-        mask = (line < count) & (word < 16)
-        line = tl.minimum(line, count - 1)
-        words = tl.load(line_pointer(stream, source + line, LAYER) + word, mask=mask)
-        tl.store(line_pointer(stream, to + line, LAYER) + word, words, mask=mask)
+from mikv_vllm.kernels.triton.stream import load_frame
 
 
 @triton.jit
 def demote(
     stream,
-    row,
+    high,
+    line,
     hadamard,
     hadamard_scale,
     recent,
@@ -44,13 +30,13 @@ def demote(
     LAYER: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Quantize the 32 high tokens with the lowest scores into a new low record below the others.
+    """Quantize the 32 high tokens with the lowest scores into a new low record.
 
     Args:
+        high: number of high tokens; line: first line of the new record.
         scores, kept, victims, integers: scratch: float32 and int32 ``[high tokens]``, int32
             ``[32]``, uint8 ``[2, 32, head_dim]``.
     """
-    high = row.high_before
     lane = tl.arange(0, 256)
     for start in range(0, high, 256):
         token = start + lane
@@ -71,7 +57,6 @@ def demote(
     first = tl.load(victims)
     # The new low record may use the freed bytes, so its keys and values are already in registers.
     compact(stream, kept, first, high - LOW_RECORD_TOKENS, DTYPE, LAYER)
-    line = row.low_end_line - row.low_records * FORMAT.count
     write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)
 
 
@@ -100,7 +85,7 @@ def change_kernel(
     LAYER: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Move low records and demote, in the rows whose step says so.
+    """Demote, in the rows whose step says so.
 
     Grid ``(kv_heads, rows)``. Programs of rows with another low format return at once. Arguments
     are as in ``attend_kernel``, and:
@@ -118,24 +103,13 @@ def change_kernel(
         return
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     slot = (index * tl.num_programs(0) + head).to(tl.int64)
-    for i in range(row.moved_records):
-        source = row.low_end_line_before + (i - row.low_records_before) * FORMAT.count
-        copy_lines(
-            stream,
-            source,
-            row.low_end_line - (row.moved_records - i) * FORMAT.count,
-            FORMAT.count,
-            LAYER,
-        )
-    if row.demoted_records > 0:
-        tl.debug_barrier()
-        place = (
-            head.to(tl.int64) * scratch_stride + tl.load(starts + index) + index * LOW_RECORD_TOKENS
-        )
-        victims = order + place
+    place = head.to(tl.int64) * scratch_stride + tl.load(starts + index) + index * LOW_RECORD_TOKENS
+    victims = order + place
+    for i in range(row.demoted_records):
         demote(
             stream,
-            row,
+            row.high_before - i * LOW_RECORD_TOKENS,
+            row.low_end_line - (row.low_records_before + i + 1) * FORMAT.count,
             hadamard,
             hadamard_scale,
             recent,
@@ -147,6 +121,7 @@ def change_kernel(
             LAYER,
             FORMAT,
         )
+        tl.debug_barrier()
 
 
 @kernel(
@@ -167,14 +142,16 @@ def append_kernel(
     v_stride,
     LAYER: tl.constexpr,
 ):
-    """Store the new token of each row as its last high token. Grid ``(kv_heads, rows)``.
+    """Store the new token of each request as the last high token of its tail.
+
+    Grid ``(kv_heads, rows)``. Programs of other rows return at once.
 
     Args:
         k, v: ``[tokens, kv_heads, head_dim]``; k_stride, v_stride: elements per token.
     """
     head, index = tl.program_id(0), tl.program_id(1)
     row = load_row(rows, index)
-    if row.token < 0:
+    if (row.token < 0) | (row.blocks == 0):
         return
     stream = Stream(pages + head * head_stride, page_stride, tables + index * table_stride)
     channel = tl.arange(0, LAYER.padded)[None, :]

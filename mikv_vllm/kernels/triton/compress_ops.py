@@ -76,6 +76,7 @@ class CompressOps(LayerSetup):
         low_format: LowFormat,
         scores: torch.Tensor,
         q: torch.Tensor,
+        recent: int,
         native: torch.Tensor | None = None,
     ) -> None:
         """See :meth:`mikv_vllm.kernels.layer_ops.LayerOps.compress`.
@@ -93,7 +94,7 @@ class CompressOps(LayerSetup):
         take = self._scratch.take
         order = take("order", (heads, tokens), torch.int32)
         high = sizes.high_tokens
-        select_kernel[(heads,)](scores, scores.stride(0), tokens, high, self._recent, order, tokens)
+        select_kernel[(heads,)](scores, scores.stride(0), tokens, high, recent, order, tokens)
         low = LowLines(layout.head_dim, low_format)
         self._write_header((key_cache, *strides_and_table), tiered, order, sizes, low, q)
         write_high_kernel[(triton.cdiv(high, HIGH_RECORD_TOKENS), heads)](

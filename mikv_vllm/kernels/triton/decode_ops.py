@@ -37,7 +37,7 @@ class DecodeOps(LayerSetup):
         return (*words(cache), batch.rows, batch.tables, batch.tables.stride(0))
 
     def change(self, cache: torch.Tensor, batch: DecodeBatch, dtype: torch.dtype) -> None:
-        """Move low records and demote, in the rows whose step says so.
+        """Demote, in the rows whose step says so.
 
         Args:
             cache: in and out, tiered pages.
@@ -68,7 +68,7 @@ class DecodeOps(LayerSetup):
     def attend(
         self, cache: torch.Tensor, batch: DecodeBatch, q: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Compute attention over both tiers, and update the scores of the high tokens.
+        """Compute attention over all blocks, and update the scores of the high tokens of tails.
 
         Arguments are as in ``decode``. ``out`` can have any floating-point dtype.
         """

@@ -6,7 +6,6 @@ The high tier is read from a copy, so that programs can write to it in any order
 import triton
 import triton.language as tl
 
-from mikv_vllm.kernels.triton.change import copy_lines
 from mikv_vllm.kernels.triton.constants import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS
 from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import (
@@ -71,7 +70,7 @@ def choose_kernel(
     for start in range(0, num_tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
         is_new = token >= num_high
-        at = score_pointers(stream, tl.minimum(token, num_high - 1), LAYER)
+        at = score_pointers(stream, tl.maximum(tl.minimum(token, num_high - 1), 0), LAYER)
         own = tl.load(at, mask=token < num_high, other=0.0) * keep
         place = tl.where(is_new, token - num_high + num_restored, token)
         added = tl.load(scores + place, mask=token < num_tokens)
@@ -79,24 +78,6 @@ def choose_kernel(
     tl.debug_barrier()
     older = num_tokens - recent
     split_tokens(merged, num_tokens, older, num_leaving, order, order + num_leaving, False)
-
-
-@kernel(
-    counts=("source", "to", "num_lines"),
-    tables=("tiered_table",),
-    specialized=("page_stride", "head_stride"),
-)
-def move_kernel(
-    pages, page_stride, head_stride, tiered_table, source, to, num_lines, LAYER: tl.constexpr
-):
-    """Copy low records of ``num_lines`` lines from line ``source`` on to line ``to`` on.
-
-    Source and destination must not overlap. Grid ``(low records, kv_heads)``.
-    """
-    head = tl.program_id(1)
-    stream = Stream(pages + head * head_stride, page_stride, tiered_table)
-    line = tl.program_id(0) * num_lines
-    copy_lines(stream, source + line, to + line, num_lines, LAYER)
 
 
 @triton.jit
@@ -157,7 +138,7 @@ def extend_high_kernel(
 
     is_new = token >= num_high
     moves = mask & ~is_new & (token != place)
-    old = tl.minimum(token, num_high - 1)
+    old = tl.maximum(tl.minimum(token, num_high - 1), 0)
     stored = load_stored(before, old, moves, k.dtype.element_ty, LAYER)
     store_stored(stream, stored, place, moves, k.dtype.element_ty, LAYER)
     tl.store(score_pointers(stream, place, LAYER), score, mask=mask)
@@ -215,7 +196,7 @@ def extend_low_kernel(
     new = token - num_high
     channel = tl.arange(0, LAYER.padded)
     center, unit, key_channel = load_frame(stream, LAYER)
-    old = tl.minimum(token, num_high - 1)
+    old = tl.maximum(tl.minimum(token, num_high - 1), 0)
     keys, values = read_high(before, old, key_channel, k.dtype.element_ty, LAYER)
     k = load_new(k + head * LAYER.head_dim, k_stride, new, key_channel, is_new, LAYER).to(
         tl.float32

@@ -9,7 +9,6 @@ from mikv_vllm.kernels.triton.extend import (
     choose_kernel,
     extend_high_kernel,
     extend_low_kernel,
-    move_kernel,
 )
 from mikv_vllm.kernels.triton.layer_setup import LayerSetup, words
 from mikv_vllm.kernels.triton.layout import LowLines
@@ -18,8 +17,9 @@ from mikv_vllm.kernels.triton.restore import (
     restore_high_kernel,
     restore_low_kernel,
 )
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 
 class ExtendOps(LayerSetup):
@@ -56,11 +56,12 @@ class ExtendOps(LayerSetup):
         cache: torch.Tensor,
         tiered_table: torch.Tensor,
         sizes: TierSizes,
-        step: AppendStep,
+        step: TailStep,
         low_format: LowFormat,
         k: torch.Tensor,
         v: torch.Tensor,
         scores: torch.Tensor,
+        recent: int,
         keep: float,
     ) -> None:
         layout, heads, take = self._layout, self._kv_heads, self._scratch.take
@@ -79,17 +80,12 @@ class ExtendOps(LayerSetup):
             high,
             sizes.num_tokens,
             count,
-            self._recent,
+            recent,
             leaving,
             merged,
             order,
             LAYER=layout,
         )
-        first = sizes.low_end_bytes // LINE_BYTES - sizes.low_records * low.count
-        low_end_line, moved = step.after.low_end_bytes // LINE_BYTES, step.moved_records
-        if moved:
-            to = low_end_line - moved * low.count
-            move_kernel[(moved, heads)](*tiered, first, to, low.count, LAYER=layout)
         tokens = (*copied, *tiered, k, k.stride(0), v, v.stride(0))
         extend_high_kernel[(triton.cdiv(step.after.high_tokens, HIGH_RECORD_TOKENS), heads)](
             *tokens, merged, order, high, count, leaving, LAYER=layout
@@ -103,7 +99,7 @@ class ExtendOps(LayerSetup):
             order,
             high,
             count,
-            low_end_line - sizes.low_records * low.count,
+            sizes.low_end_bytes // LINE_BYTES - sizes.low_records * low.count,
             integers,
             self._hadamard,
             self._hadamard_scale,

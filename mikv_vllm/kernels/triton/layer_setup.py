@@ -33,6 +33,7 @@ class LayerSetup:
         programs: int | None = None,
     ) -> None:
         check_shape(head_dim, HEAD_DIMS, num_heads, num_kv_heads, block_size)
+        self.head_dim = head_dim
         self._layout = Layout(head_dim, num_heads // num_kv_heads, block_size, high_bits)
         self._kv_heads = num_kv_heads
         self._scale = scale

@@ -1,4 +1,4 @@
-"""Merge of the splits of decode attention, and update of the scores of the high tokens."""
+"""Merge of the splits of decode attention, and update of the scores of the tails."""
 
 import triton
 import triton.language as tl
@@ -17,28 +17,82 @@ TOKENS_AT_ONCE = tl.constexpr(128)
 
 
 @triton.jit
+def row_splits(rows, index, most):
+    """Return the number of splits of a row, and how many of them read the low tier."""
+    row = load_row(rows, index)
+    return splits_of(row.low_records, tl.cdiv(row.high_tokens, 32), most)
+
+
+@triton.jit
+def merge_sums(rows, first, last, partial_sums, head, kv_heads, most, LAYER: tl.constexpr):
+    """Combine the softmax maxima and sums of the rows from ``first`` to ``last``, both included.
+
+    Returns:
+        The maximum and the sum of each query head, ``[heads]``.
+    """
+    member = tl.arange(0, LAYER.heads)
+    part = tl.arange(0, MOST_SPLITS)
+    top = tl.full([LAYER.heads], NEVER, tl.float32)
+    total = tl.full([LAYER.heads], 0, tl.float32)
+    for index in range(first, last + 1):
+        splits, _ = row_splits(rows, index, most)
+        sums = partial_sums + (index * kv_heads + head).to(tl.int64) * most * 2 * LAYER.heads
+        at = sums + (part * 2 * LAYER.heads)[:, None] + member[None, :]
+        written = (part < splits)[:, None]
+        tops = tl.load(at, mask=written, other=NEVER)
+        totals = tl.load(at + LAYER.heads, mask=written, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        total = total * tl.exp2(top - new_top) + tl.sum(
+            totals * tl.exp2(tops - new_top[None, :]), 0
+        )
+        top = new_top
+    return top, total
+
+
+@triton.jit
 def merge_output(
-    sums, outputs, splits, low_splits, g, top, hadamard, hadamard_scale, LAYER: tl.constexpr
+    rows,
+    first,
+    last,
+    partial_sums,
+    partial_out,
+    head,
+    kv_heads,
+    most,
+    g,
+    top,
+    hadamard,
+    hadamard_scale,
+    LAYER: tl.constexpr,
 ):
-    """Compute the output of query head ``g`` over all splits, ``[padded]``, before normalization.
+    """Compute the output of query head ``g`` over the rows from ``first`` to ``last``.
 
     Args:
-        sums, outputs: pointers to ``partial_sums`` and ``partial_out`` of split 0.
         top: maximum of the logits of the query head.
+
+    Returns:
+        The output before normalization, ``[padded]``.
     """
     channel = tl.arange(0, LAYER.padded)
     low = tl.full([LAYER.padded], 0, tl.float32)
     high = tl.full([LAYER.padded], 0, tl.float32)
-    for start in range(0, splits, PARTS_AT_ONCE):
-        part = start + tl.arange(0, PARTS_AT_ONCE)
-        mask = part < splits
-        factor = tl.exp2(tl.load(sums + part * 2 * LAYER.heads + g, mask=mask, other=NEVER) - top)
-        at = outputs + ((part * LAYER.heads + g) * LAYER.padded)[:, None] + channel[None, :]
-        weighted = tl.load(at, mask=mask[:, None], other=0.0) * factor[:, None]
-        is_low = (part < low_splits)[:, None]
-        low += tl.sum(tl.where(is_low, weighted, 0.0), 0)
-        high += tl.sum(tl.where(is_low, 0.0, weighted), 0)
-    if low_splits > 0:
+    has_low = False
+    for index in range(first, last + 1):
+        splits, low_splits = row_splits(rows, index, most)
+        has_low |= low_splits > 0
+        slot = (index * kv_heads + head).to(tl.int64) * most * LAYER.heads
+        for start in range(0, splits, PARTS_AT_ONCE):
+            part = start + tl.arange(0, PARTS_AT_ONCE)
+            mask = part < splits
+            at = partial_sums + 2 * slot + part * 2 * LAYER.heads + g
+            factor = tl.exp2(tl.load(at, mask=mask, other=NEVER) - top)
+            at = (slot + part * LAYER.heads + g) * LAYER.padded
+            at = partial_out + at[:, None] + channel[None, :]
+            weighted = tl.load(at, mask=mask[:, None], other=0.0) * factor[:, None]
+            is_low = (part < low_splits)[:, None]
+            low += tl.sum(tl.where(is_low, weighted, 0.0), 0)
+            high += tl.sum(tl.where(is_low, 0.0, weighted), 0)
+    if has_low:
         signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
         high += tl.sum(signs.to(tl.float32) * low[None, :], 1) * hadamard_scale
     return high
@@ -93,10 +147,11 @@ def merge_kernel(
     HAS_SINKS: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    """Write the output of some query heads, and update the scores of some high tokens.
+    """Write the output of some query heads, and update the scores of some high tokens of the tail.
 
-    Grid ``(splits, kv_heads, rows)``, with at most ``MOST_SPLITS`` splits. Arguments are as in
-    ``attend_kernel``, and:
+    Grid ``(splits, kv_heads, rows)``, with at most ``MOST_SPLITS`` splits. Programs of rows that
+    are not tails return at once; those of a tail merge all rows of its request. Arguments are as
+    in ``attend_kernel``, and:
 
     Args:
         out: out, ``[tokens, heads, head_dim]``; out_stride: elements per token.
@@ -107,23 +162,12 @@ def merge_kernel(
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = load_row(rows, index)
-    if row.token < 0:
+    if (row.token < 0) | (row.blocks == 0):
         return
-    blocks = tl.cdiv(row.high_tokens, 32)
-    splits, low_splits = splits_of(row.low_records, blocks, tl.num_programs(0))
-    if split >= splits:
-        return
-    kv_heads = tl.num_programs(1)
+    most, kv_heads = tl.num_programs(0), tl.num_programs(1)
+    first = index - row.blocks + 1
+    top, total = merge_sums(rows, first, index, partial_sums, head, kv_heads, most, LAYER)
     member = tl.arange(0, LAYER.heads)
-    part = tl.arange(0, MOST_SPLITS)
-    first_part = (index * kv_heads + head).to(tl.int64) * tl.num_programs(0)
-    sums = partial_sums + first_part * 2 * LAYER.heads
-    tops_at = sums + (part * 2 * LAYER.heads)[:, None] + member[None, :]
-    written = (part < splits)[:, None]
-    tops = tl.load(tops_at, mask=written, other=NEVER)
-    totals = tl.load(tops_at + LAYER.heads, mask=written, other=0.0)
-    top = tl.max(tops, 0)
-    total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
     if HAS_SINKS:
         sink = tl.load(
             sinks + head * LAYER.queries_per_kv_head + member,
@@ -132,15 +176,18 @@ def merge_kernel(
         )
         total += tl.exp2(sink * LOG2E - top)
 
-    outputs = partial_out + first_part * LAYER.heads * LAYER.padded
     channel = tl.arange(0, LAYER.padded)
-    for g in range(split, LAYER.queries_per_kv_head, splits):
+    for g in range(split, LAYER.queries_per_kv_head, most):
         mine = member == g
         result = merge_output(
-            sums,
-            outputs,
-            splits,
-            low_splits,
+            rows,
+            first,
+            index,
+            partial_sums,
+            partial_out,
+            head,
+            kv_heads,
+            most,
             g,
             tl.sum(tl.where(mine, top, 0.0), 0),
             hadamard,
@@ -163,8 +210,8 @@ def merge_kernel(
         + head.to(tl.int64) * LAYER.queries_per_kv_head * logits_stride
         + tl.load(starts + index),
         logits_stride,
-        blocks * split // splits,
-        blocks * (split + 1) // splits,
+        blocks * split // most,
+        blocks * (split + 1) // most,
         row.high_tokens,
         top,
         total,

@@ -6,8 +6,9 @@ import torch
 
 from mikv_vllm.kernels.triton.batch import DecodeBatch
 from mikv_vllm.kernels.triton.layer import LayerOps
+from mikv_vllm.tiers.blocks import TailStep
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat, TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 
 def warm_up(
@@ -34,14 +35,14 @@ def warm_up(
     scores = torch.zeros(kv_heads, high + low + more + 1, device=device)
     end = pages * geometry.page_bytes
     before = TierSizes(pages, high, 1, end)
-    demoting = AppendStep(1, 0, 0, 1, TierSizes(pages, high - LOW_RECORD_TOKENS + 1, 2, end))
-    extending = AppendStep(more, 0, 1, 1, TierSizes(pages, high - LOW_RECORD_TOKENS + more, 2, end))
+    demoting = TailStep(1, (), (), 1, TierSizes(pages, high - LOW_RECORD_TOKENS + 1, 2, end))
+    extending = TailStep(more, (), (), 1, TierSizes(pages, high - LOW_RECORD_TOKENS + more, 2, end))
     ops.score(cache, native, before.num_tokens, queries, scores)
     for low_format in low_formats:
-        ops.compress(cache, native, tiered, before, low_format, scores, queries)
+        ops.compress(cache, native, tiered, before, low_format, scores, queries, 0)
         ops.restore(cache, tiered, before, low_format, cache)
-        ops.extend(cache, tiered, before, extending, low_format, new, new, scores, 1.0)
-        ops.compress(cache, native, tiered, before, low_format, scores, queries)
+        ops.extend(cache, tiered, before, extending, low_format, new, new, scores, 0, 1.0)
+        ops.compress(cache, native, tiered, before, low_format, scores, queries, 0)
         row = (0, tiered.cpu().numpy(), before, demoting, low_format)
         batch = DecodeBatch.build([row], device)
         ops.decode(cache, batch, queries, new, new, torch.empty_like(queries))
