@@ -1,10 +1,10 @@
 """The prefix cache of tiered blocks.
 
-Sealed blocks and tails stay here when their requests end. Their pages carry a hash, so vLLM's pool
-keeps them as long as it keeps native pages of the prefix cache: a page without users is free, leaves
-in LRU order, and loses its hash when it is allocated or the prefix cache is reset. A block is found
-while all its pages carry its hash. vLLM's own map does not contain these hashes, so that no native
-request finds them and no KV event mentions them.
+Sealed blocks and tails stay here when their requests end. Their pages have a hash, so vLLM's pool
+keeps them as long as native pages of the prefix cache: a page without users is free, leaves in LRU
+order, and loses its hash when it is allocated or when the prefix cache is reset. A block is found
+while all its pages have its hash. vLLM's own map does not contain these hashes: native requests do
+not find these pages, and KV events do not mention them.
 """
 
 from collections.abc import Iterator

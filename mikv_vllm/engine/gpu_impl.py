@@ -45,7 +45,7 @@ class TieredGPUImpl(TieredImpl):
             output_block_scale,
         )
         if tiered is not None:
-            rows = (tiered.scored, tiered.decode, tiered.extended)
+            rows = (tiered.scored, tiered.begun, tiered.decode, tiered.extended)
             self.run_tiered_rows(layer, query, key, value, kv_cache, output, *rows)
         return output
 
@@ -70,28 +70,19 @@ class TieredGPUImpl(TieredImpl):
         ops: LayerOps,
         kv_cache: torch.Tensor,
         row: ScoredRow,
+        native_pages: torch.Tensor,
         scores: torch.Tensor,
         window: torch.Tensor,
+        **source: torch.Tensor,
     ) -> None:
         assert row.compress is not None
-        assert row.tiered_pages is not None
-        if not row.compress.in_place:
-            super()._compress(ops, kv_cache, row, scores, window)
-            return
-        # Some programs of the kernels write while others still read, so they read a copy.
-        pages = row.native_pages[: len(row.compress.native_pages)]
-        copied = context.workspace(kv_cache, len(pages))
-        torch.index_select(kv_cache, 0, pages, out=copied)
-        ops.compress(
-            kv_cache,
-            torch.arange(len(pages), dtype=torch.int32, device=kv_cache.device),
-            row.tiered_pages,
-            row.compress.sizes,
-            row.compress.low_format,
-            scores,
-            window,
-            native=copied,
-        )
+        if row.compress.in_place:
+            # Some programs of the kernels write while others still read, so they read a copy.
+            used = native_pages[: len(row.compress.native_pages)]
+            source["native"] = context.workspace(kv_cache, len(used))
+            torch.index_select(kv_cache, 0, used, out=source["native"])
+            native_pages = torch.arange(len(used), dtype=torch.int32, device=kv_cache.device)
+        super()._compress(ops, kv_cache, row, native_pages, scores, window, **source)
 
     def _make_ops(self, layer: Any, kv_cache: torch.Tensor, **parameters: Any) -> LayerOps:
         return LayerOps(**parameters, scratch=scratch(kv_cache.device))

@@ -5,7 +5,7 @@ row is as short as its queries, and its output is overwritten by our kernels.
 """
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ class TieredMetadata:
     native: Any
     """vLLM's metadata of the whole batch."""
     decode: DecodeBatch | None
-    """The compressed rows with one token; None if there are none."""
+    """Blocks of the compressed rows with one token; None if there are none."""
+    begun: tuple[list[int], list[int]]
+    """See :class:`~mikv_vllm.engine.tiered_metadata.BatchSplit`."""
     scored: list[ScoredRow]
     extended: list[tuple[ExtendedRow, Any]]
     """Rows with a prompt chunk, and vLLM's metadata of each in the workspace."""
@@ -72,14 +74,13 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
         for chunk in split.extended:
             native.seq_lens[chunk.row] = chunk.tokens.stop - chunk.tokens.start
             batch.slot_mapping[chunk.tokens] = -1
-            on_device = replace(chunk, table=async_tensor_h2d(chunk.table, device=self.device))
             part = restored_part(batch, chunk, self.kv_cache_spec.block_size)
             built = super().build(0, part, fast_build)
             # It is in a buffer of the builder, which the next build overwrites.
             built.scheduler_metadata = None
-            extended.append((on_device, built))
+            extended.append((chunk, built))
         metadata = super().build(common_prefix_len, native, fast_build)
-        return TieredMetadata(metadata, decode, split.scored, extended)
+        return TieredMetadata(metadata, decode, split.begun, split.scored, extended)
 
     def _upload(
         self, rows: np.ndarray, tables: np.ndarray, batch_rows: np.ndarray
@@ -87,10 +88,11 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
         """Copy the compressed rows to the device, in one transfer.
 
         Args:
+            rows, tables: a row and a table for each block.
             batch_rows: indices of the compressed rows in the batch.
 
         Returns:
-            The compressed rows, and ``batch_rows`` on the device, int64.
+            The blocks, and ``batch_rows`` on the device, int64.
         """
         assert context.compression is not None
         # The tables come first, because their size keeps the rows aligned.

@@ -1,5 +1,7 @@
 """The blocks of all compressed requests: who holds which pages, and what changes in a step."""
 
+from collections.abc import Mapping
+
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
@@ -240,7 +242,7 @@ class TierStore:
 
     # The prefix cache.
 
-    def seal(self, requests: dict[str, Request]) -> None:
+    def seal(self, requests: Mapping[str, Request]) -> None:
         """Put full blocks into the prefix cache, as far as the hashes of their tokens are known.
 
         Call it when the requests of a step are final.

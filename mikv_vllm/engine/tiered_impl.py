@@ -101,17 +101,25 @@ class TieredImpl(AttentionImpl[Any]):
         if row.compress is not None:
             assert context.compression is not None
             window = queries[-context.compression.window :]
-            self._compress(ops, kv_cache, row, scores, window)
+            self._compress(ops, kv_cache, row, row.native_pages, scores, window)
 
     def _compress(
         self,
         ops: Any,
         kv_cache: torch.Tensor,
         row: ScoredRow,
+        native_pages: torch.Tensor,
         scores: torch.Tensor,
         window: torch.Tensor,
+        **source: torch.Tensor,
     ) -> None:
-        """Compress a native row, of which ``window`` are the last queries."""
+        """Compress a native row into the blocks of its plan.
+
+        Args:
+            native_pages: page ids, int32 ``[pages]``.
+            window: its last queries.
+            source: further arguments of ``compress``, for subclasses.
+        """
         assert row.compress is not None
         assert context.compression is not None
         block_size, recent = kv_cache.shape[2], context.compression.recent
@@ -120,13 +128,14 @@ class TieredImpl(AttentionImpl[Any]):
                 continue
             ops.compress(
                 kv_cache,
-                row.native_pages[block.first_token // block_size :],
+                native_pages[block.first_token // block_size :],
                 block.table,
                 block.sizes,
                 block.low_format,
                 scores[:, block.first_token :],
                 window,
                 min(recent, block.sizes.high_tokens) if block is row.blocks[-1] else 0,
+                **source,
             )
 
     def _extend(

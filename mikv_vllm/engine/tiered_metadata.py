@@ -146,7 +146,8 @@ def changed_blocks(
     blocks: list[BlockTable], step: ExtendStep, device: torch.device
 ) -> list[ChangeRow]:
     """The changes of an extended request's blocks, with their tables."""
-    changes, previous = [], blocks[-1].pages
+    changes: list[ChangeRow] = []
+    previous = blocks[-1].pages
     first_token = step.first_token - blocks[-1].sizes.num_tokens
     for change in step.changes:
         table = [0] * change.before.pages if change.begins else list(previous)
