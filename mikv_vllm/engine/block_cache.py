@@ -7,7 +7,7 @@ while all its pages have its hash. vLLM's own map does not contain these hashes:
 not find these pages, and KV events do not mention them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 
@@ -67,7 +67,10 @@ class BlockCache:
         self._blocks: dict[tuple[BlockHash, BlockForm], Block] = {}
         self._forms: dict[BlockForm, None] = {}
         self._tails: dict[BlockHash, list[KeptTail]] = {}
+        self._kept: dict[int, Block] = {}
         self._serial = count()
+        self.num_kept = 0
+        """Blocks that can be found and that no request holds."""
 
     def _hash(self, request: Request, num_tokens: int) -> BlockHash | None:
         """vLLM's hash of the first ``num_tokens`` tokens; None if it is not known yet."""
@@ -169,11 +172,14 @@ class BlockCache:
         return self._hash(request, index * self._block_tokens or self._pool.hash_block_size)
 
     def add_block(self, request: Request, index: int, block: Block) -> bool:
-        """Add a sealed block; False if the hash of its tokens is not known yet."""
+        """Add a sealed block if there is no equal one; False if its tokens have no hash yet."""
         key = self._hash(request, (index + 1) * self._block_tokens)
         if key is None:
             return False
         form = BlockForm(block.low_format, block.sizes)
+        known = self._blocks.get((key, form))
+        if known and known.is_cached:
+            return True
         self._tag(block)
         self._forms[form] = None
         self._blocks[key, form] = block
@@ -198,8 +204,11 @@ class BlockCache:
         size = self._pool.hash_block_size
         hashes = request.block_hashes[tiered.first_token // size : num_tokens // size]
         tokens = tuple(request.all_token_ids[tiered.first_token : num_tokens])
+        self.keep(block)
         kept = [one for one in self._tails.pop(key, ()) if one.block.is_cached]
         kept.append(KeptTail(block, tokens, tuple(hashes), droppable))
+        for one in kept[:-MOST_TAILS]:
+            self.hold(one.block)
         self._tails[key] = kept[-MOST_TAILS:]
         if len(self._tails) > self._pool.num_gpu_blocks:
             self._tails = {
@@ -207,6 +216,37 @@ class BlockCache:
                 for k, tails in self._tails.items()
                 if any(one.block.is_cached for one in tails)
             }
+
+    # Blocks that no request holds.
+
+    def keep(self, block: Block) -> None:
+        """Count a block that its last request releases, if it can be found."""
+        if block.is_cached:
+            self.num_kept += 1
+            self._kept |= {page.block_id: block for page in block.pages.values()}
+
+    def hold(self, block: Block) -> None:
+        """Stop counting a block: a request holds it, or it cannot be found any more."""
+        pages = [page.block_id for page in block.pages.values()]
+        if self._kept.get(pages[0]) is block:
+            self.num_kept -= 1
+            for page in pages:
+                del self._kept[page]
+
+    def evict(self, pages: Iterable[int]) -> int:
+        """Stop counting the blocks whose pages are allocated again; return how many there were."""
+        before = self.num_kept
+        for page in pages:
+            if block := self._kept.get(page):
+                self.hold(block)
+        return before - self.num_kept
+
+    def clear(self) -> None:
+        """Forget all blocks. No page has a hash any more."""
+        self._blocks.clear()
+        self._tails.clear()
+        self._kept.clear()
+        self.num_kept = 0
 
     def _tag(self, block: Block) -> None:
         block.tag = b"tiered block " + next(self._serial).to_bytes(8, "big")

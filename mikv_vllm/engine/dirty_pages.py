@@ -1,6 +1,6 @@
 """Pages that hold bytes of tiers and have to be zeroed before vLLM's kernel reads them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
@@ -10,19 +10,27 @@ class DirtyPages:
 
     vLLM's kernel multiplies the unwritten slots of a page by 0. Bytes of a tier can read as NaN
     there.
+
+    Args:
+        on_reuse: called with the ids of tiered pages that are allocated again, as tiered or as
+            native pages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_reuse: Callable[[Iterable[int]], None]) -> None:
+        self._on_reuse = on_reuse
         self._dirty: set[int] = set()
         self._to_zero: list[int] = []
 
     def add(self, pages: Iterable[KVCacheBlock]) -> None:
         """Pages become tiered."""
-        self._dirty.update(page.block_id for page in pages)
+        ids = {page.block_id for page in pages}
+        self._on_reuse(self._dirty & ids)
+        self._dirty |= ids
 
     def clean(self, pages: Sequence[KVCacheBlock]) -> None:
         """Pages become native: have the last one zeroed. A step fills all but its last new page."""
         stale = self._dirty.intersection(page.block_id for page in pages)
+        self._on_reuse(stale)
         self._dirty -= stale
         if pages and pages[-1].block_id in stale:
             self._to_zero.append(pages[-1].block_id)

@@ -179,6 +179,12 @@ class TieredScheduler(Scheduler):
         self.manager.hits[request_id] = hit
         return manager.create_kv_cache_blocks((hit.pages,)), hit.num_tokens, 0, False
 
+    def reset_prefix_cache(self, *args, **kwargs) -> bool:
+        is_reset = super().reset_prefix_cache(*args, **kwargs)
+        if is_reset:
+            self.store.cache.clear()
+        return is_reset
+
     # One step.
 
     def _reserve_prefill_lookahead(

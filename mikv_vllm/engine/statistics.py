@@ -42,6 +42,12 @@ def tier_stats(store: TierStore, running: Sequence[Request], heads: int) -> Tier
             "low": held.low_bytes * heads,
             "unused": unused * heads,
         },
+        blocks={
+            "sealed": held.sealed,
+            "tail": held.blocks - held.sealed,
+            "kept": store.cache.num_kept,
+        },
         operations=dict(store.operations),
+        reused_tokens=dict(store.reused_tokens),
         requests={"native": len(running) - num_tiered, "tiered": num_tiered},
     )

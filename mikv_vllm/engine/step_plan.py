@@ -81,6 +81,10 @@ class ExtendStep:
         return sum(change.append.new_tokens for change in self.changes)
 
 
+OPERATIONS = ("compress", "compress_in_place", "demote", "reuse", "copy", "evict")
+"""Operations that are counted since the start; see :attr:`TierStats.operations`."""
+
+
 @dataclass(frozen=True)
 class TierStats:
     """What the tiers hold, and what was done so far, at the end of a step's scheduling."""
@@ -91,8 +95,16 @@ class TierStats:
     """Tokens held: ``native``, ``high``, ``low``."""
     bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of tiered pages over all layers and heads: ``high``, ``low``, ``unused``."""
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Tiered blocks: ``sealed`` and ``tail``, which requests hold, and ``kept``, which no request
+    holds but the prefix cache finds. Their pages are ``tiered``, those of kept ones ``free``."""
     operations: dict[str, int] = field(default_factory=dict)
-    """Totals since the start: ``compress`` (of these ``in_place``), ``demote``."""
+    """Totals since the start: ``compress`` (of these ``compress_in_place``), ``demote``, ``reuse``
+    (requests that took blocks from the prefix cache), ``copy`` (tails that were copied for them),
+    ``evict`` (kept blocks whose pages were allocated again)."""
+    reused_tokens: dict[str, int] = field(default_factory=dict)
+    """Totals since the start, of tokens in blocks that requests took from the prefix cache:
+    ``adopt`` (instead of computing them), ``compress`` (instead of compressing them)."""
     requests: dict[str, int] = field(default_factory=dict)
     """Running requests: ``native``, ``tiered``."""
 
@@ -103,7 +115,9 @@ class TierStats:
             pages={"total": pages, "free": pages, "native": 0, "tiered": 0},
             tokens={"native": 0, "high": 0, "low": 0},
             bytes={"high": 0, "low": 0, "unused": 0},
-            operations={"compress": 0, "compress_in_place": 0, "demote": 0},
+            blocks={"sealed": 0, "tail": 0, "kept": 0},
+            operations=dict.fromkeys(OPERATIONS, 0),
+            reused_tokens={"adopt": 0, "compress": 0},
             requests={"native": 0, "tiered": 0},
         )
 

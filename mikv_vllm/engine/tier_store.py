@@ -1,6 +1,6 @@
 """The blocks of all compressed requests: who holds which pages, and what changes in a step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -9,7 +9,7 @@ from vllm.v1.request import Request
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.block_cache import BlockCache, Hit
 from mikv_vllm.engine.dirty_pages import DirtyPages
-from mikv_vllm.engine.step_plan import BlockTable, CompressStep, DecodeStep
+from mikv_vllm.engine.step_plan import OPERATIONS, BlockTable, CompressStep, DecodeStep
 from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
 from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, planner
 from mikv_vllm.tiers.formats import TierGeometry
@@ -40,18 +40,21 @@ class TierStore:
         """Compressed requests."""
         self.totals = TierTotals()
         """Of the blocks that requests hold; a shared block counts once."""
-        self.operations = dict.fromkeys(
-            ("compress", "compress_in_place", "demote", "reuse_tokens", "copy_pages"), 0
-        )
+        self.operations = dict.fromkeys(OPERATIONS, 0)
         """Counts since the start."""
+        self.reused_tokens = {"adopt": 0, "compress": 0}
+        """Tokens in blocks that requests took from the prefix cache, since the start."""
         self.cache = BlockCache(pool, self.block_tokens)
-        self.dirty = DirtyPages()
+        self.dirty = DirtyPages(self._evict)
         self._unsealed: dict[str, int] = {}
         """Requests with full blocks that are not in the prefix cache, and the first such block."""
         self._steps: dict[str, list[DecodeStep]] = {}
         self._adopted: dict[str, tuple[BlockTable, ...]] = {}
         self._copies: list[tuple[int, int]] = []
         self._released: list[KVCacheBlock] = []
+
+    def _evict(self, pages: Iterable[int]) -> None:
+        self.operations["evict"] += self.cache.evict(pages)
 
     def admit(self, request_id: str, ratio: float) -> None:
         """Allow a request to be compressed."""
@@ -136,9 +139,10 @@ class TierStore:
             sources = hit.tail.page_list
             self._copies += [(s.block_id, t.block_id) for s, t in zip(sources, copies, strict=True)]
             self._released += sources
+            self.operations["copy"] += 1
         droppable = hit.droppable if hit.tail else None
         tiered = TieredRequest(self.planner(request_id), blocks, hit.num_tokens, droppable)
-        self._hold(request_id, tiered)
+        self._hold(request_id, tiered, "adopt")
         self._adopted[request_id] = tuple(block.table() for block in blocks)
 
     def compress(
@@ -180,7 +184,7 @@ class TierStore:
         in_place = any(page.block_id in ids for page in native)
         self._released += [page for page in reversed(native) if page.block_id not in ids]
         reused = len(shared) * self.block_tokens
-        self._hold(request.request_id, TieredRequest(plan, blocks, reused))
+        self._hold(request.request_id, TieredRequest(plan, blocks, reused), "compress")
         if num_tokens >= self.block_tokens:
             self._unsealed[request.request_id] = 0
         self.operations["compress"] += 1
@@ -222,13 +226,16 @@ class TierStore:
             for pages, count in zip(own, missing, strict=True)
         ]
 
-    def _hold(self, request_id: str, tiered: TieredRequest) -> None:
+    def _hold(self, request_id: str, tiered: TieredRequest, operation: str) -> None:
         self.requests[request_id] = tiered
-        self.operations["reuse_tokens"] += tiered.reused_tokens
+        self.operations["reuse"] += tiered.reused_tokens > 0
+        self.reused_tokens[operation] += tiered.reused_tokens
         for block in tiered.blocks:
             block.users += 1
             if block.users == 1:
                 self.totals.count(self.geometry, block)
+                if block.tag:
+                    self.cache.hold(block)
 
     def release(self, request_id: str) -> None:
         """Forget the blocks of a request. The caller returns their pages to the pool."""
@@ -237,6 +244,7 @@ class TierStore:
             block.users -= 1
             if not block.users:
                 self.totals.count(self.geometry, block, -1)
+                self.cache.keep(block)
         for by_request in (self._steps, self._adopted, self._unsealed):
             by_request.pop(request_id, None)
 
@@ -290,7 +298,6 @@ class TierStore:
     def drain_copies(self) -> tuple[tuple[int, int], ...]:
         """Drain the pages to copy, from and to."""
         copies, self._copies = tuple(self._copies), []
-        self.operations["copy_pages"] += len(copies)
         return copies
 
     def release_pages(self) -> None:

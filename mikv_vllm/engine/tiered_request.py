@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from mikv_vllm.engine.step_plan import BlockTable
-from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
+from mikv_vllm.tiers.blocks import BlockPlanner, TailStep, block_tokens
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
 
@@ -49,6 +49,8 @@ class TierTotals:
     """What blocks hold together. Pages are those of the pool; the rest is per layer and head."""
 
     blocks: int = 0
+    sealed: int = 0
+    """Of these, blocks that have all their tokens."""
     pages: int = 0
     high_tokens: int = 0
     high_records: int = 0
@@ -59,6 +61,7 @@ class TierTotals:
         """Add a block, or with ``sign`` -1 subtract it."""
         sizes = block.sizes
         self.blocks += sign
+        self.sealed += sign * (sizes.num_tokens == block_tokens(geometry.block_size))
         self.pages += sign * len(block.pages)
         self.high_tokens += sign * sizes.high_tokens
         self.high_records += sign * -(-sizes.high_tokens // HIGH_RECORD_TOKENS)

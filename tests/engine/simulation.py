@@ -439,3 +439,8 @@ class Simulation:
         for block in blocks.values():
             totals.count(store.geometry, block)
         assert totals == store.totals
+        cache = store.cache
+        findable = [*cache._blocks.values()]
+        findable += [tail.block for tails in cache._tails.values() for tail in tails]
+        kept = [block for block in findable if block.is_cached and not block.users]
+        assert cache.num_kept == len(kept), "kept blocks are miscounted"
