@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -27,6 +28,7 @@ from mikv_vllm.engine.step_plan import TieredSchedulerOutput
 from mikv_vllm.engine.tiered_request import TierTotals
 from mikv_vllm.engine.worker_context import WorkerContext
 from mikv_vllm.tiers.blocks import block_tokens
+from mikv_vllm.tiers.formats import LowFormat
 
 HEAD_DIM = 64
 MAX_MODEL_LEN = 8192
@@ -53,7 +55,7 @@ def write_model_config(folder: Path) -> None:
 def engine_config(
     folder: Path,
     settings: CompressionConfig,
-    block_size: int = 32,
+    block_size: int = 16,
     max_num_seqs: int = 6,
     batched_tokens: int = 192,
     **engine_args,
@@ -110,6 +112,9 @@ class Content:
     """Fingerprints of the tokens and of all before them."""
     surely_high: int
     """Newest tokens that are certainly the last ones of the high tier."""
+    low_format: LowFormat
+    num_pages: int
+    """Length of the stream."""
 
 
 class Simulation:
@@ -141,14 +146,21 @@ class Simulation:
         max_tokens: int,
         ratio: float,
         cache_salt: str | None = None,
+        adapter: int | None = None,
     ) -> None:
         params = SamplingParams(
             max_tokens=max_tokens, ignore_eos=True, extra_args={RATIO_FIELD: ratio}
         )
         request = Request(
-            request_id, prompt, params, None, cache_salt=cache_salt, block_hasher=self._hasher
+            request_id,
+            prompt,
+            params,
+            None,
+            cache_salt=cache_salt,
+            lora_request=LoRARequest(f"adapter {adapter}", adapter, "/") if adapter else None,
+            block_hasher=self._hasher,
         )
-        self._salts[request_id] = hash(cache_salt)
+        self._salts[request_id] = hash((cache_salt, adapter))
         self.tokens[request_id] = list(prompt)
         self.scheduler.add_request(request)
 
@@ -161,6 +173,7 @@ class Simulation:
         self.most_running = max(self.most_running, len(self.scheduler.running))
         self.preemptions += len(output.preempted_req_ids)
         self.check_pages()
+        self.check_kept_blocks()
         self.in_flight.append((output, self._execute(output)))
         if len(self.in_flight) >= self.depth or not output.total_num_scheduled_tokens:
             self._process()
@@ -258,7 +271,8 @@ class Simulation:
             times[source] += 1
             content = self.memory[source]
             assert isinstance(content, Content), "a page that is no tail was copied"
-            assert self.pool.blocks[target].ref_cnt == 1, "a page that others hold was written"
+            # The first chunk of the request may have freed it again.
+            assert self.pool.blocks[target].ref_cnt <= 1, "a page that others hold was written"
             key = id(content), times[source]
             self.memory[target] = contents.setdefault(key, replace(content))
 
@@ -269,12 +283,20 @@ class Simulation:
         assert len(contents) == 1, "pages of different blocks are mixed"
         (content,) = contents.values()
         assert isinstance(content, Content), "a tiered page was overwritten"
+        assert (content.low_format, content.num_pages) == (block.low_format, block.sizes.pages)
         return content
+
+    def _reuse(self, request_id: str, index: int, block) -> "Content":
+        """The content of a block that a request did not write, and that is as rich as its own."""
+        own = self.scheduler.store.planner(request_id).form(index)
+        assert block.low_format.token_bits >= own.low_format.token_bits, "a poorer block was found"
+        assert block.sizes.pages >= own.sizes.pages, "a poorer block was found"
+        return self._content(block)
 
     def _adopt(self, request_id: str, blocks) -> None:
         first = 0
-        for block in blocks:
-            content, count = self._content(block), block.sizes.num_tokens
+        for index, block in enumerate(blocks):
+            content, count = self._reuse(request_id, index, block), block.sizes.num_tokens
             expected = tuple(self._prefixes(request_id, first + count)[first : first + count])
             if len(content.tokens) != count:
                 dropped = len(content.tokens) - count
@@ -298,11 +320,13 @@ class Simulation:
                 free_native |= {*native[first // self.block_size :]}
             first += count
             if index in step.shared:
-                assert self._content(block).tokens == tokens, "a shared block has other tokens"
+                content = self._reuse(request_id, index, block)
+                assert content.tokens == tokens, "a shared block has other tokens"
                 continue
             recent = min(self.recent, block.sizes.high_tokens)
             high = recent if block.sizes.low_records else count
-            content = Content(tokens, high if block is step.blocks[-1] else 0)
+            high = high if block is step.blocks[-1] else 0
+            content = Content(tokens, high, block.low_format, block.sizes.pages)
             for page in filter(None, block.pages):
                 assert page not in native or page in free_native, "tokens to come were overwritten"
                 self._check_private(page, request_id)
@@ -326,7 +350,7 @@ class Simulation:
             if change.begins:
                 assert len(contents[-1].tokens) == self.block_tokens, "a tail was left"
                 tables.append([0] * change.before.pages)
-                contents.append(Content((), 0))
+                contents.append(Content((), 0, change.low_format, change.before.pages))
             content, table = contents[-1], tables[-1]
             assert len(content.tokens) == change.before.num_tokens
             for position, page in zip(change.append.new_positions, change.new_pages, strict=True):
@@ -439,7 +463,10 @@ class Simulation:
         for block in blocks.values():
             totals.count(store.geometry, block)
         assert totals == store.totals
-        cache = store.cache
+
+    def check_kept_blocks(self) -> None:
+        """The blocks that nobody holds and that the prefix cache finds are counted."""
+        cache = self.scheduler.store.cache
         findable = [*cache._blocks.values()]
         findable += [tail.block for tails in cache._tails.values() for tail in tails]
         kept = [block for block in findable if block.is_cached and not block.users]
