@@ -199,7 +199,7 @@ class Simulation:
     # What the workers would do.
 
     def _execute(self, output: TieredSchedulerOutput) -> ModelRunnerOutput:
-        self._copy_pages(output.plan.copy)
+        self._copy_pages(output.plan)
         self.context.begin_step(output)
         for new in output.scheduled_new_reqs:
             self.native_tables[new.req_id] = list(new.block_ids[0])
@@ -264,17 +264,18 @@ class Simulation:
             sampled_token_ids=sampled,
         )
 
-    def _copy_pages(self, copies) -> None:
-        contents: dict[tuple[int, int], Content] = {}
-        times: Counter[int] = Counter()
-        for source, target in copies:
-            times[source] += 1
-            content = self.memory[source]
-            assert isinstance(content, Content), "a page that is no tail was copied"
+    def _copy_pages(self, plan) -> None:
+        sources = {target: source for source, target in plan.copy}
+        for blocks in plan.adopt.values():
+            targets = [page for page in blocks[-1].pages if page in sources]
+            contents = [self.memory[sources[page]] for page in targets]
+            if contents:
+                assert all(one is contents[0] for one in contents), "different blocks are mixed"
+                assert isinstance(contents[0], Content), "a page that is no tail was copied"
+                self.memory |= dict.fromkeys(targets, replace(contents[0]))
+        for target in sources:
             # The first chunk of the request may have freed it again.
             assert self.pool.blocks[target].ref_cnt <= 1, "a page that others hold was written"
-            key = id(content), times[source]
-            self.memory[target] = contents.setdefault(key, replace(content))
 
     def _content(self, block, new_pages=()) -> "Content":
         """The one content of a block's pages, but for those that are new in this step."""

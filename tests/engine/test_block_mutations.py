@@ -82,7 +82,7 @@ MUTATIONS = {
     roll_back_one_token_too_many: "may be low",
     roll_back_one_token_too_few: "other tokens",
     lost_pages_are_served: "mixed|overwritten|other tokens|no tail was copied",
-    share_tails: "others hold|in the prefix cache was written",
+    share_tails: "tail is shared|others hold|in the prefix cache was written",
 }
 """What the simulation says to each of them."""
 
