@@ -95,7 +95,11 @@ class QualityRun:
         ]
         outputs = generate_together(
             self._llm,
-            [{"prompt_token_ids": window.prompt} for window in self._windows],
+            [
+                # Blocks of another ratio would serve a prompt as well.
+                {"prompt_token_ids": window.prompt, "cache_salt": f"ratio {ratio:g}"}
+                for window in self._windows
+            ],
             [one.sampling_params(**{RATIO_FIELD: ratio}) for one in forced],
         )
         return [(output.kv_transfer_params or {}).get(REPORT_FIELD, {}) for output in outputs]

@@ -6,10 +6,11 @@ from mikv_vllm.config import CompressionConfig
 
 from .simulation import Simulation, engine_config, make_scheduler, write_model_config
 
+RECENT = 8
 CONFIGS = {
-    "window": CompressionConfig(min_tokens=128, recent=8, native_share=1.0),
-    "h2o": CompressionConfig(min_tokens=128, recent=8, importance="h2o"),
-    "two ranks": CompressionConfig(min_tokens=128, recent=8, native_share=0.2),
+    "window": CompressionConfig(min_tokens=128, recent=RECENT, native_share=1.0),
+    "h2o": CompressionConfig(min_tokens=128, recent=RECENT, importance="h2o"),
+    "two ranks": CompressionConfig(min_tokens=128, recent=RECENT, native_share=0.2),
 }
 ENGINE_ARGS = {"two ranks": {"tensor_parallel_size": 2}}
 
@@ -35,10 +36,11 @@ REQUEST = st.fixed_dictionaries(
     {
         # Steps after the request before it.
         "after": st.integers(0, 60),
-        # Which earlier request it goes on from, counted back; the tokens of it that it drops; and
-        # whether it has the same ratio, salt and adapter.
+        # Which earlier request it goes on from, counted back; how many of its last tokens it drops,
+        # perhaps beside the answer; and whether it has the same ratio, salt and adapter.
         "continues": st.sampled_from([0, 0, 1, 1, 2, 3]),
-        "drop": st.just(0) | st.integers(0, 45) | st.just(150),
+        "drop": st.sampled_from([0, 0, 1, RECENT, RECENT + 1, 20, 150]),
+        "drops_answer": st.booleans(),
         "is_same": st.sampled_from([True, True, True, False]),
         "prefix": st.integers(0, 2),
         "prefix_tokens": st.sampled_from([0, 64, 200, 600]),
@@ -71,30 +73,32 @@ def inherit(requests: list[dict]) -> list[dict]:
     return complete
 
 
-def make_prompt(request: dict, index: int, earlier: list[int] | None) -> list[int]:
-    """The prompt of a request; it goes on from the tokens of an earlier one, if there are any."""
+def make_prompt(request: dict, index: int, history: list[int]) -> list[int]:
+    """The prompt of a request, which goes on from the tokens of an earlier one."""
     most = 700 if request["ratio"] <= 3 else 1400  # it has to fit into the pool
     # Prefixes are shared by some requests and not by others.
     prefix = [request["prefix"]] * request["prefix_tokens"]
     more = request["more_if_compressed"] if request["ratio"] > 3 else 0
     prompt = prefix + [100 + index] * (request["own_tokens"] + more)
-    if earlier:
-        # A later turn of a conversation, or a branch of it.
-        prompt = earlier[: min(most - 80, len(earlier) - request["drop"])] + prompt[-80:]
-    return prompt[:most]
+    return history[: most - 80] + prompt[-80:] if history else prompt[:most]
 
 
 def run_load(vllm_configs: Configs, name: str, requests: list, num_pages: int, depth: int) -> None:
     """Run requests, and check every step and what is left in the end."""
     scheduler = make_scheduler(vllm_configs[name], CONFIGS[name], num_pages, depth > 1)
     simulation = Simulation(scheduler, depth)
-    requests = inherit(requests)
+    requests, lengths = inherit(requests), {}
     for now in range(requests[-1]["arrival"] + 61):
         for i, request in enumerate(requests):
             ids = [f"r{i}.{copy}" for copy in range(request["n"])]
             if request["arrival"] == now:
-                earlier = simulation.tokens.get(f"r{request['earlier']}.0")
-                prompt = make_prompt(request, i, earlier)
+                # A later turn of a conversation, or a branch of it.
+                earlier = f"r{request['earlier']}.0"
+                history = simulation.tokens.get(earlier, [])
+                kept = lengths.get(earlier) if request["drops_answer"] else len(history)
+                history = history[: max(0, (kept or 0) - request["drop"])]
+                prompt = make_prompt(request, i, history)
+                lengths[ids[0]] = len(prompt)
                 options = [request[key] for key in ("max_tokens", "ratio", "salt", "adapter")]
                 for request_id in ids:
                     simulation.add(request_id, prompt, *options)

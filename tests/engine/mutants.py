@@ -18,8 +18,8 @@ def _page_bytes(cache: torch.Tensor) -> torch.Tensor:
     return cache.view(torch.uint8).reshape(cache.shape[0], cache.shape[1], -1)
 
 
-def _zeroed_low_tier(self, cache, native_table, tiered_table, sizes, low_format, scores, q):
-    _compress(self, cache, native_table, tiered_table, sizes, low_format, scores, q)
+def _zeroed_low_tier(self, cache, native_table, tiered_table, sizes, low_format, *args):
+    _compress(self, cache, native_table, tiered_table, sizes, low_format, *args)
     geometry = TierGeometry(cache.shape[-1] // 2, cache.shape[2])
     first = sizes.low_end_bytes - sizes.low_records * geometry.low(low_format).num_bytes
     pages = _page_bytes(cache)
@@ -27,8 +27,8 @@ def _zeroed_low_tier(self, cache, native_table, tiered_table, sizes, low_format,
         pages[page, :, max(0, first - i * geometry.page_bytes) :] = 0
 
 
-def _shuffled_heads(self, cache, native_table, tiered_table, sizes, low_format, scores, q):
-    _compress(self, cache, native_table, tiered_table, sizes, low_format, scores, q)
+def _shuffled_heads(self, cache, native_table, tiered_table, *args):
+    _compress(self, cache, native_table, tiered_table, *args)
     pages = _page_bytes(cache)
     index = tiered_table.long()
     pages[index] = pages[index].roll(1, dims=1)
