@@ -95,7 +95,7 @@ def _router(args: Namespace) -> APIRouter:
 
     @router.get("/stats")
     async def stats(request: Request) -> dict[str, dict[str, int]]:
-        """Pages, tokens, bytes and requests by tier, and total numbers of operations."""
+        """Pages, tokens, bytes, blocks and requests by state, and totals since the start."""
         return await engine_stats(request.app.state.engine_client)
 
     return router

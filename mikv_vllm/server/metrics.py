@@ -27,6 +27,12 @@ GAUGES = {
         "tier",
         "Bytes of the pages of compressed requests, by content, in all layers (bytes).",
     ),
+    "blocks": (
+        "mikv_blocks",
+        "state",
+        "Tiered blocks: sealed ones and tails of running requests, and kept ones, which no request "
+        "holds but the prefix cache still finds (blocks).",
+    ),
     "requests": (
         "mikv_requests",
         "tier",
@@ -35,12 +41,20 @@ GAUGES = {
 }
 """Name, label and help text of each gauge, by section of the scheduler's statistics."""
 
-OPERATIONS = (
-    "mikv_operations_total",
-    "kind",
-    "Operations since the engine started, by kind (operations).",
-)
-"""Name, label and help text of the counter."""
+COUNTERS = {
+    "operations": (
+        "mikv_operations_total",
+        "kind",
+        "Operations since the engine started, by kind (operations).",
+    ),
+    "reused_tokens": (
+        "mikv_reused_tokens_total",
+        "kind",
+        "Tokens in tiered blocks that requests took from the prefix cache since the engine "
+        "started: instead of computing them (adopt) or of compressing them (compress) (tokens).",
+    ),
+}
+"""Name, label and help text of each counter, by section of the scheduler's statistics."""
 
 
 class TierMetrics(AggregateStatLoggerBase):
@@ -63,7 +77,7 @@ class TierMetrics(AggregateStatLoggerBase):
             )
             for section, (name, label, text) in GAUGES.items()
         }
-        self._operations = _Operations()
+        self._counters = {section: _Total(*texts) for section, texts in COUNTERS.items()}
         self._engine_indexes = engine_indexes
 
     def record(
@@ -85,14 +99,15 @@ class TierMetrics(AggregateStatLoggerBase):
             for key, value in stats[section].items():
                 if key != "total":  # the sum of the other values
                     gauge.labels(self._model, engine, key).set(value)
-        for kind, total in stats["operations"].items():
-            self._operations.set(self._model, engine, kind, total)
+        for section, counter in self._counters.items():
+            for kind, total in stats[section].items():
+                counter.set(self._model, engine, kind, total)
 
     def log_engine_initialized(self) -> None:
         """Do nothing; vLLM requires the method."""
 
 
-class _Operations:
+class _Total:
     """A counter whose totals are counted in the engine.
 
     With several API servers each process receives only some of the totals, and Prometheus'
@@ -100,8 +115,7 @@ class _Operations:
     total instead.
     """
 
-    def __init__(self) -> None:
-        name, label, text = OPERATIONS
+    def __init__(self, name: str, label: str, text: str) -> None:
         labels = ["model_name", "engine", label]
         self._counter = self._gauge = None
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 """One report as the scheduler creates it, by field name."""
 
-SUMMED = ("kv_tokens", "high_tokens", "low_tokens", "kv_bytes", "uncompressed_kv_bytes")
+SUMMED = (
+    "kv_tokens",
+    "high_tokens",
+    "low_tokens",
+    "reused_tokens",
+    "kv_bytes",
+    "shared_kv_bytes",
+    "uncompressed_kv_bytes",
+)
 
 
 class ReportGroup:

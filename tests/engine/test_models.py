@@ -12,6 +12,7 @@ from mikv_vllm.server import refusals
 from mikv_vllm.server.refusals import Refusal
 
 from . import kinds
+from .conftest import BLOCK_SIZE
 from .generated import SHAPE
 from .kinds import NEW_TOKENS, REQUESTS, SERVED, UNSERVABLE
 
@@ -123,7 +124,10 @@ def test_the_requested_ratio_is_achieved(measured):
         print(report)
         assert report["requested_ratio"] == requested
         assert report["kv_tokens"] == length + NEW_TOKENS - 1
-        assert 0.9 * requested <= report["achieved_ratio"] <= 1.1 * requested
+        # A tail has two partly filled pages more than its ratio asks for.
+        native = report["kv_tokens"] / BLOCK_SIZE
+        assert native / report["achieved_ratio"] <= native / requested + 2
+        assert report["achieved_ratio"] <= 1.1 * requested
 
 
 @pytest.mark.engine

@@ -43,7 +43,8 @@ def reports(engine, windows):
         SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, extra_args=ratio(one))
         for one in RATIOS
     ]
-    prompts = [{"prompt_token_ids": tokens}] * len(params)
+    # Without salts the blocks of ratio 2 would serve the others.
+    prompts = [{"prompt_token_ids": tokens, "cache_salt": str(one)} for one in RATIOS]
     outputs = engine.generate(prompts, params, use_tqdm=False)
     return dict(zip(RATIOS, map(report, outputs), strict=True))
 
@@ -58,6 +59,22 @@ def test_ratio_is_achieved_from_two_thousand_tokens_on(reports, requested):
     assert result["high_tokens"] + result["low_tokens"] == 2199
     assert result["uncompressed_kv_bytes"] == 2199 * 2 * 2 * 64 * 3 * 30
     assert result["kv_bytes"] % (BLOCK_SIZE * 2 * 2 * 64 * 3 * 30) == 0
+
+
+def test_requests_with_one_prompt_share_its_blocks(engine, windows):
+    """Also one with a larger ratio, and the report tells."""
+    tokens = {"prompt_token_ids": windows[0].prompt + windows[1].prompt[:664], "cache_salt": "x"}
+    params = [
+        SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, extra_args=ratio(one))
+        for one in (2.0, 4.0)
+    ]
+    richer, shared = (report(o) for o in engine.generate([tokens] * 2, params, use_tqdm=False))
+    assert richer["reused_tokens"] == 0
+    assert shared["reused_tokens"] == 2048
+    assert shared["low_format"] == richer["low_format"]
+    page = BLOCK_SIZE * 2 * 2 * 64 * 3 * 30
+    assert richer["shared_kv_bytes"] == shared["shared_kv_bytes"] == 2 * 16 * page
+    assert shared["kv_bytes"] - shared["shared_kv_bytes"] <= 4 * page
 
 
 def test_ratio_one_reports_an_untouched_cache(engine, windows):

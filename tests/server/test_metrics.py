@@ -12,7 +12,9 @@ STATS = {
     "pages": {"total": 9, "free": 4, "native": 3, "tiered": 2},
     "tokens": {"native": 100, "high": 10, "low": 90},
     "bytes": {"high": 1000, "low": 2000, "unused": 30},
+    "blocks": {"sealed": 3, "tail": 2, "kept": 8},
     "operations": {"compress": 5, "demote": 7},
+    "reused_tokens": {"adopt": 512, "compress": 1024},
     "requests": {"native": 1, "tiered": 2},
 }
 
@@ -38,6 +40,7 @@ def test_gauges_show_the_latest_statistics(metrics):
     assert value("mikv_kv_cache_pages", state="total") is None
     assert value("mikv_kv_cache_tokens", tier="low") == 90
     assert value("mikv_kv_cache_bytes", tier="high") == 1000
+    assert value("mikv_blocks", state="kept") == 8
     assert value("mikv_requests", tier="tiered") == 2
     metrics.record(scheduler_stats(STATS | {"requests": {"native": 0, "tiered": 0}}), None)
     assert value("mikv_requests", tier="tiered") == 0
@@ -48,6 +51,7 @@ def test_counters_follow_the_totals(metrics):
     metrics.record(scheduler_stats(STATS | {"operations": {"compress": 6, "demote": 7}}), None)
     assert value("mikv_operations_total", kind="compress") == 6
     assert value("mikv_operations_total", kind="demote") == 7
+    assert value("mikv_reused_tokens_total", kind="adopt") == 512
 
 
 def test_stock_statistics_pass_unchanged(metrics):

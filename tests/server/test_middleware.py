@@ -20,7 +20,9 @@ REPORT = {
     "kv_tokens": 100,
     "high_tokens": 4,
     "low_tokens": 96,
+    "reused_tokens": 64,
     "kv_bytes": 1000,
+    "shared_kv_bytes": 500,
     "uncompressed_kv_bytes": 4000,
     "low_format": "K6433V3",
 }
@@ -186,7 +188,9 @@ def test_reports_of_several_choices_are_summed():
         "kv_tokens": 200,
         "high_tokens": 8,
         "low_tokens": 192,
+        "reused_tokens": 128,
         "kv_bytes": 4000,
+        "shared_kv_bytes": 1000,
         "uncompressed_kv_bytes": 7000,
         "low_format": "K6433V3",
     }
