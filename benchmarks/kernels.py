@@ -14,8 +14,9 @@ from statistics import median
 import torch
 
 from mikv_vllm.kernels import cpu
+from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
 from mikv_vllm.tiers.formats import LADDER, LowFormat, TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 64, 9, 3, 64, 16
 """The embedded model's attention."""
@@ -62,7 +63,7 @@ def layer_ops(geometry: TierGeometry, heads: int, kv_heads: int) -> cpu.LayerOps
 
 
 class Prompt:
-    """A native request in one layer, and the pages that it is compressed into.
+    """A native request in one layer, and the blocks that it is compressed into.
 
     Args:
         geometry: sizes of pages and records.
@@ -76,15 +77,14 @@ class Prompt:
     ) -> None:
         self.ops = layer_ops(geometry, heads, kv_heads)
         self.num_tokens = num_tokens
-        planner = TierPlanner.choose(geometry, ratio, RECENT, num_tokens)
-        sizes = planner.compress(num_tokens)
-        assert sizes is not None
-        self.sizes, self.low_format = sizes, planner.low_format
-        count = planner.native_pages(num_tokens)
-        shape = (count + sizes.pages, kv_heads, geometry.page_bytes // 2)
+        self.planner = BlockPlanner(geometry, ratio, RECENT)
+        self.blocks = self.planner.blocks(num_tokens)
+        count = self.planner.native_pages(num_tokens)
+        pages = [sizes.pages for sizes in self.blocks]
+        shape = (count + sum(pages), kv_heads, geometry.page_bytes // 2)
         self.cache = torch.randn(shape).to(torch.bfloat16)
         self.native = torch.arange(count, dtype=torch.int32)
-        self.tiered = torch.arange(count, count + sizes.pages, dtype=torch.int32)
+        self.tables = torch.arange(count, len(self.cache), dtype=torch.int32).split(pages)
         self.q = torch.randn(32, heads, geometry.head_dim, dtype=torch.bfloat16)
         self.scores = torch.rand(kv_heads, num_tokens)
 
@@ -92,15 +92,19 @@ class Prompt:
         self.ops.score(self.cache, self.native, self.num_tokens, self.q, self.scores)
 
     def compress(self) -> None:
-        self.ops.compress(
-            self.cache,
-            self.native,
-            self.tiered,
-            self.sizes,
-            self.low_format,
-            self.scores,
-            self.q,
-        )
+        first = 0
+        for index, (sizes, table) in enumerate(zip(self.blocks, self.tables, strict=True)):
+            self.ops.compress(
+                self.cache,
+                self.native[first // BLOCK_SIZE :],
+                table,
+                sizes,
+                self.planner.form(index).low_format,
+                self.scores[:, first:],
+                self.q,
+                RECENT if sizes is self.blocks[-1] else 0,
+            )
+            first += sizes.num_tokens
 
 
 class Decode:
@@ -110,8 +114,9 @@ class Decode:
         head_dim: channels of a head.
         heads, kv_heads: query heads and KV heads.
         low_format: format of the low tier.
-        high_tokens, low_records: sizes of each request.
-        rows: number of requests.
+        high_tokens, low_records: sizes of each block.
+        blocks: blocks of each request.
+        requests: number of requests.
         layers: number of layers.
     """
 
@@ -123,17 +128,29 @@ class Decode:
         low_format: LowFormat,
         high_tokens: int,
         low_records: int,
-        rows: int,
+        blocks: int,
+        requests: int,
         layers: int,
     ) -> None:
         geometry = TierGeometry(head_dim, BLOCK_SIZE)
         record, page = geometry.low(low_format).num_bytes, geometry.page_bytes
         pages = -(-(geometry.high_bytes(high_tokens + 1) + low_records * record) // page)
         before = TierSizes(pages, high_tokens, low_records, pages * page)
-        step = AppendStep(1, 0, 0, 0, TierSizes(pages, high_tokens + 1, low_records, pages * page))
+        after = TierSizes(pages, high_tokens + 1, low_records, pages * page)
+        read, append = TailStep(0, (), (), 0, before), TailStep(1, (), (), 0, after)
+        rows = requests * blocks
         order = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
         self.batch = cpu.DecodeBatch.build(
-            [(row, order[row].numpy(), before, step, low_format) for row in range(rows)]
+            [
+                (
+                    row // blocks,
+                    order[row].numpy(),
+                    before,
+                    append if row % blocks == blocks - 1 else read,
+                    low_format,
+                )
+                for row in range(rows)
+            ]
         )
         # All bytes are valid integers. As fp16 metadata, bytes from 40 to 79 are moderate numbers.
         self.caches = [
@@ -141,8 +158,8 @@ class Decode:
             for _ in range(layers)
         ]
         self.ops = layer_ops(geometry, heads, kv_heads)
-        self.q = torch.randn(rows, heads, head_dim).to(torch.bfloat16)
-        self.k, self.v = (torch.randn(2, rows, kv_heads, head_dim)).to(torch.bfloat16)
+        self.q = torch.randn(requests, heads, head_dim).to(torch.bfloat16)
+        self.k, self.v = (torch.randn(2, requests, kv_heads, head_dim)).to(torch.bfloat16)
         self.out = torch.empty_like(self.q)
         self.items = rows * kv_heads * layers
         self.bytes = self.items * (geometry.high_bytes(high_tokens) + low_records * record)
@@ -155,19 +172,19 @@ class Decode:
 
 def decode_rows(isa: str, bandwidth: float) -> None:
     """Print a line for each decode step: sizes, low formats, head sizes and query heads."""
-    for name, head_dim, queries_per_kv_head, low_format, high, low, rows, layers in (
-        (f"1 x 528 tokens, {NAME}, in the CPU cache", 64, 3, LOW_FORMAT, 16, 16, 1, 1),
-        *((f"4 x 8k, {f.name}", 64, 3, f, 16, 248, 4, 12) for f in LADDER),
-        (f"4 x 8k, {NAME}, 10 % high", 64, 3, LOW_FORMAT, 800, 224, 4, 12),
-        (f"16 x 2k, {NAME}", 64, 3, LOW_FORMAT, 16, 62, 16, 12),
-        (f"4 x 8k, {NAME}, 1 query per KV head", 64, 1, LOW_FORMAT, 16, 248, 4, 12),
-        (f"4 x 8k, {NAME}, head size 128, 4 queries", 128, 4, LOW_FORMAT, 16, 248, 4, 6),
-        (f"4 x 8k, {NAME}, head size 128, 8 queries", 128, 8, LOW_FORMAT, 16, 248, 4, 6),
-        ("4 x 4k, high tier only", 64, 3, LOW_FORMAT, 4000, 0, 4, 12),
+    for name, head_dim, queries_per_kv_head, low_format, high, low, blocks, requests, layers in (
+        (f"1 x 528 tokens, {NAME}, in the CPU cache", 64, 3, LOW_FORMAT, 16, 16, 1, 1, 1),
+        *((f"4 x 8k, {f.name}", 64, 3, f, 16, 62, 4, 4, 12) for f in LADDER),
+        (f"4 x 8k, {NAME}, 10 % high", 64, 3, LOW_FORMAT, 200, 56, 4, 4, 12),
+        (f"16 x 2k, {NAME}", 64, 3, LOW_FORMAT, 16, 62, 1, 16, 12),
+        (f"4 x 8k, {NAME}, 1 query per KV head", 64, 1, LOW_FORMAT, 16, 62, 4, 4, 12),
+        (f"4 x 8k, {NAME}, head size 128, 4 queries", 128, 4, LOW_FORMAT, 16, 62, 4, 4, 6),
+        (f"4 x 8k, {NAME}, head size 128, 8 queries", 128, 8, LOW_FORMAT, 16, 62, 4, 4, 6),
+        ("4 x 4k, high tier only", 64, 3, LOW_FORMAT, 2000, 0, 2, 4, 12),
     ):
         count = min(layers, 2) if isa == "scalar" else layers
         heads = KV_HEADS * queries_per_kv_head
-        step = Decode(head_dim, heads, KV_HEADS, low_format, high, low, rows, count)
+        step = Decode(head_dim, heads, KV_HEADS, low_format, high, low, blocks, requests, count)
         time_taken = seconds(step, 200 if count == 1 else 7)
         rate = step.bytes / time_taken
         per_record = f"{1e9 * time_taken / step.low_records:.1f}" if step.low_records else ""

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 
 from benchmarks.gpu import xformers_int4
 from benchmarks.gpu.timing import device_time
+from mikv_vllm.kernels.batch import DecodeRow
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
-from mikv_vllm.tiers.formats import TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
+from mikv_vllm.tiers.blocks import BlockForm, BlockPlanner, TailStep
+from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, TierGeometry
+from mikv_vllm.tiers.plan import TierSizes
 
 BLOCK_SIZE, WINDOW, RECENT, DECAY = 64, 32, 16, 0.98
 CACHE_BYTES = 256 << 20
@@ -73,20 +75,49 @@ class Prompt:
     def score(self) -> None:
         self.ops.score(self.cache, self.table, self.tokens, self.q, self.scores)
 
-    def planner(self, ratio: float, high_bits: int = 8) -> TierPlanner:
-        geometry = TierGeometry(self.heads.head_dim, BLOCK_SIZE, high_bits)
-        return TierPlanner.choose(geometry, ratio, RECENT, self.tokens)
+    def blocks(self, ratio: float, demoting: bool = False) -> list[BlockForm]:
+        """Return the blocks at a ratio. At ratio 1, all tokens are 16-bit high tokens.
 
-    def compress(
-        self,
-        ops: LayerOps,
-        sizes: TierSizes,
-        planner: TierPlanner,
-        pages: torch.Tensor,
-        table: torch.Tensor,
-    ) -> None:
-        tiers = (table, sizes, planner.low_format)
-        ops.compress(pages, self.table, *tiers, self.scores, self.q, native=self.cache)
+        Args:
+            demoting: leave out the newest tokens so that the next token causes a demotion.
+        """
+        geometry = TierGeometry(self.heads.head_dim, BLOCK_SIZE, 16 if ratio == 1 else 8)
+        planner = BlockPlanner(geometry, 1.5 if ratio == 1 else ratio, RECENT)
+        tokens = self.tokens
+        while demoting:
+            *sealed, tail = planner.blocks(tokens)
+            if planner.append(len(sealed), tail).demoted_records:
+                break
+            tokens -= 1
+        blocks = []
+        for index, sizes in enumerate(planner.blocks(tokens)):
+            stored = sizes
+            if ratio == 1:
+                pages = -(-geometry.high_bytes(sizes.num_tokens + 1) // geometry.page_bytes)
+                end = pages * geometry.page_bytes
+                stored = TierSizes(pages, sizes.num_tokens, 0, end)
+            blocks.append(BlockForm(planner.form(index).low_format, stored))
+        return blocks
+
+    def compress(self, ops: LayerOps, blocks: list[BlockForm], pages: torch.Tensor) -> None:
+        """Compress the request into consecutive pages, from page 0 on."""
+        first_token = first_page = 0
+        for block in blocks:
+            sizes = block.sizes
+            table = torch.arange(first_page, first_page + sizes.pages, device=DEVICE)
+            ops.compress(
+                pages,
+                self.table[first_token // BLOCK_SIZE :],
+                table.to(torch.int32),
+                sizes,
+                block.low_format,
+                self.scores[:, first_token:],
+                self.q,
+                RECENT if block is blocks[-1] else 0,
+                native=self.cache,
+            )
+            first_token += sizes.num_tokens
+            first_page += sizes.pages
 
 
 class Compressed:
@@ -94,49 +125,50 @@ class Compressed:
 
     def __init__(self, prompt: Prompt, ratio: float, batch: int, demote: bool = False) -> None:
         heads, self.scratch = prompt.heads, prompt.scratch
-        if ratio == 1:
-            # All tokens are 16-bit high tokens: the same kernel without compression.
-            self.planner = prompt.planner(1.5, high_bits=16)
-            geometry = self.planner.geometry
-            pages = -(-geometry.high_bytes(prompt.tokens + 1) // geometry.page_bytes)
-            sizes = TierSizes(pages, prompt.tokens, 0, pages * geometry.page_bytes)
-        else:
-            self.planner = prompt.planner(ratio)
-            geometry = self.planner.geometry
-            found = self.planner.compress(prompt.tokens)
-            assert found is not None, f"ratio {ratio} saves no page"
-            sizes = found
+        self.blocks = prompt.blocks(ratio, demote)
+        geometry = TierGeometry(heads.head_dim, BLOCK_SIZE, 16 if ratio == 1 else 8)
         self.ops = heads.ops(self.scratch, geometry.high_bits)
-        self.sizes, self.name = sizes, "16-bit" if ratio == 1 else self.planner.low_format.name
-        record = geometry.low(self.planner.low_format).num_bytes
-        high = geometry.high_bytes(sizes.high_tokens)
-        self.num_bytes = heads.kv_heads * batch * (high + sizes.low_records * record)
-        rows = pages = sizes.pages + 1
+        names = dict.fromkeys(block.low_format.name for block in self.blocks)
+        self.name = "16-bit" if ratio == 1 else "/".join(names)
+        stored = sum(
+            geometry.high_bytes(sizes.high_tokens)
+            + sizes.low_records * geometry.low(low_format).num_bytes
+            for low_format, sizes in ((block.low_format, block.sizes) for block in self.blocks)
+        )
+        self.num_bytes = heads.kv_heads * batch * stored
+        pages = sum(block.sizes.pages for block in self.blocks)
         sets = max(1, min(32, -(-CACHE_BYTES // self.num_bytes)))
-        size = (sets * batch * rows, heads.kv_heads, geometry.page_bytes)
+        size = (sets * batch * pages, heads.kv_heads, geometry.page_bytes)
         self.pages = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-        first = torch.arange(pages, dtype=torch.int32, device=DEVICE)
-        prompt.compress(self.ops, sizes, self.planner, self.pages, first)
+        prompt.compress(self.ops, self.blocks, self.pages)
         self.pages.view(-1, pages, *size[1:])[1:] = self.pages[:pages]
-        records = sizes.low_records + demote
-        after = TierSizes(pages, sizes.high_tokens + 1 - 32 * demote, records, sizes.low_end_bytes)
-        step = AppendStep(1, 1, 0, int(demote), after)
-        order = torch.randperm(len(self.pages) // pages).tolist()
+        order = torch.randperm(sets * batch).tolist()
         self.batches = []
         for i in range(sets):
-            described = [
-                (
-                    row,
-                    range(order[i * batch + row] * pages, (order[i * batch + row] + 1) * pages),
-                    sizes,
-                    step,
-                    self.planner.low_format,
-                )
-                for row in range(batch)
+            rows = [
+                row
+                for request in range(batch)
+                for row in self.rows(request, order[i * batch + request] * pages, demote)
             ]
-            self.batches.append(DecodeBatch.build(described, DEVICE))
+            self.batches.append(DecodeBatch.build(rows, DEVICE))
         self.q = torch.randn(batch, heads.heads, heads.head_dim, dtype=DTYPE, device=DEVICE)
         self.out = torch.empty_like(self.q)
+
+    def rows(self, request: int, first_page: int, demote: bool) -> Iterator[DecodeRow]:
+        """Return the rows of the blocks of a request, whose pages begin at ``first_page``."""
+        for block in self.blocks:
+            sizes, is_tail = block.sizes, block is self.blocks[-1]
+            demoted = int(demote and is_tail)
+            after = TierSizes(
+                sizes.pages,
+                sizes.high_tokens + is_tail - LOW_RECORD_TOKENS * demoted,
+                sizes.low_records + demoted,
+                sizes.low_end_bytes,
+            )
+            step = TailStep(int(is_tail), (), (), demoted, after)
+            table = range(first_page, first_page + sizes.pages)
+            yield request, table, sizes, step, block.low_format
+            first_page += sizes.pages
 
     def attend(self) -> list[Callable[[], object]]:
         """Return a function for each set of pages that launches attention on it."""
@@ -265,16 +297,10 @@ def prompt_rows(heads: Heads, tokens: int, ratio: float) -> Iterator[dict]:
     scratch = Scratch(DEVICE)
     prompt = Prompt(heads, tokens, scratch)
     prefill = prefill_attention(heads, tokens)
-    planner = prompt.planner(ratio)
-    sizes = planner.compress(tokens)
-    assert sizes is not None
-    size = (sizes.pages, heads.kv_heads, planner.geometry.page_bytes)
-    pages = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-    table = torch.arange(sizes.pages, dtype=torch.int32, device=DEVICE)
     case = Compressed(prompt, ratio, 8, demote=True)
 
     def compress() -> None:
-        prompt.compress(prompt.ops, sizes, planner, pages, table)
+        prompt.compress(prompt.ops, case.blocks, case.pages)
 
     score, written = device_time([prompt.score]), device_time([compress])
     for name, seconds in (

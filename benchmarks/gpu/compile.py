@@ -75,7 +75,6 @@ KERNELS = {
     "restore_high": restore.restore_high_kernel,
     "restore_low": restore.restore_low_kernel,
     "choose": extend.choose_kernel,
-    "move": extend.move_kernel,
     "extend_high": extend.extend_high_kernel,
     "extend_low": extend.extend_low_kernel,
 }

@@ -10,6 +10,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
@@ -21,10 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mikv_vllm.evaluation.tables import markdown_table
+from mikv_vllm.kernels.batch import DecodeRow
 from mikv_vllm.kernels.triton import DecodeBatch, LayerOps, Scratch
 from mikv_vllm.kernels.triton.jit import Kernel
+from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
 from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, TierGeometry
-from mikv_vllm.tiers.plan import AppendStep, TierPlanner, TierSizes
 
 HEAD_DIM, HEADS, KV_HEADS, BLOCK_SIZE, RECENT = 128, 32, 8, 16, 16
 CONTEXT, RATIO = 2048, 4.0
@@ -79,19 +81,23 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
         programs=2112,
     )
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
-    planner = TierPlanner.choose(geometry, RATIO, RECENT, CONTEXT)
-    sizes = planner.compress(CONTEXT)
-    assert sizes is not None, f"ratio {RATIO} saves no page"
-    after = TierSizes(sizes.pages, sizes.high_tokens + 1, sizes.low_records, sizes.low_end_bytes)
-    steps = [AppendStep(1, 0, 0, 0, after)] * requests
-    if demoting:
-        high, low = after.high_tokens - LOW_RECORD_TOKENS, after.low_records + 1
-        steps[0] = AppendStep(1, 0, 0, 1, TierSizes(sizes.pages, high, low, sizes.low_end_bytes))
-    rows = [
-        (row, range(sizes.pages), sizes, step, planner.low_format) for row, step in enumerate(steps)
-    ]
+    planner = BlockPlanner(geometry, RATIO, RECENT)
+    *sealed, tail = planner.blocks(CONTEXT - 1)
+    rows: list[DecodeRow] = []
+    for row in range(requests):
+        for index, sizes in enumerate(sealed):
+            read, low_format = TailStep(0, (), (), 0, sizes), planner.form(index).low_format
+            rows.append((row, range(sizes.pages), sizes, read, low_format))
+        demoted = int(demoting and row == 0)
+        after = replace(
+            tail,
+            high_tokens=tail.high_tokens + 1 - LOW_RECORD_TOKENS * demoted,
+            low_records=tail.low_records + demoted,
+        )
+        step, low_format = TailStep(1, (), (), demoted, after), planner.form(len(sealed)).low_format
+        rows.append((row, range(tail.pages), tail, step, low_format))
     batch = DecodeBatch.build(rows, "cpu")
-    shape = (sizes.pages, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    shape = (max(sizes.pages for sizes in (*sealed, tail)), KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     cache = torch.zeros(shape, dtype=torch.bfloat16)
     q = torch.zeros(requests, HEADS, HEAD_DIM, dtype=torch.bfloat16)
     k = torch.zeros(requests, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
@@ -134,7 +140,7 @@ def main() -> None:
             {
                 "step": name,
                 "Triton's launch, us": round(median(theirs)),
-                "ours, us": round(median(ours)),
+                "MiKV, us": round(median(ours)),
             }
         )
     print(markdown_table(rows))

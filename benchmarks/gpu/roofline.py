@@ -10,8 +10,10 @@ of a scheduler, latencies, and the speed of attention on a prompt.
 import argparse
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.gpu.cases import RECENT, WINDOW
 from benchmarks.gpu.compile import H100_CLOCK, H100_PROCESSORS, Job, Needs, compile_job
@@ -28,8 +30,9 @@ from mikv_vllm.kernels.triton.splits import (
     PROGRAMS,
     most_splits,
 )
+from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat
-from mikv_vllm.tiers.plan import TierPlanner, TierSizes
+from mikv_vllm.tiers.plan import TierSizes
 
 TARGET = 90
 REGISTERS, SHARED_BYTES, WARPS, SCHEDULERS = 65536, 228 << 10, 64, 4
@@ -41,7 +44,7 @@ BF16_SHARE = 0.9
 """Assumed bandwidth of attention on bf16, as a share of the bandwidth of a copy."""
 LAYOUT, KV_HEADS = Layout(128, 4, 64, 8), 8
 TORCH_LAUNCHES = 9
-"""Launches by torch operations between the kernels of ``compress``."""
+"""Launches by torch operations between the kernels of ``compress`` of a block."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,13 @@ def block_seconds(needs: Needs, assumed: Assumptions) -> dict[str, float]:
     return seconds
 
 
-def split_sizes(sizes: TierSizes, batch: int) -> list[tuple[str, int]]:
-    """Tier and number of blocks of each split of a request and KV head, as in ``splits_of``."""
-    most = most_splits(PROGRAMS * H100_PROCESSORS, batch * KV_HEADS)
+def split_sizes(sizes: TierSizes, rows: int) -> list[tuple[str, int]]:
+    """Tier and number of 32 tokens of each split of a block and KV head, as in ``splits_of``.
+
+    Args:
+        rows: blocks of all requests.
+    """
+    most = most_splits(PROGRAMS * H100_PROCESSORS, rows * KV_HEADS)
     records, blocks = sizes.low_records, -(-sizes.high_tokens // LOW_RECORD_TOKENS)
     low_cost = LOW_COST.value * records
     cost = low_cost + HIGH_COST.value * blocks
@@ -156,17 +163,17 @@ def occupancy_rows(job: Job, needs: Needs, assumed: Assumptions) -> Iterator[dic
 def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> dict:
     """Estimated time of decode attention over ``batch`` requests."""
     geometry = LAYOUT.geometry
-    planner = TierPlanner.choose(geometry, ratio, RECENT, context)
-    sizes = planner.compress(context)
-    assert sizes is not None, f"ratio {ratio} saves no page"
-    low_format = planner.low_format
+    planner = BlockPlanner(geometry, ratio, RECENT)
+    blocks = planner.blocks(context)
+    low_format = planner.form(0).low_format
     needs = compile_job(Job("attend", LAYOUT, low_format, "bf16", TARGET))
     merge = compile_job(Job("merge", LAYOUT, low_format, "bf16", TARGET))
     rows = batch * KV_HEADS
-    num_bytes = (
-        geometry.high_bytes(sizes.high_tokens) + sizes.low_records * planner.low_record_bytes
+    record = geometry.low(low_format).num_bytes
+    num_bytes = sum(
+        geometry.high_bytes(sizes.high_tokens) + sizes.low_records * record for sizes in blocks
     )
-    split_parts = split_sizes(sizes, batch)
+    split_parts = [part for sizes in blocks for part in split_sizes(sizes, batch * len(blocks))]
     per_block = block_seconds(needs, assumed)
     # Row, block table, header and first block are loaded one after the other.
     start = 4 * assumed.latency
@@ -177,8 +184,8 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
         start + moved / assumed.bandwidth,
     )
     partial = 4 * len(split_parts) * LAYOUT.padded * (LAYOUT.heads + LAYOUT.queries_per_kv_head)
-    high = 4 * sizes.high_tokens * (LAYOUT.queries_per_kv_head + 2)
-    trips = math.ceil(math.ceil(sizes.high_tokens / TOKENS_AT_ONCE.value) / len(split_parts))
+    high = 4 * blocks[-1].high_tokens * (LAYOUT.queries_per_kv_head + 2)
+    trips = math.ceil(blocks[-1].high_tokens / TOKENS_AT_ONCE.value)
     chain = merge.kernel.code.alone(assumed.load_cycles)
     chain += (trips - 1) * merge.kernel.loops[-1].alone(assumed.load_cycles)
     last = max(rows * (partial + high) / assumed.bandwidth, chain / H100_CLOCK)
@@ -190,7 +197,7 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
         "context": context,
         "ratio": ratio,
         "format": low_format.name,
-        "high": f"{sizes.high_tokens / context:.0%}",
+        "high": f"{sum(sizes.high_tokens for sizes in blocks) / context:.0%}",
         "MB": round(rows * num_bytes / 1e6, 1),
         "programs": len(durations),
         "copy us": round(1e6 * copied, 1),
@@ -203,65 +210,95 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
     }
 
 
-def prompt_work(context: int, ratio: float) -> Iterator[tuple[str, LowFormat, int, list[int], int]]:
-    """Kernels that score and compress a prompt: programs, iterations of the loops, bytes moved."""
+class Work(NamedTuple):
+    """Work of one kernel."""
+
+    kernel: str
+    low_format: LowFormat
+    programs: int
+    trips: list[int]
+    """Iterations of its loops."""
+    num_bytes: int
+    """Bytes that are read and written."""
+    launches: int = 1
+
+
+def prompt_work(context: int, ratio: float) -> Iterator[Work]:
+    """Return the work of all kernels that score and compress a prompt."""
     geometry = LAYOUT.geometry
-    planner = TierPlanner.choose(geometry, ratio, RECENT, context)
-    sizes = planner.compress(context)
-    assert sizes is not None, f"ratio {ratio} saves no page"
-    low_format, high, records = planner.low_format, sizes.high_tokens, sizes.low_records
+    planner = BlockPlanner(geometry, ratio, RECENT)
     rows = -(-WINDOW * LAYOUT.queries_per_kv_head // SCORE_ROWS)
     keys = KV_HEADS * context * geometry.token_bytes // 2
     part = -(-context // PARTS)
-    blocks = -(-context // KEYS.value)
-    a_pass = -(-context // BLOCK.value)
+    programs = -(-context // KEYS.value) * KV_HEADS
+    low_format = planner.form(0).low_format
+    trips = [-(-part // KEYS.value)]
+    yield Work("prompt_sums", low_format, rows * PARTS * KV_HEADS, trips, rows * keys)
+    yield Work("prompt_scores", low_format, programs, [rows], keys)
+    blocks = Counter(
+        (planner.form(index).low_format, sizes)
+        for index, sizes in enumerate(planner.blocks(context))
+    )
+    for (low_format, sizes), count in blocks.items():
+        for work in block_work(low_format, sizes):
+            yield work._replace(launches=count)
+
+
+def block_work(low_format: LowFormat, sizes: TierSizes) -> Iterator[Work]:
+    """Return the work of all kernels that compress one block."""
+    geometry, tokens = LAYOUT.geometry, sizes.num_tokens
+    high, records = sizes.high_tokens, sizes.low_records
+    keys = KV_HEADS * tokens * geometry.token_bytes // 2
+    part, a_pass = -(-tokens // PARTS), -(-tokens // BLOCK.value)
     high_records = -(-high // HIGH_RECORD_TOKENS)
     written = (
         KV_HEADS
         * records
-        * (planner.low_record_bytes + 2 * 2 * LOW_RECORD_TOKENS * LAYOUT.head_dim)
+        * (geometry.low(low_format).num_bytes + 2 * 2 * LOW_RECORD_TOKENS * LAYOUT.head_dim)
     )
     low_keys = KV_HEADS * records * LOW_RECORD_TOKENS * geometry.token_bytes
     high_bytes = KV_HEADS * (high * geometry.token_bytes + high_records * geometry.high.num_bytes)
-    yield "prompt_sums", low_format, rows * PARTS * KV_HEADS, [-(-part // KEYS.value)], rows * keys
-    yield "prompt_scores", low_format, blocks * KV_HEADS, [rows], keys
-    yield "select", low_format, KV_HEADS, [a_pass] * 5, 5 * 4 * KV_HEADS * context
-    yield "measure", low_format, PARTS * KV_HEADS, [-(-part // KEYS.value)], keys
-    yield "frame", low_format, KV_HEADS, [], 0
-    yield "write_high", low_format, high_records * KV_HEADS, [], high_bytes
-    yield "write_low", low_format, records * KV_HEADS, [], low_keys + written
+    yield Work("select", low_format, KV_HEADS, [a_pass] * 5, 5 * 4 * KV_HEADS * tokens)
+    yield Work("measure", low_format, PARTS * KV_HEADS, [-(-part // KEYS.value)], keys)
+    yield Work("frame", low_format, KV_HEADS, [], 0)
+    yield Work("write_high", low_format, high_records * KV_HEADS, [], high_bytes)
+    yield Work("write_low", low_format, records * KV_HEADS, [], low_keys + written)
 
 
 def prompt_rows(context: int, ratio: float, assumed: Assumptions) -> Iterator[dict]:
     """Estimated time to score and compress a prompt, kernel by kernel."""
     heads = KV_HEADS * LAYOUT.queries_per_kv_head
     prefill = 2 * context**2 * heads * LAYOUT.head_dim / assumed.prefill
-    seconds, launches = 0.0, TORCH_LAUNCHES
-    for name, low_format, programs, trips, num_bytes in prompt_work(context, ratio):
+    seconds, launches = (
+        0.0,
+        TORCH_LAUNCHES * len(BlockPlanner(LAYOUT.geometry, ratio, RECENT).blocks(context)),
+    )
+    for name, low_format, programs, trips, num_bytes, count in prompt_work(context, ratio):
         needs = compile_job(Job(name, LAYOUT, low_format, "bf16", TARGET))
         loops = needs.kernel.loops
         assert len(loops) == len(trips), f"{name} has {len(loops)} loops"
-        extra = [(loop, count - 1) for loop, count in zip(loops, trips, strict=True)]
-        issued = len(needs.kernel.code) + sum(len(loop) * count for loop, count in extra)
+        extra = [(loop, turns - 1) for loop, turns in zip(loops, trips, strict=True)]
+        issued = len(needs.kernel.code) + sum(len(loop) * turns for loop, turns in extra)
         chain = needs.kernel.code.alone(assumed.load_cycles)
-        chain += sum(loop.alone(assumed.load_cycles) * count for loop, count in extra)
+        chain += sum(loop.alone(assumed.load_cycles) * turns for loop, turns in extra)
         waves = -(-programs // (H100_PROCESSORS * programs_at_once(needs)))
         slots = H100_PROCESSORS * SCHEDULERS * H100_CLOCK * assumed.utilisation
         limits = {
-            "memory": num_bytes / assumed.bandwidth,
-            "issue": programs * needs.warps * issued / slots,
-            "latency": waves * chain / H100_CLOCK,
+            "memory": count * num_bytes / assumed.bandwidth,
+            "issue": count * programs * needs.warps * issued / slots,
+            "latency": count * waves * chain / H100_CLOCK,
         }
         limit = max(limits, key=limits.__getitem__)
         seconds += limits[limit]
-        launches += 1
+        launches += count
         yield {
             "context": context,
             "kernel": name,
+            "launches": count,
             "programs": programs,
             "at once": H100_PROCESSORS * programs_at_once(needs),
             "instructions per warp": issued,
-            "MB": round(num_bytes / 1e6, 1),
+            "MB": round(count * num_bytes / 1e6, 1),
             **{f"{key} us": round(1e6 * value, 1) for key, value in limits.items()},
             "us": round(1e6 * limits[limit], 1),
             "of prefill": f"{limits[limit] / prefill:.2%}",
@@ -269,7 +306,8 @@ def prompt_rows(context: int, ratio: float, assumed: Assumptions) -> Iterator[di
     started = launches * assumed.launch
     yield {
         "context": context,
-        "kernel": f"sum, with {launches} launches",
+        "kernel": "sum",
+        "launches": launches,
         **dict.fromkeys(("programs", "at once", "instructions per warp", "MB"), None),
         **dict.fromkeys(("memory us", "issue us", "latency us"), None),
         "us": round(1e6 * (seconds + started), 1),
@@ -310,7 +348,7 @@ def main() -> None:
         1e12 * args.prefill,
     )
     formats = dict.fromkeys(
-        TierPlanner.choose(LAYOUT.geometry, ratio, RECENT, context).low_format
+        BlockPlanner(LAYOUT.geometry, ratio, RECENT).form(0).low_format
         for ratio in args.ratios
         for context in args.contexts
     )

@@ -33,10 +33,11 @@ class Batch:
 BATCHES = {
     "in place": Batch(((1.0, 40), (4.0, 180), (3.0, 140)), 8, pages=9),
     "long": Batch(((1.0, 40), (4.0, 200)), 4, pages=9, native_share=0.5),
+    "blocks": Batch(((4.0, 1010), (2.0, 1100)), 20, pages=128),
     "many": Batch(((1.0, 90), (4.0, 500), (2.0, 430), (5.0, 350)), 60, pages=128),
 }
 """The first batch compresses in place, because too few pages are free. The second one compresses
-during prefill."""
+during prefill. Requests of the third one have two blocks, or begin the second one."""
 
 
 def prepare(backend: str, runner: str, interpret: bool = True) -> None:
@@ -89,7 +90,7 @@ def start_engine(folder: str, batch: Batch, **settings):
         enforce_eager=True,
         kv_cache_memory_bytes=(batch.pages + 1) * PAGE_BYTES,
         block_size=BLOCK_SIZE,
-        max_model_len=256 if batch.pages < 32 else 1024,
+        max_model_len=256 if batch.pages < 32 else 1280,
         max_num_batched_tokens=256,
         max_logprobs=VOCABULARY,
         enable_prefix_caching=False,

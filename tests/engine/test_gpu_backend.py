@@ -62,12 +62,15 @@ def divergences(run, reference):
         yield (np.exp(p) * (p - q)).sum(1).mean()
 
 
-@pytest.mark.parametrize(("runner", "batch"), [("1", "in place"), ("2", "in place"), ("2", "long")])
+@pytest.mark.parametrize(
+    ("runner", "batch"),
+    [("1", "in place"), ("2", "in place"), ("2", "long"), ("1", "blocks")],
+)
 def test_gpu_backend_predicts_like_the_cpu_backend(predict, runner, batch):
     run, reference = predict("triton", runner, batch), predict("cpu", "1", batch)
     assert run["operations"] == reference["operations"]
     assert bool(run["operations"]["compress_in_place"]) == (batch == "in place")
-    assert run["operations"]["demote"]
+    assert run["operations"]["demote"] or batch == "blocks"
     assert [r["report"] for r in run["requests"]] == [r["report"] for r in reference["requests"]]
     assert all(r["report"]["low_tokens"] for r in run["requests"][1:])
     assert max(divergences(run, reference)) < SAME
@@ -82,7 +85,7 @@ def test_v2_model_runner_predicts_like_the_v1_runner(predict):
 
 def test_the_warm_up_compiles_every_kernel_that_is_launched_later(model, tmp_path):
     counts = run_module("launched", model, tmp_path / "counts.json")
-    assert len(counts["warm_up"]) == 17
+    assert len(counts["warm_up"]) == 16
     assert set(counts["warm_up"].values()) == {1}
     assert counts["later"].keys().isdisjoint(counts["warm_up"])
     assert all(counts["operations"].values())

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.gpu import cases, xformers_int4
 from benchmarks.gpu.__main__ import verdicts
+from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import TierGeometry
-from mikv_vllm.tiers.plan import TierPlanner
 
 
 def dequantized(rows):
@@ -57,10 +57,10 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
     heads = cases.Heads("toy", 64, 1, 2)
     rows = list(cases.decode_rows(heads, 704, [2, 999], [1, 4], 1e9, 10**6, True))
     geometry = TierGeometry(64, cases.BLOCK_SIZE)
-    planner = TierPlanner.choose(geometry, 4, cases.RECENT, 704)
+    form = BlockPlanner(geometry, 4, cases.RECENT).form(0)
     assert [(row["batch"], row["contender"]) for row in rows] == [
         *((2, name) for name in ("torch flash", "xformers int4", "ours 16-bit")),
-        (2, f"ours {planner.low_format.name}"),
+        (2, f"ours {form.low_format.name}"),
     ]
     native = heads.native_bytes(704)
     for row in rows:
