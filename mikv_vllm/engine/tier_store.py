@@ -185,8 +185,10 @@ class TierStore:
         self._released += [page for page in reversed(native) if page.block_id not in ids]
         reused = len(shared) * self.block_tokens
         self._hold(request.request_id, TieredRequest(plan, blocks, reused), "compress")
-        if num_tokens >= self.block_tokens:
+        if self.enable_caching:
+            # At once: a request that is compressed in the same step may have the same blocks.
             self._unsealed[request.request_id] = 0
+            self._seal_full(request)
         self.operations["compress"] += 1
         self.operations["compress_in_place"] += in_place
         native_ids = tuple(page.block_id for page in native)
@@ -257,14 +259,17 @@ class TierStore:
         """
         if not self.enable_caching:
             self._unsealed.clear()
-        for request_id, first in list(self._unsealed.items()):
-            full = self.requests[request_id].num_tokens // self.block_tokens
-            request = requests[request_id]
-            open_blocks = [index for index in range(first, full) if not self._seal(request, index)]
-            if open_blocks:
-                self._unsealed[request_id] = open_blocks[0]
-            else:
-                del self._unsealed[request_id]
+        for request_id in list(self._unsealed):
+            self._seal_full(requests[request_id])
+
+    def _seal_full(self, request: Request) -> None:
+        """Put the full blocks of a request into the prefix cache."""
+        request_id = request.request_id
+        first = self._unsealed.pop(request_id)
+        full = self.requests[request_id].num_tokens // self.block_tokens
+        open_blocks = [index for index in range(first, full) if not self._seal(request, index)]
+        if open_blocks:
+            self._unsealed[request_id] = open_blocks[0]
 
     def _seal(self, request: Request, index: int) -> bool:
         block = self.requests[request.request_id].blocks[index]

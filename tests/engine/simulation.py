@@ -130,6 +130,8 @@ class Simulation:
         self.tokens: dict[str, list[int]] = {}
         self.in_flight: deque = deque()
         self.reports: dict[str, dict] = {}
+        self.prefix_hits = 0
+        """Tokens that vLLM counts as found in the prefix cache."""
         self.most_running = 0
         self._fingerprints: dict[str, list[int]] = {}
         self._salts: dict[str, int] = {}
@@ -181,6 +183,8 @@ class Simulation:
     def _process(self) -> None:
         output, result = self.in_flight.popleft()
         for outputs in self.scheduler.update_from_output(output, result).values():
+            if outputs.scheduler_stats:
+                self.prefix_hits += outputs.scheduler_stats.prefix_cache_stats.hits
             for one in outputs.outputs:
                 if one.kv_transfer_params:
                     self.reports[one.request_id] = one.kv_transfer_params["kv_compression"]
@@ -233,9 +237,8 @@ class Simulation:
             self._write_native(request_id, computed[request_id], scheduled[request_id])
         for request_id in native:
             self._read_native(request_id, computed[request_id] + scheduled[request_id])
-        for request_id in native:
-            if step := plan.compress.get(request_id):
-                self._compress(request_id, step)
+        for request_id, step in plan.compress.items():
+            self._compress(request_id, step)
         for request_id in scheduled:
             if request_id in tiers:
                 step = plan.extend.get(request_id)
