@@ -22,6 +22,7 @@ FLAGS = [
     *("--kv-cache-memory-bytes", str(400 << 20)),
     *("--api-key", KEY),
     *("--kv-compression-ratio", "2.0"),
+    "--enable-prompt-tokens-details",
 ]
 REPORT_FIELDS = {
     "requested_ratio",
@@ -216,6 +217,19 @@ def test_stats_and_metrics_show_compressed_requests_and_then_none(server):
     metrics = server.client.get("/metrics").text
     assert f'mikv_operations_total{{engine="0",kind="compress",model_name="{MODEL}"}}' in metrics
     assert "# HELP mikv_kv_cache_pages Pages of vLLM's block pool" in metrics
+
+
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_a_repeated_prompt_is_found_up_to_the_window(server, ratio):
+    """A request is computed from its last 32 queries on, because they score the prompt."""
+    prompt = list(range(1000 * int(ratio), 1000 * int(ratio) + 400))
+    fields = {"prompt": prompt, "kv_compression_ratio": ratio}
+    first, second = (
+        completion(server, **fields)["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for _ in range(2)
+    )
+    left = 1 if ratio == 1.0 else 32
+    assert (first, second) == (0, (len(prompt) - left) // 32 * 32)
 
 
 @pytest.mark.parametrize("stream", [False, True])
