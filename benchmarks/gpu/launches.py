@@ -134,7 +134,7 @@ def main() -> None:
             {
                 "step": name,
                 "Triton's launch, us": round(median(theirs)),
-                "ours, us": round(median(ours)),
+                "MiKV, us": round(median(ours)),
             }
         )
     print(markdown_table(rows))

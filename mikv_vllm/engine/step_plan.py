@@ -1,4 +1,4 @@
-"""The plan: what the scheduler decides for one step. Workers obey it and decide nothing."""
+"""The plan: the decisions of the scheduler for one step, which the workers execute."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -15,16 +15,16 @@ class ScoreStep:
 
     num_queries: int
     num_tokens: int
-    """Tokens of the request, those of this step included."""
+    """Tokens of the request, including those of this step."""
     capacity: int
-    """Most tokens that the request can come to hold before it is compressed or ends."""
+    """Maximum number of tokens of the request before it is compressed or ends."""
     reset: bool
-    """Start from zero."""
+    """Whether the scores are set to zero first."""
 
 
 @dataclass(frozen=True)
 class CompressStep:
-    """Move a whole native request into tiered pages, after this step's attention."""
+    """Compress a native request into tiered pages, after the attention of this step."""
 
     native_pages: tuple[int, ...]
     tiered_pages: tuple[int, ...]
@@ -41,26 +41,26 @@ class DecodeStep:
     before: TierSizes
     append: AppendStep
     new_pages: tuple[int, ...]
-    """Pages that join the request's table, ``append.new_pages`` of them."""
+    """New pages of the request, ``append.new_pages`` of them."""
     low_format: LowFormat
 
 
 @dataclass(frozen=True)
 class ExtendStep(DecodeStep):
-    """The next chunk of a prompt whose beginning is compressed; it joins after its attention."""
+    """The next chunk of a prompt whose beginning is compressed; stored after its attention."""
 
     num_queries: int
-    """Last queries of the chunk, which score all tokens."""
+    """Number of queries at the end of the chunk that score all tokens."""
 
 
 @dataclass(frozen=True)
 class TierStats:
-    """What the tiers hold, and what was done so far, at the end of a step's scheduling."""
+    """Contents of the tiers and total numbers of operations, after a step is scheduled."""
 
     pages: dict[str, int] = field(default_factory=dict)
     """Pages of the pool: ``total``, ``free``, ``native``, ``tiered``."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens held: ``native``, ``high``, ``low``."""
+    """Tokens: ``native``, ``high``, ``low``."""
     bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of tiered pages over all layers and heads: ``high``, ``low``, ``unused``."""
     operations: dict[str, int] = field(default_factory=dict)
@@ -82,16 +82,16 @@ class TierStats:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The plan of one step; each map is by request id."""
+    """The plan of one step. The keys of all maps are request ids."""
 
     score: dict[str, ScoreStep] = field(default_factory=dict)
     compress: dict[str, CompressStep] = field(default_factory=dict)
     decode: dict[str, DecodeStep] = field(default_factory=dict)
-    """Of compressed requests that take or change a page. Any other that is scheduled takes its
-    token into its last high group."""
+    """Steps that add or change pages. In other compressed requests of the batch, the new token
+    joins the last high record."""
     extend: dict[str, ExtendStep] = field(default_factory=dict)
     zero: tuple[int, ...] = ()
-    """Pages to zero before anything is written in this step."""
+    """Pages that are set to zero at the beginning of the step."""
     stats: TierStats = field(default_factory=TierStats)
 
 

@@ -1,6 +1,6 @@
-"""What a worker knows of its compressed requests, in arrays: a step costs little for each of them.
+"""Block tables and sizes of a worker's compressed requests, in arrays.
 
-The plan names only the requests whose step is more than a new token in the last high group.
+The plan contains only the requests whose step is more than a new token in the last high record.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import AppendStep, TierSizes
 
 WIDTH = 16
-"""Pages by which tables grow, so that what is staged behind them for a GPU stays aligned."""
+"""Tables grow by this number of pages, which keeps the data behind them aligned on a GPU."""
 
 
 def _whole(num_pages: int) -> int:
@@ -34,9 +34,8 @@ def _whole(num_pages: int) -> int:
 class TierTables:
     """Block table and sizes of each compressed request.
 
-    A row's numbers are those of the step that comes next or runs now
-    (:mod:`mikv_vllm.kernels.batch`): as long as the plan says nothing else, one token in the last
-    high group.
+    A row (:mod:`mikv_vllm.kernels.batch`) describes the current step or the next one. Unless the
+    plan changes it, one token joins the last high record.
     """
 
     def __init__(self) -> None:
@@ -54,7 +53,7 @@ class TierTables:
     def add(
         self, request_id: str, pages: Sequence[int], sizes: TierSizes, low_format: LowFormat
     ) -> None:
-        """Take in a request that was just compressed."""
+        """Add a request that was just compressed."""
         slot = self._free.pop() if self._free else len(self._slots)
         self._slots[request_id] = slot
         self._reserve(slot, len(pages))
@@ -62,13 +61,13 @@ class TierTables:
         self._rows[slot] = row_numbers(0, sizes, AppendStep(1, 0, 0, 0, sizes), low_format)
 
     def discard(self, request_id: str) -> None:
-        """Forget a request, if it is one of ours."""
+        """Remove a request, if it is here."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
 
     def change(self, request_id: str, step: DecodeStep) -> None:
-        """Set what a request's next step does, and add its new pages."""
+        """Set the next step of a request, and add its new pages."""
         slot = self._slots[request_id]
         numbers = row_numbers(0, step.before, step.append, step.low_format)
         known = self._rows[slot, HIGH : LOW_END_LINE + 1].tolist()
@@ -91,9 +90,9 @@ class TierTables:
         return np.array([get(request_id, -1) for request_id in request_ids], np.int64)
 
     def rows(self, slots: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the kernels read of a step: rows and tables, as ``describe_rows`` returns them.
+        """Return the rows and tables of a step, as ``describe_rows`` does.
 
-        Tables are ``WIDTH`` pages wide, or a multiple.
+        The width of the tables is a multiple of ``WIDTH`` pages.
 
         Args:
             tokens: row of q, k, v and out of each slot, ``[slots]``.
@@ -104,7 +103,7 @@ class TierTables:
         return rows, self._tables[slots, : _whole(max_pages)]
 
     def end_step(self, slots: np.ndarray, count: int = 1) -> None:
-        """Requests have run their step, which added ``count`` tokens to each."""
+        """Update the sizes of requests after a step that added ``count`` tokens to each."""
         rows = self._rows[slots]
         rows[:, HIGH] += count - LOW_RECORD_TOKENS * rows[:, DEMOTED]
         rows[:, LOW] += rows[:, DEMOTED]
@@ -113,7 +112,7 @@ class TierTables:
         self._rows[slots] = rows
 
     def _reserve(self, slot: int, num_pages: int) -> None:
-        """Make room for a row, and for pages in it."""
+        """Allocate space for a row with ``num_pages`` pages."""
         num_slots, most_pages = self._tables.shape
         if slot < num_slots and num_pages <= most_pages:
             return

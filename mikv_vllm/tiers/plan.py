@@ -34,7 +34,7 @@ def high_fraction(geometry: TierGeometry, low_format: LowFormat, ratio: float) -
 def largest_ratio(
     head_dim: int, high_bits: int = 8, ladder: tuple[LowFormat, ...] = LADDER
 ) -> float:
-    """Largest compression ratio that a model may be asked for, rounded down to a tenth."""
+    """Return the largest compression ratio of a request, rounded down to a tenth."""
     geometry = TierGeometry(head_dim, 1, high_bits)
     low = geometry.low(ladder[-1]).num_bytes / LOW_RECORD_TOKENS
     high = geometry.high.num_bytes / HIGH_RECORD_TOKENS
@@ -66,7 +66,7 @@ def most_tokens(
     pages: int,
     ladder: tuple[LowFormat, ...] = LADDER,
 ) -> int:
-    """Tokens that a request can come to hold in ``pages`` pages."""
+    """Return the number of tokens of a request that fit into ``pages`` pages."""
     fits, too_many = 0, int(2 * ratio * pages + 2) * geometry.block_size
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -81,7 +81,7 @@ def most_tokens(
 class TierSizes:
     """Sizes of one compressed request, the same in every layer and head.
 
-    ``low_end_bytes`` is the stream offset behind the last low chunk, in bytes; the low tier covers
+    ``low_end_bytes`` is the stream offset behind the last low record, in bytes; the low tier is
     ``low_records`` records below it.
     """
 
@@ -101,19 +101,19 @@ class TierSizes:
 
 @dataclass(frozen=True)
 class AppendStep:
-    """How a request's tiers take in a new token, or the tokens of a prompt's next chunk.
+    """How a new token, or the tokens of the next prompt chunk, join the tiers of a request.
 
-    A new token is attended to afterwards. Those of a chunk join after their attention; what is
-    demoted is then the least important of all, high tokens and new ones.
+    A new token joins before attention. The tokens of a chunk join after their attention. The least
+    important of all high and new tokens are then demoted.
     """
 
     new_tokens: int
     """Tokens that join: 1 in a decode step."""
     new_pages: int
     moved_records: int
-    """Lowest-lying chunks that move to below the new ``low_end_bytes``, into new pages."""
+    """Low records at the lowest offsets that move into new pages, to the new ``low_end_bytes``."""
     demoted_records: int
-    """Times 32 high tokens that become one low chunk."""
+    """Number of demotions: in each, 32 high tokens become one low record."""
     after: TierSizes
     """Sizes afterwards."""
 
@@ -177,7 +177,7 @@ class TierPlanner:
 
     @cached_property
     def low_record_bytes(self) -> int:
-        """Bytes of a low chunk."""
+        """Bytes of a low record."""
         return self.geometry.low(self.low_format).num_bytes
 
     def budget(self, num_tokens: int) -> int:
@@ -192,23 +192,24 @@ class TierPlanner:
     def _fit(self, num_tokens: int, pages: int) -> TierSizes | None:
         """The sizes with the most high tokens in ``pages``, or None if nothing fits."""
         low_end_bytes = pages * self.geometry.page_bytes
-        chunk = self.low_record_bytes
-        group = self.geometry.high.num_bytes
+        record = self.low_record_bytes
+        high_record = self.geometry.high.num_bytes
         free = low_end_bytes - self.geometry.header_bytes
-        # All high first; every chunk then frees the bytes of two groups for those of a chunk.
+        # If all tokens are high first, every low record replaces two high records.
         excess = self.geometry.high_bytes(num_tokens) - low_end_bytes
-        chunks = max(0, math.ceil(excess / (2 * group - chunk)))
-        high_tokens = num_tokens - LOW_RECORD_TOKENS * chunks
+        records = max(0, math.ceil(excess / (2 * high_record - record)))
+        high_tokens = num_tokens - LOW_RECORD_TOKENS * records
         least = self.least_high(num_tokens)
         if high_tokens < least:
             return None
         if (
-            chunks
-            and (free - chunks * chunk) // group * HIGH_RECORD_TOKENS < LOW_RECORD_TOKENS + least
+            records
+            and (free - records * record) // high_record * HIGH_RECORD_TOKENS
+            < LOW_RECORD_TOKENS + least
         ):
             # The next demotion would leave too few.
             return None
-        return TierSizes(pages, high_tokens, chunks, low_end_bytes)
+        return TierSizes(pages, high_tokens, records, low_end_bytes)
 
     def compress(self, num_tokens: int) -> TierSizes | None:
         """Sizes of a native request of ``num_tokens`` once compressed; None if no page is saved."""
@@ -227,13 +228,13 @@ class TierPlanner:
             sizes.low_records,
             sizes.low_end_bytes,
         )
-        if high % HIGH_RECORD_TOKENS:  # the last group has room
+        if high % HIGH_RECORD_TOKENS:  # the last high record has space
             return AppendStep(1, 0, 0, 0, TierSizes(pages, high + 1, low, low_end_bytes))
-        geometry, chunk = self.geometry, self.low_record_bytes
+        geometry, record = self.geometry, self.low_record_bytes
         new_pages = moved = demoted = 0
 
         def full() -> bool:
-            return geometry.high_bytes(high + 1) > low_end_bytes - low * chunk
+            return geometry.high_bytes(high + 1) > low_end_bytes - low * record
 
         if full():
             new_pages = max(0, self.budget(sizes.num_tokens + 1) - pages)
@@ -250,8 +251,8 @@ class TierPlanner:
         )
 
     def extend(self, sizes: TierSizes, count: int) -> AppendStep:
-        """Plan how a compressed request takes in the next ``count`` tokens of its prompt."""
-        geometry, chunk = self.geometry, self.low_record_bytes
+        """Plan a step in which the next ``count`` tokens of a prompt join a compressed request."""
+        geometry, record = self.geometry, self.low_record_bytes
         num_tokens = sizes.num_tokens + count
         least = self.least_high(num_tokens)
         pages = max(sizes.pages, self._first_pages(num_tokens))
@@ -261,10 +262,10 @@ class TierPlanner:
                 moved, low_end_bytes = self._moved(sizes, pages)
             room = low_end_bytes - geometry.header_bytes
             high, low = sizes.high_tokens + count, sizes.low_records
-            while high > self._high_room(room - low * chunk) and high - LOW_RECORD_TOKENS >= least:
+            while high > self._high_room(room - low * record) and high - LOW_RECORD_TOKENS >= least:
                 high -= LOW_RECORD_TOKENS
                 low += 1
-            if high <= self._high_room(room - low * chunk):
+            if high <= self._high_room(room - low * record):
                 after = TierSizes(pages, high, low, low_end_bytes)
                 return AppendStep(count, pages - sizes.pages, moved, low - sizes.low_records, after)
             pages += 1
@@ -279,9 +280,9 @@ class TierPlanner:
         return num_bytes // self.geometry.high.num_bytes * HIGH_RECORD_TOKENS
 
     def _moved(self, sizes: TierSizes, pages: int) -> tuple[int, int]:
-        """Chunks that move when the stream grows to ``pages``, and where the low tier then ends."""
-        end, chunk = pages * self.geometry.page_bytes, self.low_record_bytes
-        moved = (end - sizes.low_end_bytes) // chunk
+        """Return how many records move if the stream grows to ``pages``, and the new low end."""
+        end, record = pages * self.geometry.page_bytes, self.low_record_bytes
+        moved = (end - sizes.low_end_bytes) // record
         if moved >= sizes.low_records:
             return sizes.low_records, end
-        return moved, sizes.low_end_bytes + moved * chunk
+        return moved, sizes.low_end_bytes + moved * record
