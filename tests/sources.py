@@ -196,6 +196,15 @@ class Sources:
                         break
         return self.mro(cls) if cls else []
 
+    def is_foreign(self, module: Module, function: Function | None, node: ast.expr) -> bool:
+        """Whether ``node`` is a parameter whose class is in a package without a folder here."""
+        if not isinstance(node, ast.Name) or function is None:
+            return False
+        match annotations(function).get(node.id):
+            case ast.Constant(str(name)) | ast.Name(name) if name in module.imports:
+                return module.imports[name][0].partition(".")[0] not in self.folders
+        return False
+
     def file(self, module: Module) -> str:
         """Path of a module below the folder of its package."""
         return str(module.path.relative_to(self.folders[module.name.partition(".")[0]]))

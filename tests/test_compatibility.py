@@ -173,10 +173,12 @@ MADE_UP = {
         """,
     "mikv_vllm/vllm_hooks.py": """
         from vllm.core import Pool
-        def hook(pool: "Pool | None", other) -> None:
+        from elsewhere import App
+        def hook(pool: "Pool | None", other, app: App) -> None:
             def take(n): ...
             pool.take = take
             other.take = take
+            app.take = take
         """,
 }
 

@@ -99,10 +99,13 @@ def overridden(sources: Sources, package: str) -> Iterator[Api]:
 def replaced(sources: Sources, package: str) -> Iterator[Api]:
     """Each method of a vLLM object that the package replaces by an assignment.
 
-    The object has to be a parameter that is annotated with its class.
+    The object has to be a parameter that is annotated with its class. Classes of other packages
+    than vLLM are left out.
     """
     for module in sources.walk(package):
         for function, target in replaced_methods(module.tree):
+            if sources.is_foreign(module, function, target.value):
+                continue
             text = f"{module.name}: {ast.unparse(target)}"
             classes = sources.classes_of(module, function, [], target.value)
             yield _api(sources, classes, target.attr) or ("method of an unknown class", text)

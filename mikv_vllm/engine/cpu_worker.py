@@ -13,7 +13,7 @@ from mikv_vllm.engine.tiered_worker import TieredWorker
 class TieredCPUWorker(TieredWorker, CPUWorker):
     """vLLM's CPU worker with the two-tier attention backend."""
 
-    # On CPU vLLM always takes CPU_ATTN, but honours an override of it.
+    # On CPU, vLLM always selects CPU_ATTN, which can be overridden.
     backends: ClassVar = {"CPU_ATTN": "cpu_backend.TieredCPUAttentionBackend"}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -22,10 +22,10 @@ class TieredCPUWorker(TieredWorker, CPUWorker):
             self._make_intermediate_tensors()
 
     def _make_intermediate_tensors(self) -> None:
-        """Make the buffer in which a later pipeline stage receives its input.
+        """Create the buffer in which a later pipeline stage receives its input.
 
-        vLLM makes it in a dummy run, which it leaves out on CPU where nothing is compiled and the
-        cache has a given size: then the stage's first step would end the engine.
+        vLLM creates it in a dummy run. On CPU, it omits this run if nothing is compiled and the
+        size of the cache is set. The first step of the stage would then fail.
         """
         runner = self.model_runner
         if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
@@ -36,11 +36,11 @@ class TieredCPUWorker(TieredWorker, CPUWorker):
             )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample; a row whose prompt is not through yet draws without its generator.
+        """Sample, without the generators of rows whose prompt is not complete.
 
-        vLLM discards what such a row draws and winds its generator back, which a CPU generator
-        cannot do: a seeded request with a chunked prompt would end the engine. The V2 model runner
-        has no generators.
+        vLLM discards the samples of such rows and resets their generators, which CPU generators do
+        not support: a seeded request with a chunked prompt would stop the engine. The V2 model
+        runner has no generators.
         """
         if self.use_v2_model_runner:
             return super().sample_tokens(grammar_output)

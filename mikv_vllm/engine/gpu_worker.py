@@ -17,16 +17,16 @@ from mikv_vllm.engine.worker_context import context
 logger = init_logger(__name__)
 
 COPIES = 3
-"""What the tiers need beside the pool, in native pages of one layer of the longest request: as many
-for the workspace, the rest for scratch (``tests/kernels/test_triton_scratch.py``)."""
+"""Memory outside of the pool, in multiples of one layer of the longest uncompressed request: one
+for the workspace, the others for scratch (``tests/kernels/test_triton_scratch.py``)."""
 
 
 def bytes_beside_pool(specs: Iterable[KVCacheSpec], max_tokens: int) -> int:
-    """Device memory that the tiers' operations need at the most, beside the cache.
+    """Return the maximum device memory of the tier operations outside of the cache, in bytes.
 
     Args:
-        specs: of all layers.
-        max_tokens: of a request.
+        specs: specs of all layers.
+        max_tokens: maximum number of tokens of a request.
     """
     tiered = [spec for spec in specs if isinstance(spec, TieredAttentionSpec)]
     pages = (-(-max_tokens // spec.block_size) * spec.page_size_bytes for spec in tiered)
@@ -38,13 +38,16 @@ class TieredGPUWorker(TieredWorker):
 
     backends: ClassVar = {
         "FLASH_ATTN": "gpu_backend.TieredFlashAttentionBackend",
-        # vLLM's first choice on some GPUs; it has no tiered form.
+        # vLLM's first choice on some GPUs. There is no tiered backend for it.
         "FLASHINFER": "gpu_backend.TieredFlashAttentionBackend",
         "TRITON_ATTN": "gpu_backend.TieredTritonAttentionBackend",
     }
 
     def determine_available_memory(self) -> int:
-        """What vLLM found, less what the tiers need beside the pool, unless the user chose."""
+        """Return vLLM's result without the memory that the tiers need outside of the pool.
+
+        A size that the user set is not changed.
+        """
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
@@ -52,7 +55,7 @@ class TieredGPUWorker(TieredWorker):
             self.get_kv_cache_spec().values(), self.model_config.max_model_len
         )
         logger.info(
-            "MiKV: %.2f GiB stay free for compressing and for long prompts.", beside / 2**30
+            "MiKV: %.2f GiB are reserved for compression and for long prompts.", beside / 2**30
         )
         return available - beside
 
@@ -71,8 +74,10 @@ class TieredGPUWorker(TieredWorker):
         return result
 
     def _warm_up(self) -> None:
-        """Compile our kernels, for each shape of layer."""
-        logger.info("MiKV: compiling the tiers' kernels; later starts find them in Triton's cache.")
+        """Compile the tier kernels for each shape of layer."""
+        logger.info(
+            "MiKV: compiling the tier kernels (later starts read them from Triton's cache)."
+        )
         layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
         tiered = [layer for layer in layers if isinstance(layer.impl, TieredGPUImpl)]
         for layer in {layer.impl.shape: layer for layer in tiered}.values():

@@ -1,4 +1,4 @@
-"""Where vLLM's CPU kernels put each number of a native page: measured, not assumed."""
+"""Order of the numbers in a native page of vLLM's CPU kernels, found by writing to a page."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,10 +9,11 @@ from vllm import _custom_ops as ops
 
 @dataclass(frozen=True)
 class NativeLayout:
-    """Index of each number in its head's part of a page.
+    """Index of each number in the part of a page that belongs to a head.
 
-    ``key_index`` and ``value_index``: int32 ``[block_size * head_dim]``; channel ``c`` of token
-    ``t`` lies at entry ``t * head_dim + c``, counted in numbers of the cache's dtype.
+    ``key_index`` and ``value_index`` are int32 ``[block_size * head_dim]``. Entry
+    ``t * head_dim + c`` is the index of channel ``c`` of token ``t``, in numbers of the cache's
+    dtype.
     """
 
     key_index: torch.Tensor
@@ -21,11 +22,11 @@ class NativeLayout:
 
 @cache
 def native_layout(isa: str, block_size: int, head_dim: int, dtype: torch.dtype) -> NativeLayout:
-    """Write a ramp through vLLM's cache-write op and read the permutation back."""
+    """Write consecutive numbers with vLLM's operation, and read their order in the page."""
     numbers = torch.arange(block_size * head_dim)
     place = torch.zeros(2, 2 * block_size * head_dim, dtype=torch.long)
-    # bf16 holds integers up to 256 exactly: the ramp goes in as two bytes. Keys and values go in
-    # apart, so that the untouched part of the page stays at -1.
+    # bf16 represents integers up to 256 exactly, so each number is written as two bytes. Keys and
+    # values are written separately; the other part of the page stays -1.
     for which in range(2):
         parts = []
         for byte in (numbers & 255, numbers >> 8):

@@ -1,4 +1,4 @@
-"""The KV cache spec of a layer whose requests may be compressed."""
+"""The KV cache spec of a layer whose requests can be compressed."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
@@ -25,7 +25,7 @@ LEAST_HEAD_DIM, LARGEST_HEAD_DIM = 64, 256
 @register_kv_cache_spec(manager_class=TieredBlockManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class TieredAttentionSpec(FullAttentionSpec):
-    """vLLM's full attention, native pages unchanged, under :class:`TieredBlockManager`."""
+    """vLLM's spec of full attention, with :class:`TieredBlockManager` as manager."""
 
     compression: CompressionConfig
     num_layers: int = 1
@@ -33,15 +33,14 @@ class TieredAttentionSpec(FullAttentionSpec):
 
     @property
     def geometry(self) -> TierGeometry:
-        """Sizes of the tiers in this spec's pages."""
+        """Sizes of records and pages."""
         return TierGeometry(self.head_size, self.block_size, self.compression.high_bits)
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
-        """Bytes of the longest request at the server's default ratio.
+        """Return the bytes of the longest request at the server's default ratio.
 
-        vLLM wants them to fit, and counts by them how many such requests do. Layers that attend
-        to a part of the context take pages of the same pool; beside them a request counts as
-        native.
+        vLLM requires that they fit, and logs how many such requests fit. If other layers attend to
+        a part of the context, they use pages of the same pool, and a request counts as native.
         """
         model = vllm_config.model_config
         layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
@@ -55,22 +54,22 @@ class TieredAttentionSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """Join the specs of a group's layers, which have to be equal."""
+        """Merge the specs of the layers of a group, which have to be equal."""
         if any(spec != specs[0] for spec in specs):
-            # vLLM takes this error as "these layers form no single group".
+            # vLLM handles this error: it does not put these layers into one group.
             raise AssertionError("all layers of a tiered group need the same spec")
         return replace(specs[0], num_layers=sum(spec.num_layers for spec in specs))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether vLLM may put all these layers into one group without merging their specs.
+        """Whether vLLM can put all these layers into one group without merging their specs.
 
-        A group has one manager and its requests one pair of tier sizes: so only equal ones.
+        The specs have to be equal, because a group has one manager and one size for each request.
         """
         return all(spec == self for spec in kv_cache_specs.values())
 
 
 def tiered_spec(spec: AttentionSpec, compression: CompressionConfig) -> AttentionSpec:
-    """The tiered form of ``spec``, or ``spec`` itself where its layer has to stay native."""
+    """Return the tiered form of ``spec``, or ``spec`` if its layer has to stay native."""
     if (
         type(spec) is not FullAttentionSpec
         or spec.sliding_window is not None

@@ -1,4 +1,4 @@
-"""The plan: what the scheduler decides for one step. Workers obey it and decide nothing."""
+"""The plan: the decisions of the scheduler for one step, which the workers execute."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -16,11 +16,11 @@ class ScoreStep:
 
     num_queries: int
     num_tokens: int
-    """Tokens of the request, those of this step included."""
+    """Tokens of the request, including those of this step."""
     capacity: int
-    """Most tokens that the request can come to hold before it is compressed or ends."""
+    """Maximum number of tokens of the request before it is compressed or ends."""
     reset: bool
-    """Start from zero."""
+    """Whether the scores are set to zero first."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class DecodeStep:
 
 @dataclass(frozen=True)
 class ExtendStep:
-    """The next chunk of a prompt whose beginning is compressed; it joins after its attention."""
+    """The next chunk of a prompt whose beginning is compressed. It is stored after its attention."""
 
     first_token: int
     """Tokens of the request before the step."""
     changes: tuple[DecodeStep, ...]
     """One for each block that takes tokens of the chunk, in order."""
     num_queries: int
-    """Last queries of the chunk, which score all tokens."""
+    """Number of queries at the end of the chunk that score all tokens."""
 
     @property
     def num_tokens(self) -> int:
@@ -87,12 +87,12 @@ OPERATIONS = ("compress", "compress_in_place", "demote", "reuse", "copy", "evict
 
 @dataclass(frozen=True)
 class TierStats:
-    """What the tiers hold, and what was done so far, at the end of a step's scheduling."""
+    """Contents of the tiers and total numbers of operations, after a step is scheduled."""
 
     pages: dict[str, int] = field(default_factory=dict)
     """Pages of the pool: ``total``, ``free``, ``native``, ``tiered``."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens held: ``native``, ``high``, ``low``."""
+    """Tokens: ``native``, ``high``, ``low``."""
     bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of tiered pages over all layers and heads: ``high``, ``low``, ``unused``."""
     blocks: dict[str, int] = field(default_factory=dict)
@@ -124,20 +124,20 @@ class TierStats:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The plan of one step; each map is by request id."""
+    """The plan of one step. The keys of all maps are request ids."""
 
     score: dict[str, ScoreStep] = field(default_factory=dict)
     compress: dict[str, CompressStep] = field(default_factory=dict)
     decode: dict[str, DecodeStep] = field(default_factory=dict)
-    """Of compressed requests that take or change a page. Any other that is scheduled takes its
-    token into its last high group."""
+    """Steps that add or change pages. In other compressed requests of the batch, the new token
+    joins the last high record."""
     extend: dict[str, ExtendStep] = field(default_factory=dict)
     adopt: dict[str, tuple[BlockTable, ...]] = field(default_factory=dict)
     """Requests that begin with blocks of the prefix cache."""
     copy: tuple[tuple[int, int], ...] = ()
     """Pages to copy before anything else is done in this step: from, to."""
     zero: tuple[int, ...] = ()
-    """Pages to zero before anything is written in this step."""
+    """Pages that are set to zero at the beginning of the step."""
     stats: TierStats = field(default_factory=TierStats)
 
 

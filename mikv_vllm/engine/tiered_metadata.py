@@ -1,4 +1,4 @@
-"""One step's batch, split into the rows that vLLM's kernel runs and the rows that ours run."""
+"""Splits the batch of a step into rows for vLLM's kernel and rows for the tier kernels."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -59,11 +59,11 @@ class ChangeRow:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A native row whose tokens are scored, and perhaps compressed, after attention."""
+    """A native row whose tokens are scored after attention. It can be compressed then."""
 
     request_id: str
     queries: slice
-    """Tokens of the batch whose queries score the request."""
+    """Tokens of the batch whose queries score the tokens of the request."""
     native_pages: torch.Tensor
     """int32 ``[pages]``."""
     score: ScoreStep
@@ -74,11 +74,11 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class ExtendedRow:
-    """A compressed request's row with the next chunk of its prompt."""
+    """A row of a compressed request with the next chunk of its prompt."""
 
     row: int
     tokens: slice
-    """Of the batch."""
+    """Tokens of the batch."""
     blocks: list[BlockRow]
     """Blocks before the step."""
     changes: list[ChangeRow]
@@ -88,10 +88,10 @@ class ExtendedRow:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """The batch of one step, by who runs each row."""
+    """The batch of one step, split by the kernels that compute each row."""
 
     rows: np.ndarray
-    """Which rows are compressed requests with one token, int64 ``[rows]``."""
+    """Indices of the compressed rows with one token, int64 ``[rows]``."""
     decode: tuple[np.ndarray, np.ndarray]
     """Rows and tables of their blocks, as the kernels read them."""
     begun: tuple[list[int], list[int]]
@@ -105,11 +105,11 @@ class BatchSplit:
 def split_batch(
     context: WorkerContext, query_start_loc: np.ndarray, block_table: torch.Tensor
 ) -> BatchSplit:
-    """Look each row of the batch up in the plan.
+    """Split a batch according to the plan.
 
     Args:
-        query_start_loc: first token of each row, and the end of the last.
-        block_table: vLLM's, int32 ``[rows, pages]``; right for native rows only.
+        query_start_loc: first token of each row, and the end of the last row.
+        block_table: vLLM's block table, int32 ``[rows, pages]``; valid for native rows only.
     """
     plan, tiers, starts = context.plan, context.tiers, query_start_loc
     request_ids = context.request_ids()[: len(starts) - 1]
@@ -137,7 +137,7 @@ def split_batch(
     begun = tiers.begun(request_id for request_id, step in plan.decode.items() if step.begins)
     tiered = np.flatnonzero(slots >= 0)
     tokens = starts[tiered]
-    assert (starts[tiered + 1] == tokens + 1).all(), "a compressed request decodes by one"
+    assert (starts[tiered + 1] == tokens + 1).all(), "a compressed row has one token"
     decode = tiers.rows(slots[tiered], tokens)
     return BatchSplit(tiered, decode, begun, extended, scored, np.flatnonzero(native))
 
@@ -163,7 +163,7 @@ def changed_blocks(
 
 
 def token_selection(rows: np.ndarray, query_start_loc: np.ndarray) -> slice | torch.Tensor:
-    """Tokens of ``rows``: a slice where they lie together, else an index, int64."""
+    """Return the tokens of ``rows``: a slice if they are consecutive, else an int64 index."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(int(query_start_loc[rows[0]]), int(query_start_loc[rows[-1] + 1]))
     chosen = np.zeros(len(query_start_loc) - 1, bool)
@@ -174,7 +174,7 @@ def token_selection(rows: np.ndarray, query_start_loc: np.ndarray) -> slice | to
 def native_part(
     batch: CommonAttentionMetadata, rows: np.ndarray, query_start_loc: np.ndarray
 ) -> CommonAttentionMetadata:
-    """vLLM's metadata of the step as if only ``rows`` were in it."""
+    """Return vLLM's metadata for a batch that contains only ``rows``."""
     lengths = np.diff(query_start_loc)[rows]
     starts = torch.zeros(len(rows) + 1, dtype=batch.query_start_loc.dtype)
     starts[1:] = torch.from_numpy(lengths.cumsum())
@@ -193,7 +193,7 @@ def native_part(
 def restored_part(
     batch: CommonAttentionMetadata, row: ExtendedRow, block_size: int
 ) -> CommonAttentionMetadata:
-    """vLLM's metadata of one extended row, in native pages 0, 1, … that hold all its tokens."""
+    """Return vLLM's metadata for one extended row, whose tokens are in native pages 0, 1, …."""
     first = row.step.first_token
     num_tokens = first + row.step.num_tokens
     device = batch.seq_lens.device

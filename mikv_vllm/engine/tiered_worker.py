@@ -1,4 +1,4 @@
-"""What our workers have in common: they hand the plan to the attention backend."""
+"""Base class of the workers: passes the plan to the attention backend."""
 
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -14,10 +14,10 @@ from mikv_vllm.engine.worker_context import context
 
 
 class TieredWorker(Worker):
-    """What our workers add to vLLM's, with either of its model runners."""
+    """Base class of the workers, for both model runners of vLLM."""
 
     backends: ClassVar[dict[str, str]]
-    """Attention backends of ours by the name of vLLM's backend that each takes the place of."""
+    """Attention backends of this package, by the name of vLLM's backend that each one replaces."""
 
     def init_device(self) -> None:
         context.compression = CompressionConfig.from_additional_config(
@@ -29,7 +29,7 @@ class TieredWorker(Worker):
         self._follow_batches()
 
     def _follow_batches(self) -> None:
-        """Let the metadata builders know which request each row of a batch is."""
+        """Make the request id of each row of a batch available to the metadata builders."""
         runner = self.model_runner
         if not self.use_v2_model_runner:
             context.request_ids = lambda: runner.input_batch.req_ids
@@ -42,7 +42,7 @@ class TieredWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
-        # vLLM keeps one page for itself.
+        # vLLM reserves one page.
         context.plan = StepPlan(stats=TierStats.idle(kv_cache_config.num_blocks - 1))
 
     def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
@@ -59,5 +59,5 @@ class TieredWorker(Worker):
         return result
 
     def mikv_stats(self) -> dict[str, Any]:
-        """The scheduler's figures as of the last step, for ``collective_rpc``."""
+        """Return the scheduler's statistics of the last step, for ``collective_rpc``."""
         return asdict(context.plan.stats)

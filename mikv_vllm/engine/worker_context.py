@@ -1,4 +1,4 @@
-"""What the worker process knows of the current step, for the attention backend to use."""
+"""State of a worker process for the current step, which the attention backend reads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ NO_SLOTS = np.empty(0, np.int64)
 
 @dataclass
 class WorkerContext:
-    """State of one worker process; its only writer is the worker.
+    """State of one worker process. Only the worker writes to it.
 
-    vLLM builds backends and metadata builders by class, with no way to hand them a plan, so
-    they look here.
+    vLLM creates backends and metadata builders by class and cannot pass a plan to them, so they
+    read it here.
     """
 
     compression: CompressionConfig | None = None
     plan: StepPlan = field(default_factory=StepPlan)
     request_ids: Callable[[], list[str]] = list
-    """Request ids in batch order, once vLLM has laid out the step's batch."""
+    """Request ids in the order of the batch, available after vLLM has built the batch."""
     tiers: TierTables = field(default_factory=TierTables)
     """Sizes and pages of the compressed requests."""
     scores: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -32,12 +32,13 @@ class WorkerContext:
 
     _workspace: torch.Tensor | None = None
     _appended: np.ndarray = field(default_factory=lambda: NO_SLOTS)
-    """Slots of the requests that take in one token in this step."""
+    """Slots of the requests that one token joins in this step."""
 
     def workspace(self, cache: torch.Tensor, num_pages: int) -> torch.Tensor:
-        """Native pages outside of the pool, like those of ``cache``, for one layer at a time.
+        """Return native pages outside of the pool, for one layer at a time.
 
-        Their bytes are finite: vLLM's kernel multiplies unwritten slots by 0.
+        They are shaped like the pages of ``cache``. All numbers in them are finite, because vLLM's
+        kernel multiplies slots without a token by 0.
         """
         if self._workspace is None or len(self._workspace) < num_pages:
             self._workspace = cache.new_zeros(num_pages, *cache.shape[1:])
@@ -45,12 +46,12 @@ class WorkerContext:
 
     @property
     def is_native(self) -> bool:
-        """Whether the step touches no tier: stock vLLM runs it."""
+        """Whether the step reads and changes no tier. vLLM's own code then runs it."""
         plan = self.plan
         return not (len(self._appended) or plan.score or plan.compress or plan.extend)
 
     def begin_step(self, output: TieredSchedulerOutput) -> None:
-        """Apply the plan's changes to the tables; called before the model runs."""
+        """Apply the changes of the plan to the tables. Call it before the model runs."""
         self.plan = plan = output.plan
         for request_id in output.finished_req_ids:
             self.scores.pop(request_id, None)
@@ -68,7 +69,7 @@ class WorkerContext:
         self._appended = slots[slots >= 0]
 
     def end_step(self) -> None:
-        """Enter what the step did; called after the model has run."""
+        """Update the tables after a step. Call it after the model has run."""
         plan = self.plan
         self.tiers.end_step(self._appended)
         for request_id, decode in plan.decode.items():
@@ -78,7 +79,7 @@ class WorkerContext:
         for request_id, done in plan.compress.items():
             self.scores.pop(request_id, None)
             self.tiers.add(request_id, done.blocks)
-        # A dummy step, as data parallelism runs them, has no plan of its own.
+        # A dummy step of data parallelism has no plan.
         self.plan, self._appended = StepPlan(stats=plan.stats), NO_SLOTS
 
 

@@ -14,13 +14,13 @@ from mikv_vllm.server.wiring import allow_plugin, wire
 logger = logging.getLogger("vllm.mikv")
 
 BAD_FLAG = 2
-"""Exit code for a flag that is wrong by itself, as argparse has it."""
+"""Exit code for a wrong flag, equal to that of argparse."""
 BAD_MODEL = 1
-"""Exit code for a model or a machine that MiKV cannot serve."""
+"""Exit code for a model, machine or address that cannot be used."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, check, wire, and hand over to vLLM's own ``serve``."""
+    """Parse and check the command line, add MiKV's engine arguments, and run ``vllm serve``."""
     try:
         compatibility.check()
     except compatibility.Incompatible as error:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str]) -> tuple[Namespace, CompressionConfig]:
-    """Parse the command line and its ``--config`` file; leave with a sentence if they are wrong."""
+    """Parse the command line and its ``--config`` file, or exit with one sentence."""
     import yaml
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
@@ -55,14 +55,16 @@ def parse(argv: list[str]) -> tuple[Namespace, CompressionConfig]:
 
 
 def prepare(args: Namespace, config: CompressionConfig) -> None:
-    """Choose the model, check everything that can be checked without an engine, and wire it.
+    """Choose the model, check everything that needs no engine, and add MiKV's engine arguments.
 
-    Afterwards ``args`` are what ``vllm serve`` would have been given.
+    Args:
+        args: changed in place, so that ``vllm serve`` runs as MiKV with them.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
+    from mikv_vllm.server.address import AddressError, check_address
     from mikv_vllm.server.refusals import Refusal, check_frontend
     from mikv_vllm.server.start import check_and_echo
 
@@ -74,11 +76,15 @@ def prepare(args: Namespace, config: CompressionConfig) -> None:
         wired = wire(given, config, current_platform.device_type, embedded)
     except Refusal as error:
         leave(str(error), BAD_FLAG)
+    try:
+        check_address(args)
+    except AddressError as error:
+        leave(str(error), BAD_MODEL)
     if embedded:
         choose_embedded_model(args)
     given.update(wired)
     args.enforce_eager = bool(args.enforce_eager)
-    # A copy: vLLM makes its configuration again from the same arguments.
+    # A copy, because vLLM creates its configuration again from the same arguments.
     engine_args = AsyncEngineArgs.from_cli_args(copy.deepcopy(args))
     vllm_config = engine_args.create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER, headless=args.headless
@@ -92,7 +98,7 @@ def prepare(args: Namespace, config: CompressionConfig) -> None:
 
 
 def choose_embedded_model(args: Namespace) -> None:
-    """Serve the embedded model, under its own name unless the user gave one."""
+    """Serve the embedded model, under its own name unless the user set one."""
     try:
         args.model = str(embedded_model())
     except EmbeddedModelError as error:
@@ -102,7 +108,7 @@ def choose_embedded_model(args: Namespace) -> None:
 
 
 def leave(sentence: str, code: int) -> NoReturn:
-    """End with one sentence on standard error."""
+    """Exit with one sentence on standard error."""
     print(f"mikv-serve: error: {sentence}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -14,6 +14,7 @@ from mikv_vllm.config import RATIO_FIELD, CompressionConfig, RatioError, parse_r
 from mikv_vllm.server.capacity import check_capacity
 from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.middleware import RatioMiddleware
+from mikv_vllm.server.openapi import describe_fields
 from mikv_vllm.server.reports import collect_reports
 from mikv_vllm.server.vllm_hooks import check_params
 from mikv_vllm.tiers.plan import largest_ratio
@@ -32,7 +33,7 @@ class MiKVEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the route and the middleware.
+        """Add the route, the middleware and the fields of the OpenAPI schema.
 
         vLLM adds its own middleware after this one. Middleware that is added later runs earlier, so
         requests are already authenticated when they reach this middleware.
@@ -41,6 +42,7 @@ class MiKVEndpoint:
             return
         app.add_middleware(RatioMiddleware)
         app.include_router(_router(app.state.args))
+        describe_fields(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace

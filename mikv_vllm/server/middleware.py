@@ -11,17 +11,17 @@ from mikv_vllm.server.request_body import move_ratio
 from mikv_vllm.server.response_body import EventStream, rewrite_json
 
 GENERATE_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
-"""Routes that take a ratio and answer with a report."""
+"""Routes that accept a ratio and return a report."""
 
 STORED_RESPONSES = "/v1/responses/"
-"""Routes under it answer with the report of a response made earlier."""
+"""Routes with this prefix return the report of an earlier response."""
 
 
 class RatioMiddleware:
     """Reads ``kv_compression_ratio`` from requests and adds ``kv_compression`` to responses.
 
-    All other routes, and every byte of a stream but its last event, pass unchanged. The largest
-    ratio is read from ``app.state.mikv_largest_ratio``.
+    Other routes and all events of a stream except the last one are unchanged. The largest ratio is
+    ``app.state.mikv_largest_ratio``.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -60,7 +60,7 @@ class RatioMiddleware:
 
 
 class ReportSender:
-    """An ASGI ``send`` that adds a group's report to the response that passes through."""
+    """An ASGI ``send`` that adds the report of a group to the response."""
 
     def __init__(self, send: Send, group: ReportGroup) -> None:
         self._send = send
@@ -70,7 +70,7 @@ class ReportSender:
         self._stream: EventStream | None = None
 
     async def __call__(self, message: Message) -> None:
-        """Take one message of the response."""
+        """Send one message of the response."""
         if message["type"] == "http.response.start":
             await self._begin(message)
         elif message["type"] == "http.response.body" and self._start is not None:
@@ -83,7 +83,7 @@ class ReportSender:
     async def _begin(self, message: Message) -> None:
         content_type = Headers(raw=message["headers"]).get("content-type", "")
         if message["status"] == 200 and content_type.startswith("application/json"):
-            self._start = message  # its content-length waits for the body
+            self._start = message  # sent with the body, because the body changes the content-length
             return
         if message["status"] == 200 and content_type.startswith("text/event-stream"):
             self._stream = EventStream(self._group.total)
@@ -93,7 +93,7 @@ class ReportSender:
         self._json += message.get("body", b"")
         if message.get("more_body", False):
             return
-        assert self._start is not None, "a body comes after the start of its response"
+        assert self._start is not None, "the start of a response comes before its body"
         body = rewrite_json(bytes(self._json), self._group.total())
         MutableHeaders(raw=self._start["headers"])["content-length"] = str(len(body))
         await self._send(self._start)
@@ -109,7 +109,7 @@ class ReportSender:
 
 
 def _bad_request(sentence: str) -> Response:
-    """400 in OpenAI's error shape, as vLLM makes it."""
+    """Return a response with status 400 and vLLM's error body."""
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
     error = create_error_response(sentence, param=RATIO_FIELD)
@@ -117,7 +117,7 @@ def _bad_request(sentence: str) -> Response:
 
 
 def _with_length(scope: Scope, length: int) -> Scope:
-    """The same request with a body of another length, in one piece."""
+    """Return the scope of the same request with a body of another length, in one message."""
     headers = [
         (name, value)
         for name, value in scope["headers"]
@@ -127,7 +127,7 @@ def _with_length(scope: Scope, length: int) -> Scope:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """An ASGI ``receive`` that gives a body that was already read, then what else comes."""
+    """Return an ASGI ``receive`` that returns ``body`` first, then further messages."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:

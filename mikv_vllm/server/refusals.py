@@ -1,4 +1,4 @@
-"""What MiKV does not serve, said in one sentence before an engine starts."""
+"""Checks for unsupported flags, models and devices, before an engine starts."""
 
 import os
 from collections import Counter
@@ -17,17 +17,17 @@ UNSUPPORTED = {
     **dict.fromkeys(
         ("kv_transfer_config", "kv_offloading_size"), "KV connectors move native pages only"
     ),
-    **dict.fromkeys(("enable_dbo", "ubatch_size"), "a step's batch has to stay in one piece"),
+    **dict.fromkeys(("enable_dbo", "ubatch_size"), "the batch of a step cannot be split"),
     "kv_sharing_fast_prefill": "it skips queries that score the prompt",
     "diffusion_config": "diffusion models rewrite cached tokens",
 }
-"""Engine arguments that have to be left out, and why."""
+"""Unsupported engine arguments, and the reason."""
 PARTIAL_ATTENTION = ("sliding_attention", "chunked_attention", "linear_attention")
-"""Types of layers, as transformers calls them, that do not attend to the whole context."""
+"""Layer types of transformers that do not attend to the whole context."""
 
 
 class Refusal(ValueError):
-    """A flag, model or device that MiKV does not serve; the message is one sentence."""
+    """A flag, model or device that MiKV does not support; the message is one sentence."""
 
 
 def _unsupported(subject: str, why: str, remedy: str = "leave it out") -> Refusal:
@@ -39,14 +39,14 @@ def _flag(name: str) -> str:
 
 
 def check_flags(engine_args: Mapping[str, Any]) -> None:
-    """Refuse engine arguments that MiKV cannot serve or sets itself.
+    """Refuse engine arguments that MiKV does not support or that it sets.
 
     Args:
-        engine_args: vLLM's engine arguments by field name, as the user gave them; a missing one
-            is at its default.
+        engine_args: vLLM's engine arguments as the user set them, by field name. A missing
+            argument has its default value.
 
     Raises:
-        Refusal: naming the flag.
+        Refusal: an argument is not supported; the message names the flag.
     """
     for name, why in UNSUPPORTED.items():
         if engine_args.get(name):
@@ -69,7 +69,7 @@ def check_flags(engine_args: Mapping[str, Any]) -> None:
 
 
 def _check_wiring(engine_args: Mapping[str, Any]) -> None:
-    """Refuse flags that contradict what MiKV sets itself."""
+    """Refuse flags for arguments that MiKV sets."""
     attention_config = engine_args.get("attention_config")
     if isinstance(attention_config, Mapping):
         attention_backend = attention_config.get("backend")
@@ -83,14 +83,14 @@ def _check_wiring(engine_args: Mapping[str, Any]) -> None:
     for flag, value in given.items():
         if value not in (None, "auto"):
             shown = getattr(value, "__name__", None) or getattr(value, "name", value)
-            raise Refusal(f"{flag} {shown} contradicts MiKV, which sets it itself; leave it out.")
+            raise Refusal(f"{flag} {shown} is not allowed, because MiKV sets it; leave it out.")
 
 
 def check_frontend(args: Mapping[str, Any]) -> None:
-    """Refuse frontends of ``vllm serve`` that pass MiKV's request handling by.
+    """Refuse frontends of ``vllm serve`` that bypass MiKV's request handling.
 
     Raises:
-        Refusal: naming the flag or environment variable.
+        Refusal: the message names the flag or the environment variable.
     """
     if args.get("grpc"):
         raise _unsupported("--grpc", "requests come over HTTP")
@@ -101,10 +101,10 @@ def check_frontend(args: Mapping[str, Any]) -> None:
 
 
 def check(vllm_config: "VllmConfig") -> None:
-    """Refuse what is known only once the model's config is read.
+    """Refuse unsupported models and settings, once the model's config is known.
 
     Raises:
-        Refusal: naming the model or the flag.
+        Refusal: the message names the model or the flag.
     """
     if vllm_config.device_config.device_type == "cuda":
         _check_gpu()
@@ -116,10 +116,10 @@ def check(vllm_config: "VllmConfig") -> None:
     ):
         raise _unsupported(
             "--disable-hybrid-kv-cache-manager",
-            "this model's layers with a window would share the pages of those that are compressed",
+            "the sliding-window layers of this model would share pages with compressed layers",
         )
     if vllm_config.speculative_config is not None:
-        raise _unsupported("--speculative-config", "speculative decoding, here asked by the model")
+        raise _unsupported("--speculative-config", "the model enables speculative decoding")
     if vllm_config.kv_transfer_config is not None:
         raise _unsupported("--kv-transfer-config", "KV connectors move native pages only")
     cache_dtype = vllm_config.cache_config.cache_dtype
@@ -135,18 +135,18 @@ def check(vllm_config: "VllmConfig") -> None:
 
 
 def _check_gpu() -> None:
-    """Refuse a GPU that the Triton kernels are not made for."""
+    """Refuse a GPU that the Triton kernels do not support."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda() or not current_platform.has_device_capability(80):
         raise Refusal(
-            "MiKV's GPU kernels are made for NVIDIA GPUs of compute capability 8.0 or more, "
-            f"and this is {current_platform.get_device_name()}."
+            "MiKV's GPU kernels need an NVIDIA GPU with compute capability 8.0 or higher; "
+            f"this device is {current_platform.get_device_name()}."
         )
 
 
 def _why_not(vllm_config: "VllmConfig") -> str | None:
-    """What about this model MiKV cannot serve, or None."""
+    """Return why MiKV does not support this model; None if it does."""
     if vllm_config.device_config.device_type == "cuda":
         from mikv_vllm.kernels.triton import HEAD_DIMS
     else:
@@ -159,41 +159,42 @@ def _why_not(vllm_config: "VllmConfig") -> str | None:
         (model.runner_type != "generate", f"it is a {model.runner_type} model"),
         (model.use_mla, "it uses multi-head latent attention, MLA"),
         (model.is_attention_free or model.is_hybrid, "it has state-space layers"),
-        (model.uses_alibi, "its attention depends on positions, ALiBi, and tiers keep none"),
-        (_shares_caches(model), "some of its layers read the KV cache of another"),
-        (not _full_attention_groups(model), "none of its layers attends to the whole context"),
+        (model.uses_alibi, "it uses ALiBi, and tiers do not store positions"),
+        (_shares_caches(model), "some of its layers share a KV cache"),
+        (not _full_attention_groups(model), "no layer attends to the whole context"),
         (
             _full_attention_groups(model) > 1,
-            "it has more full-attention layers than fit into one of vLLM's cache groups",
+            "its full-attention layers do not fit into one of vLLM's cache groups",
         ),
         (
             head_dim not in HEAD_DIMS,
-            f"its head size is {head_dim}; allowed are {', '.join(map(str, HEAD_DIMS))}",
+            f"its head size is {head_dim}; supported are {', '.join(map(str, HEAD_DIMS))}",
         ),
     )
     return next((why for applies, why in reasons if applies), None)
 
 
 def _shares_caches(model: "ModelConfig") -> bool:
-    """Whether layers without a KV cache of their own attend to that of another, as in Gemma 3n."""
+    """Whether some layers read the KV cache of another layer, as in Gemma 3n."""
     return bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0))
 
 
 def _layer_types(model: "ModelConfig") -> list[str]:
-    """The type of each layer; empty where all are alike."""
+    """Return the type of each layer; empty if all have the same type."""
     return list(getattr(model.hf_text_config, "layer_types", None) or ())
 
 
 def _windowed(model: "ModelConfig") -> bool:
-    """Whether some of the layers attend to a part of the context only."""
+    """Whether some layers attend to a part of the context only."""
     return any(layer_type in PARTIAL_ATTENTION for layer_type in _layer_types(model))
 
 
 def _full_attention_groups(model: "ModelConfig") -> int:
-    """Into how many cache groups vLLM puts the layers that attend to the whole context.
+    """Return the number of vLLM's cache groups for the layers that attend to the whole context.
 
-    All groups have as many layers as the rarest type has, or, if no type has half as many again,
-    as the commonest has (vLLM's ``_get_kv_cache_groups_uniform_page_size``).
+    All groups have the same number of layers: that of the rarest layer type or, if the most common
+    type has less than 1.5 times as many, that of the most common type. See vLLM's
+    ``_get_kv_cache_groups_uniform_page_size``.
     """
     types = _layer_types(model)
     if not types:

@@ -1,4 +1,4 @@
-"""The ratio in a request's JSON body: found, checked, and put where vLLM passes it on."""
+"""Reads the ratio from the JSON body of a request, and moves it to a field that vLLM forwards."""
 
 import json
 from difflib import get_close_matches
@@ -16,10 +16,10 @@ def move_ratio(body: bytes, largest: float) -> bytes:
     """Move a top-level ``kv_compression_ratio`` into ``vllm_xargs``.
 
     A body without the field, or one that is not a JSON object, is returned unchanged: vLLM reports
-    what is wrong with it. A null is the same as no field.
+    what is wrong with it. A null means that the field is missing.
 
     Args:
-        body: of a request, as received.
+        body: body of a request, as received.
         largest: the largest ratio of the served model.
 
     Raises:
@@ -50,7 +50,7 @@ def move_ratio(body: bytes, largest: float) -> bytes:
     if ratio is not None:
         if xargs is None:
             xargs = request[XARGS_FIELD] = {}
-        if isinstance(xargs, dict):  # vLLM says what is wrong with any other
+        if isinstance(xargs, dict):  # vLLM refuses other types
             xargs[RATIO_FIELD] = ratio
     return json.dumps(request).encode()
 
@@ -60,7 +60,7 @@ def _checked(value: Any, largest: float, field: str) -> float | None:
 
 
 def _check_names(fields: dict[str, Any], prefix: str) -> None:
-    """Refuse names that begin with ``kv_`` and that neither MiKV nor vLLM knows, or that are close.
+    """Refuse unknown names that begin with ``kv_`` or are similar to ``kv_compression_ratio``.
 
     vLLM ignores unknown fields, so the request would silently stay uncompressed.
     """

@@ -1,4 +1,4 @@
-"""What the server and the offline class do alike once the model's config is known."""
+"""Checks that the server and the offline class share, once the model's config is known."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -14,16 +14,16 @@ logger = logging.getLogger("vllm.mikv")
 
 
 def check_and_echo(vllm_config: "VllmConfig", config: CompressionConfig, ratio_name: str) -> float:
-    """Refuse what MiKV cannot serve, log the settings, and return the largest ratio.
+    """Refuse what MiKV does not support, log the settings, and return the largest ratio.
 
     Args:
-        vllm_config: vLLM's whole configuration, before an engine starts.
+        vllm_config: vLLM's configuration, before an engine starts.
         config: MiKV's settings.
-        ratio_name: what the user calls the default ratio, for the message.
+        ratio_name: the user's name of the default ratio, for the message.
 
     Raises:
         Refusal: the model or the configuration is not supported.
-        RatioError: the default ratio is out of this model's range.
+        RatioError: the default ratio is out of range for this model.
     """
     refusals.check(vllm_config)
     head_dim = vllm_config.model_config.get_head_size()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -92,6 +93,28 @@ def observe_outputs(
 
     processor.add_request = add_and_notify
     processor.process_outputs = notify_and_process
+
+
+def extend_schema(app: "FastAPI", extend: Callable[[dict[str, Any]], None]) -> None:
+    """Call ``extend`` with the OpenAPI schema of the server when it is created.
+
+    FastAPI's documentation describes this replacement. vLLM's request models accept unknown fields
+    without naming them. Patch: none.
+
+    Args:
+        app: its ``openapi`` is replaced.
+        extend: changes the schema in place.
+    """
+    openapi = app.openapi
+
+    def openapi_and_extend() -> dict[str, Any]:
+        is_new = app.openapi_schema is None
+        schema = openapi()
+        if is_new:
+            extend(schema)
+        return schema
+
+    app.openapi = openapi_and_extend  # type: ignore[method-assign]
 
 
 def insert_logger(manager: "StatLoggerManager", logger: "AggregateStatLoggerBase") -> None:

@@ -1,4 +1,4 @@
-"""What turns a stock vLLM into MiKV: its engine arguments, in one place."""
+"""The engine arguments that make vLLM run as MiKV."""
 
 import logging
 import os
@@ -17,16 +17,18 @@ WORKER_CLS = {
     "cpu": "mikv_vllm.engine.cpu_worker.TieredCPUWorker",
     "cuda": "mikv_vllm.engine.gpu_worker.TieredGPUWorker",
 }
-"""Worker class by vLLM's device type. A device that is missing here has no kernels yet."""
+"""Worker class by vLLM's device type. MiKV has no kernels for other devices."""
 
 CPU_BLOCK_SIZE = 32
-"""Tokens of a native page on CPU, unless the user chooses."""
+"""Default tokens of a native page on CPU."""
+BLOCK_SIZE_MULTIPLE = {"cpu": 32, "cuda": 16}
+"""The attention kernels of a device support native pages whose tokens are a multiple of this."""
 
 PLUGIN = "mikv"
 """Name of MiKV's entry point, an endpoint plugin of vLLM."""
 
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
-"""General plugins of vLLM that do more when they are named, so nothing but the user names them."""
+"""General plugins of vLLM that are active only if ``VLLM_PLUGINS`` names them."""
 
 
 def wire(
@@ -35,18 +37,18 @@ def wire(
     device_type: str,
     embedded: bool = False,
 ) -> dict[str, Any]:
-    """The engine arguments to set so that vLLM runs as MiKV.
+    """Return the engine arguments to set so that vLLM runs as MiKV.
 
     Args:
-        engine_args: vLLM's engine arguments as the user gave them, by field name.
-        config: settings of the two-tier cache; they reach every process in
-            ``additional_config``, beside what the user put there.
-        device_type: of vLLM's current platform, for example ``cpu``.
-        embedded: the model is the embedded one. It is small: its cache is kept small too, and it
-            runs eagerly unless the user says otherwise, which saves a minute of compilation.
+        engine_args: vLLM's engine arguments as the user set them, by field name.
+        config: settings of the two-tier cache. Every process receives them in
+            ``additional_config``, which keeps the user's entries.
+        device_type: device type of vLLM's current platform, for example ``cpu``.
+        embedded: whether the model is the embedded one. Its default cache is small, and it runs
+            eagerly unless the user set ``enforce_eager``, which saves a minute of compilation.
 
     Raises:
-        Refusal: an argument that MiKV cannot serve, or a device that it does not run on.
+        Refusal: an argument or a device that MiKV does not support.
     """
     check_flags(engine_args)
     if device_type not in WORKER_CLS:
@@ -58,10 +60,11 @@ def wire(
         if device_type == "cpu" and engine_args.get(name) == "ray":
             flag = "--" + name.replace("_", "-")
             raise Refusal(f"{flag} ray is not supported by vLLM on CPU; use mp.")
+    _check_block_size(engine_args, device_type)
     additional_config = dict(engine_args.get("additional_config") or {})
     if ADDITIONAL_CONFIG_KEY in additional_config:
         raise Refusal(
-            f"--additional-config has the key {ADDITIONAL_CONFIG_KEY!r}, which MiKV sets itself; "
+            f"--additional-config has the key {ADDITIONAL_CONFIG_KEY!r}, which MiKV sets; "
             "use the --kv-… flags of the group MiKV instead."
         )
     wired: dict[str, Any] = {
@@ -76,14 +79,24 @@ def wire(
     return wired
 
 
+def _check_block_size(engine_args: Mapping[str, Any], device_type: str) -> None:
+    size, multiple = engine_args.get("block_size"), BLOCK_SIZE_MULTIPLE[device_type]
+    if size is not None and (size < multiple or size % multiple):
+        sizes = ", ".join(str(multiple * n) for n in (1, 2, 3, 4))
+        raise Refusal(
+            f"--block-size {size} is not supported by the attention kernels for the device "
+            f"{device_type!r}; use a multiple of {multiple} ({sizes}, …)."
+        )
+
+
 def _cpu_defaults(engine_args: Mapping[str, Any], cache_limit: int | None) -> dict[str, Any]:
-    """Page and cache size on CPU, where the user chose none."""
+    """Return default page and cache sizes on CPU for those that the user did not set."""
     defaults: dict[str, Any] = {}
     if engine_args.get("block_size") is None:
         defaults["block_size"] = CPU_BLOCK_SIZE
     if cache_bytes := cpu_cache_bytes(engine_args, available_bytes(), cache_limit):
         logger.info(
-            "KV cache: %.2f GiB for each worker, a default; --kv-cache-memory-bytes sets it.",
+            "KV cache: %.2f GiB for each worker (default; set it with --kv-cache-memory-bytes).",
             cache_bytes / GIB,
         )
         defaults["kv_cache_memory_bytes"] = cache_bytes
@@ -91,10 +104,11 @@ def _cpu_defaults(engine_args: Mapping[str, Any], cache_limit: int | None) -> di
 
 
 def allow_plugin() -> None:
-    """Make vLLM load MiKV's endpoint plugin, here and in child processes, and all others as ever.
+    """Make vLLM load MiKV's endpoint plugin in this process and in child processes.
 
-    vLLM loads an endpoint plugin only if ``VLLM_PLUGINS`` names it. That variable is also the
-    allow-list of every other plugin group, where leaving it unset means all: so all are named.
+    vLLM loads an endpoint plugin only if ``VLLM_PLUGINS`` names it. For the other plugin groups,
+    the variable is a list of all plugins to load. If the user did not set it, all of them are
+    therefore named.
     """
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:

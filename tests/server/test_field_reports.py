@@ -1,13 +1,16 @@
 """Inputs that users sent and that showed a fault, each with what has to happen."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
 from mikv_vllm.config import RatioError, parse_ratio
-from mikv_vllm.server.cli import parse
+from mikv_vllm.server import wiring
+from mikv_vllm.server.cli import parse, prepare
 from mikv_vllm.server.llm import make_config
+from mikv_vllm.server.memory import GIB
 from mikv_vllm.server.refusals import Refusal
 from mikv_vllm.server.request_body import move_ratio
 
@@ -95,3 +98,55 @@ def test_a_missing_config_file_is_named(capsys):
 def test_the_presets_do_not_say_that_gpus_are_refused():
     for path in CONFIGS.glob("*.yaml"):
         assert "CPUs only" not in path.read_text()
+
+
+def leave_at_start(flags: list[str], capsys) -> str:
+    """Prepare a server with these flags, which has to fail, and return what it prints."""
+    args, config = parse(flags)
+    with pytest.raises(SystemExit):
+        prepare(args, config)
+    return capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("model", [[], ["a-model-that-is-never-read"]])
+def test_a_port_in_use_is_one_sentence_before_the_model_is_read(model, capsys, monkeypatch):
+    monkeypatch.setattr(wiring, "available_bytes", lambda: 64 * GIB)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = leave_at_start([*model, "--host", "127.0.0.1", "--port", str(port)], capsys)
+    assert said == (
+        f"mikv-serve: error: --host 127.0.0.1 --port {port}: another process listens on "
+        f"127.0.0.1:{port}; stop it, or set another --port."
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "192.0.2.1"], "192.0.2.1 is not an address of this machine"),
+        (["--host", "no such host"], "no such host is not an address of this machine"),
+        (["--port", "70000"], "--port 70000 is not allowed; give a number from 0 to 65535."),
+    ],
+)
+def test_a_wrong_address_is_one_sentence(flags, said, capsys, monkeypatch):
+    monkeypatch.setattr(wiring, "available_bytes", lambda: 64 * GIB)
+    printed = leave_at_start(["a-model-that-is-never-read", *flags], capsys)
+    assert said in printed
+    assert "\n" not in printed
+
+
+@pytest.mark.parametrize("size", ["8", "16", "48"])
+def test_a_page_size_that_the_cpu_kernels_do_not_support_is_one_sentence(size, capsys):
+    assert leave_at_start(["--block-size", size], capsys) == (
+        f"mikv-serve: error: --block-size {size} is not supported by the attention kernels for the "
+        "device 'cpu'; use a multiple of 32 (32, 64, 96, 128, …)."
+    )
+    with pytest.raises(Refusal, match=f"--block-size {size}"):
+        wiring.wire({"block_size": int(size)}, parse([])[1], "cpu")
+
+
+def test_the_page_sizes_are_those_of_vllm():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    (multiple,) = CPUAttentionBackend.get_supported_kernel_block_sizes()
+    assert wiring.BLOCK_SIZE_MULTIPLE["cpu"] == multiple.base

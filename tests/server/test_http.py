@@ -22,6 +22,7 @@ FLAGS = [
     *("--kv-cache-memory-bytes", str(400 << 20)),
     *("--api-key", KEY),
     *("--kv-compression-ratio", "2.0"),
+    "--enable-prompt-tokens-details",
 ]
 REPORT_FIELDS = {
     "requested_ratio",
@@ -39,7 +40,9 @@ REPORT_FIELDS = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model_path):
-    with RunningServer(FLAGS, tmp_path_factory.mktemp("server") / "log.txt", KEY) as running:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    # Development mode adds routes, for example /pause.
+    with RunningServer(FLAGS, log, KEY, env={"VLLM_SERVER_DEV_MODE": "1"}) as running:
         yield running
 
 
@@ -218,6 +221,54 @@ def test_stats_and_metrics_show_compressed_requests_and_then_none(server):
     metrics = server.client.get("/metrics").text
     assert f'mikv_operations_total{{engine="0",kind="compress",model_name="{MODEL}"}}' in metrics
     assert "# HELP mikv_kv_cache_pages Pages of vLLM's block pool" in metrics
+
+
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_a_repeated_prompt_is_found_up_to_the_window(server, ratio):
+    """A request is computed from its last 32 queries on, because they score the prompt."""
+    prompt = list(range(1000 * int(ratio), 1000 * int(ratio) + 400))
+    fields = {"prompt": prompt, "kv_compression_ratio": ratio}
+    first, second = (
+        completion(server, **fields)["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for _ in range(2)
+    )
+    left = 1 if ratio == 1.0 else 32
+    assert (first, second) == (0, (len(prompt) - left) // 32 * 32)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_aborted_answer_has_no_report_and_the_next_one_has(server, stream):
+    body = request_of("/v1/completions") | {"kv_compression_ratio": 4, "max_tokens": 1500}
+    body |= {"ignore_eos": True, "stream": stream}
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(server.client.post, "/v1/completions", json=body)
+        while server.client.get("/mikv/stats").json()["requests"]["tiered"] == 0:
+            assert not running.done()
+            time.sleep(0.05)
+        assert server.client.post("/pause", params={"mode": "abort"}).status_code == 200
+    try:
+        last = events(running.result())[-1] if stream else running.result().json()
+        assert last["choices"][0]["finish_reason"] == "abort"
+        assert "kv_compression" not in last
+    finally:
+        assert server.client.post("/resume").status_code == 200
+    assert set(completion(server)["kv_compression"]) == REPORT_FIELDS
+    stats = server.client.get("/mikv/stats").json()
+    assert stats["pages"]["free"] == stats["pages"]["total"]
+
+
+def test_the_schema_names_the_field_and_the_report(server):
+    schema = server.client.get("/openapi.json").json()
+    report = schema["components"]["schemas"]["KVCompressionReport"]
+    assert set(report["properties"]) == REPORT_FIELDS
+    for route in ROUTES:
+        operation = schema["paths"][route]["post"]
+        request = operation["requestBody"]["content"]["application/json"]["schema"]["allOf"]
+        assert "$ref" in request[0]
+        (number, _) = request[1]["properties"]["kv_compression_ratio"]["anyOf"]
+        assert number == {"type": "number", "minimum": 1.0, "maximum": pytest.approx(6.1, abs=0.1)}
+        answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        assert answer["properties"]["kv_compression"]["$ref"].endswith("/KVCompressionReport")
 
 
 def test_settings_are_in_the_log(server):
