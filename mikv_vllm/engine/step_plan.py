@@ -66,7 +66,7 @@ class DecodeStep:
 
 @dataclass(frozen=True)
 class ExtendStep:
-    """The next chunk of a prompt whose beginning is compressed. It is stored after its attention."""
+    """The next chunk of a prompt whose beginning is compressed; stored after its attention."""
 
     first_token: int
     """Tokens of the request before the step."""
