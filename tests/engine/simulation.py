@@ -237,8 +237,15 @@ class Simulation:
             self._write_native(request_id, computed[request_id], scheduled[request_id])
         for request_id in native:
             self._read_native(request_id, computed[request_id] + scheduled[request_id])
+        # Later requests may share the blocks that earlier ones write in this step.
+        sharers = Counter(
+            page
+            for step in plan.compress.values()
+            for index in step.shared
+            for page in step.blocks[index].pages
+        )
         for request_id, step in plan.compress.items():
-            self._compress(request_id, step)
+            self._compress(request_id, step, sharers)
         for request_id in scheduled:
             if request_id in tiers:
                 step = plan.extend.get(request_id)
@@ -311,7 +318,7 @@ class Simulation:
             assert content.tokens == expected, "a block with other tokens was found"
             first += count
 
-    def _compress(self, request_id: str, step) -> None:
+    def _compress(self, request_id: str, step, sharers: Counter[int]) -> None:
         self._read_native(request_id, step.num_tokens)
         prefixes = self._prefixes(request_id, step.num_tokens)
         native = [*step.native_pages]
@@ -333,7 +340,7 @@ class Simulation:
             content = Content(tokens, high, block.low_format, block.sizes.pages)
             for page in filter(None, block.pages):
                 assert page not in native or page in free_native, "tokens to come were overwritten"
-                self._check_private(page, request_id)
+                self._check_private(page, request_id, sharers[page])
                 self.memory[page] = content
 
     def _grow(self, request_id: str, first: int, count: int, changes) -> None:
@@ -391,10 +398,10 @@ class Simulation:
             first += size
         assert first == count
 
-    def _check_private(self, page: int, request_id: str) -> None:
+    def _check_private(self, page: int, request_id: str, sharers: int = 0) -> None:
         block = self.pool.blocks[page]
         assert page != 0, "the null page was written"
-        assert block.ref_cnt == 1, "a page that others hold was written"
+        assert block.ref_cnt == 1 + sharers, "a page that others hold was written"
         # A block is put into the prefix cache in the step that fills it.
         tiered = self.scheduler.store.requests[request_id]
         own = {one.tag for one in tiered.blocks}
