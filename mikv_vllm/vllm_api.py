@@ -189,7 +189,9 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "BlockPool.free_blocks": "self ordered_blocks",
         "BlockPool.get_new_blocks": "self num_blocks",
         "BlockPool.get_num_free_blocks": "self",
+        "BlockPool.hash_block_size": None,
         "BlockPool.num_gpu_blocks": None,
+        "BlockPool.touch": "self blocks",
     },
     "v1/core/kv_cache_coordinator.py": {
         "KVCacheCoordinator.find_longest_cache_hit": "self block_hashes max_cache_hit_length",
@@ -203,6 +205,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "KVCacheManager.empty_kv_cache_blocks": None,
     },
     "v1/core/kv_cache_utils.py": {
+        "BlockHash": None,
         "KVCacheBlock.block_id": None,
         "KVCacheBlock.is_null": None,
         "KVCacheBlock.ref_cnt": None,
@@ -231,6 +234,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "Scheduler.parallel_config": None,
         "Scheduler.requests": None,
         "Scheduler.running": None,
+        "Scheduler.reset_prefix_cache": "self reset_running_requests reset_connector",
         "Scheduler.schedule": "self throttle_prefills",
         "Scheduler.update_from_output": "self scheduler_output model_runner_output",
         "Scheduler.vllm_config": None,
@@ -243,9 +247,14 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "SingleTypeKVCacheManager.allocate_new_blocks": (
             "self request_id num_tokens num_tokens_main_model"
         ),
+        "SingleTypeKVCacheManager.add_local_computed_blocks": (
+            "self request_id new_computed_blocks num_local_computed_tokens "
+            "num_external_computed_tokens"
+        ),
         "SingleTypeKVCacheManager.block_pool": None,
         "SingleTypeKVCacheManager.block_size": None,
         "SingleTypeKVCacheManager.cache_blocks": "self request num_tokens replay_boundaries",
+        "SingleTypeKVCacheManager.enable_caching": None,
         "SingleTypeKVCacheManager.get_num_blocks_to_allocate": (
             "self request_id num_tokens new_computed_blocks total_computed_tokens "
             "num_local_computed_tokens num_tokens_main_model"
@@ -253,6 +262,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "SingleTypeKVCacheManager.kv_cache_spec": None,
         "SingleTypeKVCacheManager.pop_blocks_for_free": "self request_id",
         "SingleTypeKVCacheManager.req_to_blocks": None,
+        "SingleTypeKVCacheManager.num_cached_block": None,
     },
     "v1/cudagraph_dispatcher.py": {
         "CudagraphDispatcher.dispatch": (
@@ -308,9 +318,11 @@ VLLM_API: dict[str, dict[str, str | None]] = {
     "v1/metrics/stats.py": {"SchedulerStats.kv_connector_stats": None},
     "v1/outputs.py": {"ModelRunnerOutput": None},
     "v1/request.py": {
+        "Request.all_token_ids": None,
         "Request.block_hashes": None,
         "Request.is_prefill_chunk": None,
         "Request.max_tokens": None,
+        "Request.mm_features": None,
         "Request.num_computed_tokens": None,
         "Request.num_prompt_tokens": None,
         "Request.num_tokens": None,

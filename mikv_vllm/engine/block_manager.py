@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from mikv_vllm.config import CompressionConfig
@@ -17,11 +21,15 @@ from mikv_vllm.tiers.formats import TierGeometry
 class TieredBlockManager(FullAttentionManager):
     """A ``FullAttentionManager`` that leaves compressed requests to a :class:`TierStore`.
 
-    vLLM manages a native request as usual. For a compressed one it gets no new pages, since the
-    workers take them from the plan.
+    vLLM manages native requests as usual. A compressed request gets no new pages from vLLM, because
+    the workers take them from the plan.
+
+    Args:
+        kv_cache_spec: a :class:`~mikv_vllm.engine.spec.TieredAttentionSpec`.
+        kwargs: those of ``FullAttentionManager``.
     """
 
-    def __init__(self, kv_cache_spec, **kwargs) -> None:
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         geometry: TierGeometry = kv_cache_spec.geometry
         settings: CompressionConfig = kv_cache_spec.compression
@@ -29,7 +37,7 @@ class TieredBlockManager(FullAttentionManager):
         share = int(settings.native_share * (self.block_pool.num_gpu_blocks - 1))
         least = -(-(settings.min_tokens + settings.window) // self.block_size)
         self.native_limit = max(share, least) * self.block_size
-        """Tokens of a prompt beyond which it is compressed while it is computed."""
+        """Tokens beyond which a prompt is compressed while it is computed."""
         self.hits: dict[str, Hit] = {}
         """Blocks that waiting requests will begin with."""
 
@@ -100,3 +108,26 @@ class TieredBlockManager(FullAttentionManager):
         """Let vLLM see the pages of a compressed request."""
         blocks = self.store.requests[request_id].all_blocks()
         self.req_to_blocks[request_id] = [page for block in blocks for page in block.page_list]
+
+
+def tiered_manager(
+    managers: Sequence[SingleTypeKVCacheManager], block_size: int
+) -> TieredBlockManager:
+    """Return the manager of the one cache group that has tiers.
+
+    Args:
+        block_size: tokens of a native page, as the user set them.
+
+    Raises:
+        ValueError: there is none, there are several, or its pages are too large; the message is
+            the reason.
+    """
+    tiered = [manager for manager in managers if isinstance(manager, TieredBlockManager)]
+    if not tiered:
+        raise ValueError("it has no 16-bit full-attention layer of a head size that MiKV supports")
+    if len(tiered) > 1:
+        raise ValueError(f"vLLM puts its full-attention layers into {len(tiered)} cache groups")
+    is_padded = tiered[0].kv_cache_spec.page_size_padded is not None
+    if tiered[0].block_size != block_size or is_padded:
+        raise ValueError("its other layers have larger pages than its full-attention layers")
+    return tiered[0]

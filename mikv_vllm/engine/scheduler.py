@@ -1,6 +1,5 @@
 """The scheduler: vLLM's own, plus one plan a step."""
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,7 +9,6 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -24,7 +22,7 @@ from mikv_vllm.config import (
     RatioError,
     parse_ratio,
 )
-from mikv_vllm.engine.block_manager import TieredBlockManager
+from mikv_vllm.engine.block_manager import tiered_manager
 from mikv_vllm.engine.reports import request_report
 from mikv_vllm.engine.statistics import tier_stats
 from mikv_vllm.engine.step_plan import TieredSchedulerOutput, TierStats
@@ -54,45 +52,26 @@ class TieredScheduler(Scheduler):
         )
         self.compression = config
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        self.manager = self._only_tiered(managers)
+        try:
+            self.manager = tiered_manager(managers, self.cache_config.block_size)
+        except ValueError as why:
+            raise ValueError(
+                f"--model {self.vllm_config.model_config.model} is not supported by MiKV ({why}); "
+                "serve it with `vllm serve`."
+            ) from None
         self.store = self.manager.store
         for manager in managers:
             if manager is not self.manager:
                 follow_other_group(manager, self.store.dirty, config.window)
         if len(managers) == 1:
             append_tokens_first(self.kv_cache_manager, self.store)
-        spec = self.manager.kv_cache_spec
-        tensor_parallel = self.parallel_config.tensor_parallel_size
-        self._heads = spec.num_layers * spec.num_kv_heads * tensor_parallel
+        spec, ranks = self.manager.kv_cache_spec, self.parallel_config.tensor_parallel_size
+        self._heads = spec.num_layers * spec.num_kv_heads * ranks
         self._has_one_group = len(managers) == 1
         self.largest_ratio = largest_ratio(spec.head_size, config.high_bits, config.ladder)
         self.planner = StepPlanner(self.manager, self.max_model_len)
         self._with_stop_strings: set[str] = set()
-        self._stats: TierStats | None = None
-        """Of this step, until a request leaves."""
-
-    def _only_tiered(self, managers: Sequence[SingleTypeKVCacheManager]) -> TieredBlockManager:
-        """The manager of the one cache group that has tiers.
-
-        Raises:
-            ValueError: there is none, or several, or its pages are not as the kernels need them.
-        """
-        tiered = [m for m in managers if isinstance(m, TieredBlockManager)]
-        if not tiered:
-            why = "it has no 16-bit full-attention layer of a head size that MiKV supports"
-        elif len(tiered) > 1:
-            why = f"vLLM puts its full-attention layers into {len(tiered)} cache groups"
-        elif (
-            tiered[0].block_size != self.cache_config.block_size
-            or tiered[0].kv_cache_spec.page_size_padded is not None
-        ):
-            why = "its other layers have larger pages than its full-attention layers"
-        else:
-            return tiered[0]
-        raise ValueError(
-            f"--model {self.vllm_config.model_config.model} is not supported by MiKV ({why}); "
-            "serve it with `vllm serve`."
-        )
+        self._stats: TierStats | None = None  # of this step, until a request ends
 
     # Request life cycle.
 
@@ -161,13 +140,13 @@ class TieredScheduler(Scheduler):
         if request_id not in self.store.ratios:
             return native
         _, num_tokens, boundary, diverged = native
-        # The last queries of a prompt are computed in one step: they score it.
+        # The last queries of a prompt are computed in one step, because they score it.
         limit = 0
         if self.compression.importance == "window":
             limit = max(0, request.num_tokens - self.compression.window)
             limit -= limit % self.block_size
         if num_tokens > limit:
-            # Looked up again, not cut: a sliding window needs the pages before the new end.
+            # A new lookup, because a sliding window needs the pages before the new end.
             coordinator = manager.coordinator
             found, num_tokens, _ = coordinator.find_longest_cache_hit(request.block_hashes, limit)
             native = manager.create_kv_cache_blocks(found), num_tokens, boundary, diverged

@@ -201,7 +201,8 @@ def test_without_the_key_it_is_401(server, headers):
 def test_stats_and_metrics_show_compressed_requests_and_then_none(server):
     before = server.client.get("/mikv/stats").json()
     body = request_of("/v1/completions") | {"kv_compression_ratio": 4, "max_tokens": 400}
-    body |= {"ignore_eos": True}
+    # Without a salt it might begin with blocks of another test, and never be compressed.
+    body |= {"ignore_eos": True, "cache_salt": "statistics"}
     with ThreadPoolExecutor() as threads:
         running = threads.submit(server.client.post, "/v1/completions", json=body)
         seen = []
@@ -269,6 +270,54 @@ def test_the_schema_names_the_field_and_the_report(server):
         assert number == {"type": "number", "minimum": 1.0, "maximum": pytest.approx(6.1, abs=0.1)}
         answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
         assert answer["properties"]["kv_compression"]["$ref"].endswith("/KVCompressionReport")
+
+
+def found_tokens(body: dict) -> int:
+    """Tokens of the prompt that were found in the prefix cache."""
+    details = body["usage"]["prompt_tokens_details"]
+    return (details or {}).get("cached_tokens") or 0
+
+
+def counted_hits(server: RunningServer) -> float:
+    lines = server.client.get("/metrics").text.splitlines()
+    (line,) = [line for line in lines if line.startswith("vllm:prefix_cache_hits_total{")]
+    return float(line.split()[-1])
+
+
+def test_a_repeated_prompt_is_found_in_blocks(server):
+    fields = {"prompt": LONG_PROMPT[:2700], "kv_compression_ratio": 4.0, "cache_salt": "repeated"}
+    first, before = completion(server, **fields), counted_hits(server)
+    again, after = completion(server, **fields), counted_hits(server)
+    assert first["usage"]["prompt_tokens"] > 550
+    assert found_tokens(first) == first["kv_compression"]["reused_tokens"] == 0
+    assert found_tokens(again) >= 0.95 * again["usage"]["prompt_tokens"]
+    assert again["kv_compression"]["reused_tokens"] == found_tokens(again) == after - before
+
+
+def test_later_turns_of_a_conversation_find_the_earlier_ones(server):
+    messages = [{"role": "user", "content": LONG_PROMPT[:2700]}]
+    body = {"model": MODEL, "temperature": 0, "max_tokens": 40, "kv_compression_ratio": 4.0}
+    before = server.client.get("/mikv/stats").json()
+    lengths = []
+    for turn in range(3):
+        answer = server.client.post(
+            "/v1/chat/completions", json=body | {"messages": messages, "cache_salt": "turns"}
+        ).json()
+        if turn:
+            assert found_tokens(answer) >= 0.95 * lengths[-1]
+            assert answer["kv_compression"]["reused_tokens"] == found_tokens(answer)
+        lengths.append(answer["usage"]["prompt_tokens"])
+        messages.append(
+            {"role": "assistant", "content": answer["choices"][0]["message"]["content"]}
+        )
+        messages.append({"role": "user", "content": "And what does the dog do then?"})
+    after = server.client.get("/mikv/stats").json()
+    assert after["operations"]["compress"] == before["operations"]["compress"] + 1
+    assert after["operations"]["reuse"] == before["operations"]["reuse"] + 2
+    assert (
+        after["reused_tokens"]["adopt"] >= before["reused_tokens"]["adopt"] + 2 * lengths[0] * 0.95
+    )
+    assert after["blocks"]["sealed"] == after["blocks"]["tail"] == 0 < after["blocks"]["kept"]
 
 
 def test_settings_are_in_the_log(server):
