@@ -53,6 +53,12 @@ def completion(server: RunningServer, **fields) -> dict:
     return response.json()
 
 
+def found_tokens(body: dict) -> int:
+    """Tokens of the prompt that were found in the prefix cache."""
+    details = body["usage"]["prompt_tokens_details"]
+    return (details or {}).get("cached_tokens") or 0
+
+
 def events(response: httpx.Response) -> list[dict]:
     lines = (line for line in response.text.splitlines() if line.startswith("data: {"))
     return [json.loads(line.removeprefix("data: ")) for line in lines]
@@ -225,16 +231,12 @@ def test_stats_and_metrics_show_compressed_requests_and_then_none(server):
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
-def test_a_repeated_prompt_is_found_up_to_the_window(server, ratio):
-    """A request is computed from its last 32 queries on, because they score the prompt."""
+def test_a_repeated_prompt_is_found_but_for_its_last_tokens(server, ratio):
+    """All tokens but one in blocks, which has to be computed; whole ones of native pages."""
     prompt = list(range(1000 * int(ratio), 1000 * int(ratio) + 400))
     fields = {"prompt": prompt, "kv_compression_ratio": ratio}
-    first, second = (
-        completion(server, **fields)["usage"]["prompt_tokens_details"]["cached_tokens"]
-        for _ in range(2)
-    )
-    left = 1 if ratio == 1.0 else 32
-    assert (first, second) == (0, (len(prompt) - left) // 32 * 32)
+    found = [found_tokens(completion(server, **fields)) for _ in range(2)]
+    assert found == [0, 384 if ratio == 1.0 else 399]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -270,12 +272,6 @@ def test_the_schema_names_the_field_and_the_report(server):
         assert number == {"type": "number", "minimum": 1.0, "maximum": pytest.approx(6.1, abs=0.1)}
         answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
         assert answer["properties"]["kv_compression"]["$ref"].endswith("/KVCompressionReport")
-
-
-def found_tokens(body: dict) -> int:
-    """Tokens of the prompt that were found in the prefix cache."""
-    details = body["usage"]["prompt_tokens_details"]
-    return (details or {}).get("cached_tokens") or 0
 
 
 def counted_hits(server: RunningServer) -> float:
