@@ -29,6 +29,12 @@ REQUESTS = [
     [(0, 16, RICH), (200, 0, RICH), (64, 10, BALANCED), (0, 0, POOR)],
     [(512, 0, RICH), (100, 9, POOR)],
 ]
+SHORT_REQUESTS = [
+    [(48, 3, RICH), (32, 4, POOR), (17, 3, POOR)],
+    [(30, 2, BALANCED)],
+    [(0, 3, RICH), (40, 0, RICH), (64, 2, BALANCED), (0, 0, POOR)],
+]
+"""For Triton's interpreter, which takes long for each record."""
 
 
 class BlockStep:

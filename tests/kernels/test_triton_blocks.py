@@ -5,7 +5,7 @@ import torch
 
 from mikv_vllm.kernels import triton as kernels
 
-from .block_requests import REQUESTS, BlockStep
+from .block_requests import SHORT_REQUESTS, BlockStep
 from .tiered_cache import Shape
 from .triton_layer import DECAY, RECENT, empty_batch, fill_batch, layer
 
@@ -33,7 +33,7 @@ def decode(step, ops, batch, device):
         (Shape(128, queries_per_kv_head=2, kv_heads=1, high_bits=16), {"programs": 4}),
     ],
 )
-@pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[2:3], [REQUESTS[0], REQUESTS[0]]])
+@pytest.mark.parametrize("requests", [SHORT_REQUESTS, [SHORT_REQUESTS[0], SHORT_REQUESTS[0]]])
 def test_a_request_of_several_blocks(shape, kwargs, requests, device):
     kwargs = dict(kwargs)
     if kwargs.get("sinks"):
@@ -51,7 +51,7 @@ def test_a_request_of_several_blocks(shape, kwargs, requests, device):
 
 
 def test_a_batch_with_rows_that_have_no_request(device):
-    step = BlockStep(Shape(), REQUESTS)
+    step = BlockStep(Shape(), SHORT_REQUESTS)
     formats = sorted({row[4] for row in step.rows})
     batch = empty_batch(len(step.rows) + 3, 40, formats, 600, device)
     fill_batch(batch, step.rows)
