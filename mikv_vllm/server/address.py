@@ -3,9 +3,7 @@
 import errno
 from argparse import Namespace
 
-
-class AddressError(ValueError):
-    """The server cannot listen on its address; the message is one sentence."""
+from mikv_vllm.server.refusals import Refusal
 
 
 def check_address(args: Namespace) -> None:
@@ -17,7 +15,7 @@ def check_address(args: Namespace) -> None:
         args: the parsed command line of ``vllm serve``.
 
     Raises:
-        AddressError: the address is in use, is not one of this machine, or is not permitted.
+        Refusal: the address is in use, is not one of this machine, or is not permitted.
     """
     from vllm.entrypoints.launchers.launcher import create_server_socket
 
@@ -35,8 +33,8 @@ def check_address(args: Namespace) -> None:
             reason = f"this user may not listen on {host}:{args.port}; set a port from 1024 on"
         else:
             reason = f"{host} is not an address of this machine ({error}); set another --host"
-        raise AddressError(f"--host {host} --port {args.port}: {reason}.") from None
+        raise Refusal(f"--host {host} --port {args.port}: {reason}.") from None
     except OverflowError:
-        raise AddressError(
+        raise Refusal(
             f"--port {args.port} is not allowed; give a number from 0 to 65535."
         ) from None

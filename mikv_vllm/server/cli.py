@@ -14,9 +14,9 @@ from mikv_vllm.server.wiring import allow_plugin, wire
 logger = logging.getLogger("vllm.mikv")
 
 BAD_FLAG = 2
-"""Exit code for a wrong flag, equal to that of argparse."""
+"""Exit code for a flag that cannot be used, equal to that of argparse."""
 BAD_MODEL = 1
-"""Exit code for a model, machine or address that cannot be used."""
+"""Exit code for a model or a vLLM that cannot be used."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def prepare(args: Namespace, config: CompressionConfig) -> None:
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
-    from mikv_vllm.server.address import AddressError, check_address
+    from mikv_vllm.server.address import check_address
     from mikv_vllm.server.refusals import Refusal, check_frontend
     from mikv_vllm.server.start import check_and_echo
 
@@ -74,12 +74,9 @@ def prepare(args: Namespace, config: CompressionConfig) -> None:
     try:
         check_frontend(given)
         wired = wire(given, config, current_platform.device_type, embedded)
+        check_address(args)
     except Refusal as error:
         leave(str(error), BAD_FLAG)
-    try:
-        check_address(args)
-    except AddressError as error:
-        leave(str(error), BAD_MODEL)
     if embedded:
         choose_embedded_model(args)
     given.update(wired)

@@ -27,7 +27,7 @@ PARTIAL_ATTENTION = ("sliding_attention", "chunked_attention", "linear_attention
 
 
 class Refusal(ValueError):
-    """A flag, model or device that MiKV does not support; the message is one sentence."""
+    """A flag, model, device or address that cannot be served; the message is one sentence."""
 
 
 def _unsupported(subject: str, why: str, remedy: str = "leave it out") -> Refusal:
