@@ -93,13 +93,13 @@ class Prompt:
 
     def compress(self) -> None:
         first = 0
-        for index, (sizes, table) in enumerate(zip(self.blocks, self.tables, strict=True)):
+        for sizes, table in zip(self.blocks, self.tables, strict=True):
             self.ops.compress(
                 self.cache,
                 self.native[first // BLOCK_SIZE :],
                 table,
                 sizes,
-                self.planner.form(index).low_format,
+                self.planner.form(first).low_format,
                 self.scores[:, first:],
                 self.q,
                 RECENT if sizes is self.blocks[-1] else 0,

@@ -86,7 +86,7 @@ class Prompt:
         tokens = self.tokens
         while demoting:
             *sealed, tail = planner.blocks(tokens)
-            if planner.append(len(sealed), tail).demoted_records:
+            if planner.append(len(sealed) * planner.block_tokens, tail).demoted_records:
                 break
             tokens -= 1
         blocks = []
@@ -96,7 +96,7 @@ class Prompt:
                 pages = -(-geometry.high_bytes(sizes.num_tokens + 1) // geometry.page_bytes)
                 end = pages * geometry.page_bytes
                 stored = TierSizes(pages, sizes.num_tokens, 0, end)
-            blocks.append(BlockForm(planner.form(index).low_format, stored))
+            blocks.append(BlockForm(planner.form(index * planner.block_tokens).low_format, stored))
         return blocks
 
     def compress(self, ops: LayerOps, blocks: list[BlockForm], pages: torch.Tensor) -> None:

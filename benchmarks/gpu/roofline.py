@@ -236,7 +236,7 @@ def prompt_work(context: int, ratio: float) -> Iterator[Work]:
     yield Work("prompt_sums", low_format, rows * PARTS * KV_HEADS, trips, rows * keys)
     yield Work("prompt_scores", low_format, programs, [rows], keys)
     blocks = Counter(
-        (planner.form(index).low_format, sizes)
+        (planner.form(index * planner.block_tokens).low_format, sizes)
         for index, sizes in enumerate(planner.blocks(context))
     )
     for (low_format, sizes), count in blocks.items():

@@ -7,19 +7,23 @@ while all its pages have its hash. vLLM's own map does not contain these hashes:
 not find these pages, and KV events do not mention them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.tiered_request import Block, TieredRequest
-from mikv_vllm.tiers.blocks import BlockForm, BlockPlanner
+from mikv_vllm.tiers.blocks import BLOCK_NATIVE_PAGES, BlockPlanner
 
 MOST_TAILS = 8
 """Tails that are kept for the same beginning."""
+LEAST_BRANCH_TOKENS = 128
+"""Tokens of the shortest block that is sealed at a branch."""
+REMEMBERED_PAGES = 8
+"""Native pages of tokens that are remembered for each page of the pool, to find branches."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Hit:
         """The blocks of a request that begins with them; its tail has no pages yet."""
         if self.tail is None:
             return list(self.sealed)
-        return [*self.sealed, Block(self.tail.sizes, self.tail.low_format)]
+        return [*self.sealed, replace(self.tail, pages={}, users=0, tag=None)]
 
     @property
     def pages(self) -> list[KVCacheBlock]:
@@ -59,15 +63,15 @@ class Hit:
 
 
 class BlockCache:
-    """Finds sealed blocks by vLLM's hash of the tokens up to their end, and by their form."""
+    """Finds sealed blocks by vLLM's hash of the tokens up to their end."""
 
-    def __init__(self, pool: BlockPool, block_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
-        self._block_tokens = block_tokens
-        self._blocks: dict[tuple[BlockHash, BlockForm], Block] = {}
-        self._forms: dict[BlockForm, None] = {}
+        self._block_size = block_size
+        self._blocks: dict[BlockHash, list[Block]] = {}
         self._tails: dict[BlockHash, list[KeptTail]] = {}
         self._kept: dict[int, Block] = {}
+        self._next_hashes: dict[BlockHash, BlockHash | None] = {}
         self._serial = count()
         self.num_kept = 0
         """Blocks that can be found and that no request holds."""
@@ -83,60 +87,46 @@ class BlockCache:
         Blocks of ``planner`` or richer ones.
         """
         sealed: list[Block] = []
-        most = request.num_tokens - 1
-        while (len(sealed) + 1) * self._block_tokens <= most:
-            block = self.find_block(request, len(sealed), planner)
-            if block is None:
-                break
+        start, most = 0, request.num_tokens - 1
+        while block := self.find_block(request, start, most, planner):
             sealed.append(block)
-        first_token = len(sealed) * self._block_tokens
-        tail, droppable = self._find_tail(request, len(sealed), planner)
-        num_tokens = first_token + (tail.sizes.num_tokens if tail else 0)
+            start += block.capacity
+        tail, droppable = self._find_tail(request, start, planner)
+        num_tokens = start + (tail.sizes.num_tokens if tail else 0)
         return Hit(sealed, tail, droppable, num_tokens)
 
-    def find_block(self, request: Request, index: int, planner: BlockPlanner) -> Block | None:
-        """The sealed block at ``index`` of a request, of its form or a richer one."""
-        key = self._hash(request, (index + 1) * self._block_tokens)
-        if key is None:
-            return None
-        own = planner.form(index)
-        for form in (own, *self._richer(own)):
-            block = self._blocks.get((key, form))
-            if block is None:
-                continue
-            if block.is_cached:
-                return block
-            del self._blocks[key, form]
+    def find_block(
+        self, request: Request, start: int, most: int, planner: BlockPlanner
+    ) -> Block | None:
+        """The longest sealed block that begins at ``start`` and ends before ``most`` tokens.
+
+        One that is as rich as the request's own block would be, or richer.
+        """
+        whole = start + planner.block_tokens
+        longest = min(whole, most - most % self._block_size)
+        for end in range(longest, start, -self._block_size):
+            key = self._hash(request, end)
+            for block in self._blocks.get(key, ()) if key else ():
+                if block.start == start and block.is_cached and is_richer(block, planner):
+                    return block
         return None
 
-    def _richer(self, own: BlockForm) -> Iterator[BlockForm]:
-        for form in self._forms:
-            if (
-                form != own
-                and form.sizes.pages >= own.sizes.pages
-                and form.low_format.token_bits >= own.low_format.token_bits
-                and form.sizes.high_tokens >= own.sizes.high_tokens
-            ):
-                yield form
-
     def _find_tail(
-        self, request: Request, index: int, planner: BlockPlanner
+        self, request: Request, start: int, planner: BlockPlanner
     ) -> tuple[Block | None, int]:
         """A kept tail that continues a request's sealed blocks, cut to the tokens in common.
 
         Returns:
             The tail, and how many more of its newest tokens can be removed.
         """
-        key = self._tail_key(request, index)
-        first_token = index * self._block_tokens
-        form = planner.form(index)
+        key, form = self._tail_key(request, start), planner.form(start)
         best: tuple[int, KeptTail] | None = None
         kept = [tail for tail in self._tails.get(key, ()) if tail.block.is_cached] if key else []
         for tail in kept:
             block = tail.block
             if (block.low_format, block.sizes.pages) != (form.low_format, form.sizes.pages):
                 continue
-            common = self._common_tokens(request, first_token, tail)
+            common = self._common_tokens(request, start, tail)
             if len(tail.tokens) - common > tail.droppable or not common:
                 continue
             if best is None or common > best[0]:
@@ -147,8 +137,45 @@ class BlockCache:
         sizes = tail.block.sizes
         dropped = len(tail.tokens) - common
         sizes = replace(sizes, high_tokens=sizes.high_tokens - dropped)
-        pages = {i: tail.block.pages[i] for i in planner.positions(index, sizes)}
-        return replace(tail.block, sizes=sizes, pages=pages), tail.droppable - dropped
+        pages = {i: tail.block.pages[i] for i in planner.positions(start, sizes)}
+        capacity = planner.block_tokens
+        block = replace(tail.block, capacity=capacity, sizes=sizes, pages=pages)
+        return block, tail.droppable - dropped
+
+    def find_branch(self, request: Request, hit: Hit, window: int) -> int:
+        """Tokens after which a request differs from earlier ones, where a block should be sealed.
+
+        Args:
+            hit: what the request found.
+            window: last tokens of the request that have to be computed at once.
+
+        Returns:
+            A multiple of the tokens of a native page; 0 if such a block would save little.
+        """
+        step, hashes = self._pool.hash_block_size, request.block_hashes
+        first = sum(block.capacity for block in hit.sealed)
+        index = first // step
+        while index < len(hashes) and hashes[index] in self._next_hashes:
+            index += 1
+        if not index or index * step < hit.num_tokens + LEAST_BRANCH_TOKENS:
+            return 0
+        if index < len(hashes) and self._next_hashes[hashes[index - 1]] is None:
+            return 0  # The earlier request ended here: this one continues it.
+        branch = min(index * step, request.num_tokens - window)
+        branch -= branch % self._block_size
+        whole = self._block_size * BLOCK_NATIVE_PAGES
+        is_short = (branch - first) % whole < LEAST_BRANCH_TOKENS
+        return 0 if is_short or branch < hit.num_tokens + LEAST_BRANCH_TOKENS else branch
+
+    def remember(self, request: Request) -> None:
+        """Remember the tokens of a request that ends, to find branches of later ones."""
+        hashes = request.block_hashes
+        for key, following in zip(hashes, [*hashes[1:], None], strict=False):
+            known = self._next_hashes.pop(key, None)
+            self._next_hashes[key] = following or known
+        most = REMEMBERED_PAGES * self._pool.num_gpu_blocks
+        for key in [*islice(self._next_hashes, max(0, len(self._next_hashes) - most))]:
+            del self._next_hashes[key]
 
     def _common_tokens(self, request: Request, first_token: int, tail: KeptTail) -> int:
         """Tokens of ``tail`` with which a request continues at ``first_token``."""
@@ -164,27 +191,26 @@ class BlockCache:
             common = min(common, size * sum(1 for _ in takewhile(lambda p: p[0] == p[1], hashes)))
         return common
 
-    def _tail_key(self, request: Request, index: int) -> BlockHash | None:
+    def _tail_key(self, request: Request, start: int) -> BlockHash | None:
         """The hash of the tokens before a tail; of the first hash block if there are none.
 
         Either one includes the cache salt and the adapter.
         """
-        return self._hash(request, index * self._block_tokens or self._pool.hash_block_size)
+        return self._hash(request, start or self._pool.hash_block_size)
 
-    def add_block(self, request: Request, index: int, block: Block) -> bool:
+    def add_block(self, request: Request, block: Block) -> bool:
         """Add a sealed block if there is no equal one; False if its tokens have no hash yet."""
-        key = self._hash(request, (index + 1) * self._block_tokens)
+        key = self._hash(request, block.start + block.capacity)
         if key is None:
             return False
-        form = BlockForm(block.low_format, block.sizes)
-        known = self._blocks.get((key, form))
-        if known and known.is_cached:
-            return True
-        self._tag(block)
-        self._forms[form] = None
-        self._blocks[key, form] = block
+        known = [one for one in self._blocks.pop(key, ()) if one.is_cached]
+        if not any(is_alike(one, block) for one in known):
+            self._tag(block)
+            known.append(block)
+        self._blocks[key] = known
         if len(self._blocks) > 2 * self._pool.num_gpu_blocks:
-            self._blocks = {k: b for k, b in self._blocks.items() if b.is_cached}
+            cached = {k: [b for b in blocks if b.is_cached] for k, blocks in self._blocks.items()}
+            self._blocks = {k: blocks for k, blocks in cached.items() if blocks}
         return True
 
     def keep_tail(self, request: Request, tiered: TieredRequest, num_tokens: int) -> None:
@@ -193,17 +219,18 @@ class BlockCache:
         Args:
             num_tokens: tokens of the request that are known and computed; later ones are dropped.
         """
-        key, tail = self._tail_key(request, tiered.index), tiered.tail
+        tail = tiered.tail
+        key, start = self._tail_key(request, tail.start), tail.start
         dropped = tiered.num_tokens - num_tokens
         droppable = tiered.droppable - dropped
-        if key is None or droppable < 0 or tiered.first_token >= num_tokens:
+        if key is None or droppable < 0 or start >= num_tokens:
             return
         sizes = replace(tail.sizes, high_tokens=tail.sizes.high_tokens - dropped)
-        block = Block(sizes, tail.low_format, dict(tail.pages))
+        block = replace(tail, sizes=sizes, pages=dict(tail.pages), users=0)
         self._tag(block)
         size = self._pool.hash_block_size
-        hashes = request.block_hashes[tiered.first_token // size : num_tokens // size]
-        tokens = tuple(request.all_token_ids[tiered.first_token : num_tokens])
+        hashes = request.block_hashes[start // size : num_tokens // size]
+        tokens = tuple(request.all_token_ids[start:num_tokens])
         self.keep(block)
         kept = [one for one in self._tails.pop(key, ()) if one.block.is_cached]
         kept.append(KeptTail(block, tokens, tuple(hashes), droppable))
@@ -246,9 +273,25 @@ class BlockCache:
         self._blocks.clear()
         self._tails.clear()
         self._kept.clear()
+        self._next_hashes.clear()
         self.num_kept = 0
 
     def _tag(self, block: Block) -> None:
         block.tag = b"tiered block " + next(self._serial).to_bytes(8, "big")
         for page in block.pages.values():
             page.set_block_hash(block.tag)
+
+
+def is_richer(block: Block, planner: BlockPlanner) -> bool:
+    """Whether a block is as rich as a request's own one of the same tokens would be, or richer."""
+    own = planner.tail(block.start, block.capacity)
+    return (
+        block.low_format.token_bits >= planner.form(block.start).low_format.token_bits
+        and block.sizes.pages >= own.pages
+        and block.sizes.high_tokens >= own.high_tokens
+    )
+
+
+def is_alike(one: Block, other: Block) -> bool:
+    """Whether two blocks of the same tokens have the same form."""
+    return (one.start, one.sizes, one.low_format) == (other.start, other.sizes, other.low_format)

@@ -14,7 +14,6 @@ from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.block_cache import Hit
 from mikv_vllm.engine.step_plan import CompressStep
 from mikv_vllm.engine.tier_store import TierStore
-from mikv_vllm.tiers.blocks import pages_needed
 from mikv_vllm.tiers.formats import TierGeometry
 
 
@@ -56,10 +55,7 @@ class TieredBlockManager(FullAttentionManager):
             return store.pages_to_adopt(request_id, hit, num_tokens)
         if kwargs.get("apply_admission_cap") and request_id in store.ratios:
             # The whole prompt has to fit, but at most this much of it at once.
-            settings, ratio = store.settings, store.ratios[request_id]
-            pages = pages_needed(
-                store.geometry, ratio, settings.recent, num_tokens, settings.ladder
-            )
+            pages = store.pages_needed(request_id, num_tokens)
             num_tokens = min(num_tokens, max(self.native_limit, pages * self.block_size))
         return super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs

@@ -103,6 +103,7 @@ class TieredScheduler(Scheduler):
         request_id = request.request_id
         report, self._stats = self._report(request), None
         self.store.keep(request)
+        self.store.remember(request)
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         self.store.forget(request_id)
         self.planner.forget(request_id)
@@ -140,20 +141,21 @@ class TieredScheduler(Scheduler):
         if request_id not in self.store.ratios:
             return native
         _, num_tokens, boundary, diverged = native
-        # The last queries of a prompt are computed in one step, because they score it.
-        limit = 0
+        window, limit, hit = self.compression.window, 0, None
         if self.compression.importance == "window":
-            limit = max(0, request.num_tokens - self.compression.window)
+            end = request.num_tokens
+            if self._has_one_group and manager.prefix_cache_lookup_enabled(request):
+                hit = self.store.find(request)
+                end = self.store.branches.get(request_id, end)
+            # The last queries of a prompt are computed in one step, because they score it.
+            limit = max(0, end - window)
             limit -= limit % self.block_size
         if num_tokens > limit:
             # A new lookup, because a sliding window needs the pages before the new end.
             coordinator = manager.coordinator
             found, num_tokens, _ = coordinator.find_longest_cache_hit(request.block_hashes, limit)
             native = manager.create_kv_cache_blocks(found), num_tokens, boundary, diverged
-        if not (limit and self._has_one_group and manager.prefix_cache_lookup_enabled(request)):
-            return native
-        hit = self.store.find(request)
-        if hit.num_tokens <= num_tokens:
+        if hit is None or hit.num_tokens <= num_tokens:
             return native
         self.manager.hits[request_id] = hit
         return manager.create_kv_cache_blocks((hit.pages,)), hit.num_tokens, 0, False

@@ -82,27 +82,37 @@ class StepPlanner:
     def cut_chunk(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Return how many of ``num_new_tokens`` tokens vLLM should compute in this step.
 
-        The last queries of a prompt are computed in one step, because they score it. A long prompt
-        is computed natively up to ``native_limit`` only.
+        A step ends at a branch. The last queries before it, or of the whole prompt, are computed in
+        one step, because they score it. A long prompt is computed natively up to ``native_limit``
+        only.
         """
         request_id = request.request_id
         if num_new_tokens <= 1 or request_id not in self._store.ratios:
             return num_new_tokens
         limit, window = self._manager.native_limit, self._settings.window
+        end = self._end(request, num_computed_tokens)
         is_tiered = request_id in self._store.requests or request_id in self._manager.hits
-        if not is_tiered and request.num_tokens > limit:
+        if not is_tiered and end > limit:
             num_new_tokens = min(num_new_tokens, max(limit - num_computed_tokens, window))
-        left = request.num_tokens - num_computed_tokens
+        left = end - num_computed_tokens
+        num_new_tokens = min(num_new_tokens, left)
         before_window = left - window
         is_cut = 0 < before_window < num_new_tokens < left
         return before_window if is_cut and self._settings.importance == "window" else num_new_tokens
 
+    def _end(self, request: Request, num_computed_tokens: int) -> int:
+        """Tokens with which the prompt is scored next: those up to its branch, or all."""
+        branch = self._store.branches.get(request.request_id, 0)
+        return branch if num_computed_tokens < branch else request.num_tokens
+
     def _awaits_more_prompt(self, request: Request) -> bool:
         """Whether more of the prompt is computed before the request is compressed."""
-        limit = self._manager.native_limit
+        limit, num_tokens = self._manager.native_limit, request.num_computed_tokens
+        if num_tokens == self._store.branches.get(request.request_id):
+            return False
         # The window at a prompt's end is not cut: there has to be room for it.
-        has_room = request.num_computed_tokens < limit - self._settings.window
-        return request.is_prefill_chunk and (request.num_tokens <= limit or has_room)
+        has_room = num_tokens < limit - self._settings.window
+        return request.is_prefill_chunk and (self._end(request, num_tokens) <= limit or has_room)
 
     def _queries(self, num_new: int) -> int:
         """Number of queries of a step that score."""

@@ -11,8 +11,11 @@ from mikv_vllm.engine.block_cache import BlockCache, Hit
 from mikv_vllm.engine.dirty_pages import DirtyPages
 from mikv_vllm.engine.step_plan import OPERATIONS, BlockTable, CompressStep, DecodeStep
 from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
-from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, planner
+from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, pages_needed, planner
 from mikv_vllm.tiers.formats import TierGeometry
+
+BRANCH_PAGES = 4
+"""Most pages that a request takes in addition if it seals a short block."""
 
 
 class TierStore:
@@ -36,6 +39,8 @@ class TierStore:
         self.block_tokens = block_tokens(geometry.block_size)
         self.ratios: dict[str, float] = {}
         """Requested ratio of each request that may be compressed."""
+        self.branches: dict[str, int] = {}
+        """Requests with a branch ahead: tokens after which they seal a block, even a short one."""
         self.requests: dict[str, TieredRequest] = {}
         """Compressed requests."""
         self.totals = TierTotals()
@@ -44,10 +49,10 @@ class TierStore:
         """Counts since the start."""
         self.reused_tokens = {"adopt": 0, "compress": 0}
         """Tokens in blocks that requests took from the prefix cache, since the start."""
-        self.cache = BlockCache(pool, self.block_tokens)
+        self.cache = BlockCache(pool, geometry.block_size)
         self.dirty = DirtyPages(self._evict)
         self._unsealed: dict[str, int] = {}
-        """Requests with full blocks that are not in the prefix cache, and the first such block."""
+        """Requests with full blocks that are not in the prefix cache: index of the first."""
         self._steps: dict[str, list[DecodeStep]] = {}
         self._adopted: dict[str, tuple[BlockTable, ...]] = {}
         self._copies: list[tuple[int, int]] = []
@@ -64,11 +69,17 @@ class TierStore:
         """Undo :meth:`admit`."""
         assert request_id not in self.requests, "its blocks have to be released first"
         self.ratios.pop(request_id, None)
+        self.branches.pop(request_id, None)
 
     def planner(self, request_id: str) -> BlockPlanner:
         """Sizes of the blocks of a request."""
         settings = self.settings
         return planner(self.geometry, self.ratios[request_id], settings.recent, settings.ladder)
+
+    def pages_needed(self, request_id: str, num_tokens: int) -> int:
+        """Pages that a request takes until it holds ``num_tokens`` tokens, once compressed."""
+        settings, ratio = self.settings, self.ratios[request_id]
+        return pages_needed(self.geometry, ratio, settings.recent, num_tokens, settings.ladder)
 
     # Tokens join the tail.
 
@@ -111,20 +122,38 @@ class TierStore:
             tiered.mark_demotion()
             self.operations["demote"] += step.demoted_records
         self.totals.count(self.geometry, tail)
-        if step.after.num_tokens == self.block_tokens:
-            self._unsealed.setdefault(request_id, growth.index)
+        if tail.is_full:
+            self._unsealed.setdefault(request_id, len(tiered.blocks) - 1)
         page_ids = tuple(page.block_id for page in new)
         return DecodeStep(growth.before, step, page_ids, tail.low_format, growth.begins)
 
     # Requests become tiered, and end.
 
     def find(self, request: Request) -> Hit:
-        """The blocks of the prefix cache that a waiting request can begin with."""
-        return self.cache.find(request, self.planner(request.request_id))
+        """The blocks of the prefix cache that a waiting request can begin with.
+
+        Also sets its branch, if behind them it differs from an earlier request.
+        """
+        request_id = request.request_id
+        planner = self.planner(request_id)
+        hit = self.cache.find(request, planner)
+        self.branches.pop(request_id, None)
+        # Richer and short blocks take more pages than its own. The request still has to fit.
+        most = self.pages_needed(request_id, request.num_prompt_tokens + request.max_tokens)
+        most += max(0, len(hit.pages) - planner.budget(hit.num_tokens))
+        total = self.pool.num_gpu_blocks - 1
+        if most > total:
+            return Hit([], None, 0, 0)
+        if most + BRANCH_PAGES <= total:
+            branch = self.cache.find_branch(request, hit, self.settings.window)
+            if branch:
+                self.branches[request_id] = branch
+        return hit
 
     def pages_to_adopt(self, request_id: str, hit: Hit, num_tokens: int) -> int:
         """Free pages that :meth:`adopt` and :meth:`grow` need until there are ``num_tokens``."""
-        tiered = TieredRequest(self.planner(request_id), hit.blocks(), hit.num_tokens)
+        branch = self.branches.get(request_id, 0)
+        tiered = TieredRequest(self.planner(request_id), hit.blocks(), hit.num_tokens, branch)
         pages = sum(page.ref_cnt == 0 for page in hit.pages)
         return pages + len(hit.tail.pages if hit.tail else ()) + tiered.pages_to_grow(num_tokens)
 
@@ -141,7 +170,9 @@ class TierStore:
             self._released += sources
             self.operations["copy"] += 1
         droppable = hit.droppable if hit.tail else None
-        tiered = TieredRequest(self.planner(request_id), blocks, hit.num_tokens, droppable)
+        branch = self.branches.get(request_id, 0)
+        planner = self.planner(request_id)
+        tiered = TieredRequest(planner, blocks, hit.num_tokens, branch, droppable)
         self._hold(request_id, tiered, "adopt")
         self._adopted[request_id] = tuple(block.table() for block in blocks)
 
@@ -157,22 +188,29 @@ class TierStore:
             The step; None if it saves no page, or no pages are available.
         """
         plan = self.planner(request.request_id)
-        all_sizes = plan.compress(num_tokens)
-        if all_sizes is None:
+        blocks: list[Block] = []
+        positions: list[tuple[int, ...]] = []
+        shared, start = set(), 0
+        while start < num_tokens:
+            found = None
+            if self.enable_caching:
+                found = self.cache.find_block(request, start, num_tokens, plan)
+            if found:
+                shared.add(len(blocks))
+                blocks.append(found)
+                positions.append(())
+            else:
+                sizes = plan.tail(start, min(self.block_tokens, num_tokens - start))
+                low_format = plan.form(start).low_format
+                blocks.append(Block(start, self.block_tokens, sizes, low_format))
+                positions.append(plan.positions(start, sizes))
+            start += blocks[-1].sizes.num_tokens
+        reused = [blocks[index] for index in shared]
+        shared_pages = [page for block in reused for page in block.page_list]
+        if len(shared_pages) + sum(map(len, positions)) >= plan.native_pages(num_tokens):
             return None
-        blocks = [Block(sizes, plan.form(i).low_format) for i, sizes in enumerate(all_sizes)]
-        shared = {}
-        if self.enable_caching:
-            for index in range(num_tokens // self.block_tokens):
-                if found := self.cache.find_block(request, index, plan):
-                    shared[index] = blocks[index] = found
-        shared_pages = [page for block in shared.values() for page in block.page_list]
         self.pool.touch(shared_pages)
-        positions = [
-            () if index in shared else plan.positions(index, sizes)
-            for index, sizes in enumerate(all_sizes)
-        ]
-        targets = self._allocate_targets(native, [len(one) for one in positions])
+        targets = self._allocate_targets(native, blocks, [len(one) for one in positions])
         if targets is None:
             self.pool.free_blocks(shared_pages)
             return None
@@ -183,8 +221,10 @@ class TierStore:
         ids = {page.block_id for page in written}
         in_place = any(page.block_id in ids for page in native)
         self._released += [page for page in reversed(native) if page.block_id not in ids]
-        reused = len(shared) * self.block_tokens
-        self._hold(request.request_id, TieredRequest(plan, blocks, reused), "compress")
+        branch = self.branches.get(request.request_id, 0)
+        num_reused = sum(block.capacity for block in reused)
+        tiered = TieredRequest(plan, blocks, num_reused, branch)
+        self._hold(request.request_id, tiered, "compress")
         if self.enable_caching:
             # At once: a request that is compressed in the same step may have the same blocks.
             self._unsealed[request.request_id] = 0
@@ -196,7 +236,7 @@ class TierStore:
         return CompressStep(native_ids, tables, frozenset(shared), in_place)
 
     def _allocate_targets(
-        self, native: list[KVCacheBlock], counts: list[int]
+        self, native: list[KVCacheBlock], blocks: list[Block], counts: list[int]
     ) -> list[list[KVCacheBlock]] | None:
         """Pages to compress into: free ones, or the request's own where too few are free.
 
@@ -212,11 +252,12 @@ class TierStore:
             return [[next(pages) for _ in range(count)] for count in counts]
         # A page that the workers write must have no other reader: neither a request that shares it
         # (ref_cnt) nor, later, one that finds it in the prefix cache (evict_blocks).
-        per_block = self.block_tokens // self.geometry.block_size
         own: list[list[KVCacheBlock]] = []
         available: list[KVCacheBlock] = []
-        for index, count in enumerate(counts):
-            part = native[per_block * index : per_block * (index + 1)]
+        size = self.geometry.block_size
+        for block, count in zip(blocks, counts, strict=True):
+            end = block.start + block.sizes.num_tokens
+            part = native[block.start // size : -(-end // size)]
             available += [page for page in part if page.ref_cnt == 1 and not page.is_null]
             own.append([available.pop() for _ in range(min(count, len(available)))])
         missing = [count - len(pages) for count, pages in zip(counts, own, strict=True)]
@@ -266,14 +307,12 @@ class TierStore:
         """Put the full blocks of a request into the prefix cache."""
         request_id = request.request_id
         first = self._unsealed.pop(request_id)
-        full = self.requests[request_id].num_tokens // self.block_tokens
-        open_blocks = [index for index in range(first, full) if not self._seal(request, index)]
-        if open_blocks:
-            self._unsealed[request_id] = open_blocks[0]
+        for index, block in enumerate(self.requests[request_id].all_blocks()):
+            if index >= first and block.is_full and not self._seal(request, block):
+                self._unsealed.setdefault(request_id, index)
 
-    def _seal(self, request: Request, index: int) -> bool:
-        block = self.requests[request.request_id].blocks[index]
-        return block.tag is not None or self.cache.add_block(request, index, block)
+    def _seal(self, request: Request, block: Block) -> bool:
+        return block.tag is not None or self.cache.add_block(request, block)
 
     def keep(self, request: Request) -> None:
         """Keep the blocks of a request that ends findable. Call it before :meth:`release`."""
@@ -283,10 +322,16 @@ class TierStore:
         if tiered is None or not self.enable_caching or request_id in self._steps:
             return
         num_tokens = min(request.num_computed_tokens, request.num_tokens)
-        for index in range(num_tokens // self.block_tokens):
-            self._seal(request, index)
-        if tiered.tail.tag is None and tiered.tail.sizes.num_tokens < self.block_tokens:
+        for block in tiered.all_blocks():
+            if block.is_full and block.start + block.capacity <= num_tokens:
+                self._seal(request, block)
+        if not tiered.tail.is_full:
             self.cache.keep_tail(request, tiered, num_tokens)
+
+    def remember(self, request: Request) -> None:
+        """Remember the tokens of a request that ends, to find the branches of later ones."""
+        if self.enable_caching and request.request_id in self.ratios:
+            self.cache.remember(request)
 
     # What the plan of a step gets.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from mikv_vllm.engine.step_plan import BlockTable
-from mikv_vllm.tiers.blocks import BlockPlanner, TailStep, block_tokens
+from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
 
@@ -17,6 +17,10 @@ class Block:
     A sealed block can belong to several requests and never changes. A tail belongs to one.
     """
 
+    start: int
+    """Position of its first token in the request."""
+    capacity: int
+    """Tokens with which it is sealed."""
     sizes: TierSizes
     low_format: LowFormat
     pages: dict[int, KVCacheBlock] = field(default_factory=dict)
@@ -24,6 +28,11 @@ class Block:
     """Requests that hold it."""
     tag: bytes | None = None
     """Hash of all its pages while the prefix cache holds it. Unique: no two blocks share a tag."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has all its tokens."""
+        return self.sizes.num_tokens == self.capacity
 
     @property
     def is_cached(self) -> bool:
@@ -61,7 +70,7 @@ class TierTotals:
         """Add a block, or with ``sign`` -1 subtract it."""
         sizes = block.sizes
         self.blocks += sign
-        self.sealed += sign * (sizes.num_tokens == block_tokens(geometry.block_size))
+        self.sealed += sign * block.is_full
         self.pages += sign * len(block.pages)
         self.high_tokens += sign * sizes.high_tokens
         self.high_records += sign * -(-sizes.high_tokens // HIGH_RECORD_TOKENS)
@@ -73,7 +82,6 @@ class TierTotals:
 class Growth:
     """How the last block of a request changes."""
 
-    index: int
     before: TierSizes
     step: TailStep
     begins: bool
@@ -83,62 +91,68 @@ class Growth:
 class TieredRequest:
     """The blocks of one compressed request: sealed blocks, then the tail.
 
-    A tail with all tokens of a block is full; the next token begins a new one.
+    A full tail is a sealed block; the next token begins a new tail.
     """
 
     def __init__(
-        self, planner: BlockPlanner, blocks: list[Block], reused: int, droppable: int | None = None
+        self,
+        planner: BlockPlanner,
+        blocks: list[Block],
+        reused: int,
+        branch: int = 0,
+        droppable: int | None = None,
     ) -> None:
         """Create a request.
 
         Args:
             blocks: at least one; all but the last one are full.
             reused: tokens in blocks that the request did not write.
+            branch: number of tokens at which a block is sealed even if it is short; 0 for none.
             droppable: see :attr:`droppable`; None if only the recent tokens are known to be high.
         """
         self.planner = planner
         self.blocks = blocks
         self.reused_tokens = reused
+        self.branch = branch
         self._next: tuple[int, list[Growth]] | None = None
+        if not blocks[-1].is_full:
+            blocks[-1].capacity = self._capacity(blocks[-1].start)
         self.resize(blocks[-1].sizes)
         self.mark_demotion()
         if droppable is not None:
             self._demoted_at += planner.recent - droppable
 
-    @property
-    def index(self) -> int:
-        """Of the last block."""
-        return len(self.blocks) - 1
-
-    @property
-    def first_token(self) -> int:
-        """Of the last block."""
-        return self.index * self.planner.block_tokens
+    def _capacity(self, start: int) -> int:
+        """Tokens of a block that begins at ``start``."""
+        whole = self.planner.block_tokens
+        return min(whole, self.branch - start) if self.branch > start else whole
 
     @property
     def tail(self) -> Block:
         """The last block, with this step's tokens."""
         tail = self.blocks[-1]
-        high_tokens = self.num_tokens - self.first_token - tail.sizes.low_tokens
+        high_tokens = self.num_tokens - tail.start - tail.sizes.low_tokens
         if tail.sizes.high_tokens != high_tokens:
             tail.sizes = replace(tail.sizes, high_tokens=high_tokens)
         return tail
 
     def begin_block(self, sizes: TierSizes) -> None:
         """Begin a new tail."""
-        low_format = self.planner.form(len(self.blocks)).low_format
-        assert self.tail.sizes.num_tokens == self.planner.block_tokens, "the tail is not full"
-        self.blocks.append(Block(sizes, low_format))
+        assert self.tail.is_full, "the tail is not full"
+        start = self.num_tokens
+        low_format = self.planner.form(start).low_format
+        self.blocks.append(Block(start, self._capacity(start), sizes, low_format))
         self.resize(sizes)
         self.mark_demotion()
 
     def resize(self, sizes: TierSizes) -> None:
         """Give the last block these sizes."""
-        self.blocks[-1].sizes = sizes
-        self.num_tokens = self.first_token + sizes.num_tokens
+        tail = self.blocks[-1]
+        tail.sizes = sizes
+        self.num_tokens = tail.start + sizes.num_tokens
         # The last token of a block comes with the last demotions: it needs a plan.
         slots = -sizes.high_tokens % HIGH_RECORD_TOKENS
-        self.free_slots = max(0, min(slots, self.planner.block_tokens - 1 - sizes.num_tokens))
+        self.free_slots = max(0, min(slots, tail.capacity - 1 - sizes.num_tokens))
 
     def mark_demotion(self) -> None:
         """Remember that only the recent tokens are known to be high now."""
@@ -173,15 +187,16 @@ class TieredRequest:
         return self._next[1]
 
     def _grow(self, num_tokens: int) -> list[Growth]:
-        planner, growths = self.planner, []
-        index, sizes, count = self.index, self.tail.sizes, num_tokens - self.num_tokens
+        planner, growths, tail = self.planner, [], self.tail
+        start, capacity, sizes = tail.start, tail.capacity, tail.sizes
+        count = num_tokens - self.num_tokens
         while count:
-            begins = sizes.num_tokens == planner.block_tokens
+            begins = sizes.num_tokens == capacity
             if begins:
-                index += 1
-                sizes = planner.empty(index)
-            joining = min(count, planner.block_tokens - sizes.num_tokens)
-            step = planner.extend(index, sizes, joining)
-            growths.append(Growth(index, sizes, step, begins))
+                start += capacity
+                capacity, sizes = self._capacity(start), planner.empty(start)
+            joining = min(count, capacity - sizes.num_tokens)
+            step = planner.extend(start, sizes, joining)
+            growths.append(Growth(sizes, step, begins))
             sizes, count = step.after, count - joining
         return growths

@@ -1,9 +1,9 @@
 """Tiered blocks: compression ratio -> low format -> sizes of the blocks of a request.
 
 A compressed request is a list of *sealed blocks*, which never change, and one *tail*. A block
-covers :func:`block_tokens` consecutive tokens. Each block has a stream of its own
-(:mod:`mikv_vllm.tiers.formats`), whose low tier ends at the end of the stream: no record ever
-moves. A tail allocates the pages of its stream that its tiers touch::
+covers :func:`block_tokens` consecutive tokens, or fewer if it is sealed at a branch. Each block has
+a stream of its own (:mod:`mikv_vllm.tiers.formats`), whose low tier ends at the end of the stream:
+no record ever moves. A tail allocates the pages of its stream that its tiers touch::
 
     position       0      1      2      3
     tail       | high |      |      | low  |    2 pages allocated: high grows up, low grows down
@@ -88,9 +88,12 @@ class BlockPlanner:
         """Pages that ``num_tokens`` uncompressed tokens take."""
         return -(-num_tokens // self.geometry.block_size)
 
-    def form(self, index: int) -> BlockForm:
-        """What the block at ``index`` of a request becomes when it is sealed."""
-        start = index * self.block_tokens
+    def form(self, start: int) -> BlockForm:
+        """What a block becomes when it is sealed with all its tokens.
+
+        Args:
+            start: position of its first token in the request.
+        """
         pages = self.budget(start + self.block_tokens) - self.budget(start)
         pages = max(1, pages)
         if pages not in self._forms:
@@ -117,78 +120,78 @@ class BlockPlanner:
                 return form
         return self._richest_form(pages + 1)
 
-    def allocated(self, index: int, sizes: TierSizes) -> tuple[int, int]:
+    def allocated(self, start: int, sizes: TierSizes) -> tuple[int, int]:
         """Pages at the beginning and at the end of the stream that a block of ``sizes`` touches."""
         geometry = self.geometry
         if not sizes.num_tokens:
             return 0, 0
-        low_bytes = sizes.low_records * geometry.low(self.form(index).low_format).num_bytes
+        low_bytes = sizes.low_records * geometry.low(self.form(start).low_format).num_bytes
         high = -(-geometry.high_bytes(sizes.high_tokens) // geometry.page_bytes)
         low = -(-low_bytes // geometry.page_bytes)
         return high, min(low, sizes.pages - high)
 
-    def num_allocated(self, index: int, sizes: TierSizes) -> int:
+    def num_allocated(self, start: int, sizes: TierSizes) -> int:
         """Pages that a block of ``sizes`` takes."""
-        return sum(self.allocated(index, sizes))
+        return sum(self.allocated(start, sizes))
 
     def least_high(self, num_tokens: int) -> int:
         """High tokens of a block that demotion leaves: the recent ones and some important ones."""
         return self.recent + int(LEAST_HIGH_FRACTION / 2 * num_tokens)
 
-    def tail(self, index: int, num_tokens: int) -> TierSizes:
-        """Sizes of the block at ``index`` if ``num_tokens`` tokens join it at once."""
-        form = self.form(index)
+    def tail(self, start: int, num_tokens: int) -> TierSizes:
+        """Sizes of a block if ``num_tokens`` tokens, at most a whole block, join it at once."""
+        form = self.form(start)
         if num_tokens == self.block_tokens:
             return form.sizes
-        limit = self._limit(index, num_tokens)
-        return self._choose(index, num_tokens, 0, limit, self.least_high(num_tokens))
+        limit = self._limit(start, num_tokens)
+        return self._choose(start, num_tokens, 0, limit, self.least_high(num_tokens))
 
     def compress(self, num_tokens: int) -> list[TierSizes] | None:
         """Sizes of the blocks of a native request, a tail last; None if no page is saved."""
         blocks = self.blocks(num_tokens)
-        pages = sum(self.num_allocated(i, sizes) for i, sizes in enumerate(blocks))
+        starts = range(0, num_tokens, self.block_tokens)
+        pages = sum(map(self.num_allocated, starts, blocks))
         return blocks if pages < self.native_pages(num_tokens) else None
 
     def blocks(self, num_tokens: int) -> list[TierSizes]:
         """Sizes of all blocks of a request that is compressed at once."""
-        sealed, rest = divmod(num_tokens, self.block_tokens)
-        blocks = [self.form(i).sizes for i in range(sealed)]
-        return [*blocks, self.tail(sealed, rest)] if rest else blocks
+        starts = range(0, num_tokens, self.block_tokens)
+        return [self.tail(i, min(self.block_tokens, num_tokens - i)) for i in starts]
 
-    def append(self, index: int, sizes: TierSizes) -> TailStep:
-        """Plan how the tail at ``index`` takes one token."""
+    def append(self, start: int, sizes: TierSizes) -> TailStep:
+        """Plan how a tail takes one token."""
         if sizes.num_tokens + 1 < self.block_tokens and sizes.high_tokens % HIGH_RECORD_TOKENS:
             return TailStep(1, (), (), 0, replace(sizes, high_tokens=sizes.high_tokens + 1))
-        return self.extend(index, sizes, 1)
+        return self.extend(start, sizes, 1)
 
-    def extend(self, index: int, sizes: TierSizes, count: int) -> TailStep:
-        """Plan how the tail at ``index`` takes ``count`` tokens, up to a whole block."""
+    def extend(self, start: int, sizes: TierSizes, count: int) -> TailStep:
+        """Plan how a tail takes ``count`` tokens, up to a whole block."""
         num_tokens = sizes.num_tokens + count
         assert num_tokens <= self.block_tokens, "these tokens belong to the next block"
         if num_tokens == self.block_tokens:
-            after = self.form(index).sizes
+            after = self.form(start).sizes
         else:
-            limit = max(self._limit(index, num_tokens), self.num_allocated(index, sizes))
+            limit = max(self._limit(start, num_tokens), self.num_allocated(start, sizes))
             least = max(self.least_high(num_tokens), self.recent + 1)
-            after = self._choose(index, num_tokens, sizes.low_records, limit, least)
+            after = self._choose(start, num_tokens, sizes.low_records, limit, least)
         demoted = after.low_records - sizes.low_records
-        old, new = set(self.positions(index, sizes)), set(self.positions(index, after))
+        old, new = set(self.positions(start, sizes)), set(self.positions(start, after))
         new_positions, freed_positions = tuple(sorted(new - old)), tuple(sorted(old - new))
         return TailStep(count, new_positions, freed_positions, demoted, after)
 
-    def empty(self, index: int) -> TierSizes:
+    def empty(self, start: int) -> TierSizes:
         """Sizes of a tail without tokens."""
-        return replace(self.form(index).sizes, high_tokens=0, low_records=0)
+        return replace(self.form(start).sizes, high_tokens=0, low_records=0)
 
     def _choose(
-        self, index: int, num_tokens: int, least_low: int, limit: int, least_high: int
+        self, start: int, num_tokens: int, least_low: int, limit: int, least_high: int
     ) -> TierSizes:
         """The sizes with the fewest low records that take at most ``limit`` pages.
 
         If there are none, those that take the fewest pages. At least ``least_high`` tokens stay
         high, or :attr:`recent` and one more if no other sizes fit.
         """
-        form = self.form(index)
+        form = self.form(start)
         best = None
         for low in range(least_low, form.sizes.low_records + 1):
             high = num_tokens - LOW_RECORD_TOKENS * low
@@ -197,7 +200,7 @@ class BlockPlanner:
             sizes = replace(form.sizes, high_tokens=high, low_records=low)
             if not self._fits(form, sizes):
                 continue
-            pages = self.num_allocated(index, sizes)
+            pages = self.num_allocated(start, sizes)
             if best is None or pages < best[0] or (pages == best[0] > limit):
                 best = pages, sizes
             if pages <= limit:
@@ -205,14 +208,13 @@ class BlockPlanner:
         assert best, f"no sizes for a tail of {num_tokens} tokens"
         return best[1]
 
-    def positions(self, index: int, sizes: TierSizes) -> tuple[int, ...]:
+    def positions(self, start: int, sizes: TierSizes) -> tuple[int, ...]:
         """Positions in the stream of the pages that a block of ``sizes`` takes, ascending."""
-        high, low = self.allocated(index, sizes)
+        high, low = self.allocated(start, sizes)
         return (*range(high), *range(sizes.pages - low, sizes.pages))
 
-    def _limit(self, index: int, num_tokens: int) -> int:
+    def _limit(self, start: int, num_tokens: int) -> int:
         """Pages that a tail of ``num_tokens`` tokens should take."""
-        start = index * self.block_tokens
         return max(1, self.budget(start + num_tokens) - self.budget(start))
 
     def _fits(self, form: BlockForm, sizes: TierSizes) -> bool:
@@ -254,7 +256,8 @@ def pages_needed(
     sizes = blocks.compress(num_tokens) if ratio > 1.0 else None
     if sizes is None:
         return blocks.native_pages(num_tokens)
-    return sum(blocks.num_allocated(i, block) for i, block in enumerate(sizes)) + 1
+    starts = range(0, num_tokens, blocks.block_tokens)
+    return sum(map(blocks.num_allocated, starts, sizes)) + 1
 
 
 @lru_cache(256)

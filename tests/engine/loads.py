@@ -110,5 +110,5 @@ def run_load(vllm_configs: Configs, name: str, requests: list, num_pages: int, d
     assert simulation.pool.get_num_free_blocks() == num_pages, "pages are held by nobody"
     context, manager, store = simulation.context, scheduler.manager, scheduler.store
     left = (store.requests, store.ratios, manager.req_to_blocks, manager.hits)
-    left += (scheduler.planner._scoring, scheduler._with_stop_strings)
+    left += (store.branches, scheduler.planner._scoring, scheduler._with_stop_strings)
     assert not any((*left, context.tiers, context.scores)), "an idle engine remembers requests"

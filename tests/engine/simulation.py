@@ -297,17 +297,19 @@ class Simulation:
         assert (content.low_format, content.num_pages) == (block.low_format, block.sizes.pages)
         return content
 
-    def _reuse(self, request_id: str, index: int, block) -> "Content":
+    def _reuse(self, request_id: str, start: int, block) -> "Content":
         """The content of a block that a request did not write, and that is as rich as its own."""
-        own = self.scheduler.store.planner(request_id).form(index)
-        assert block.low_format.token_bits >= own.low_format.token_bits, "a poorer block was found"
-        assert block.sizes.pages >= own.sizes.pages, "a poorer block was found"
+        planner = self.scheduler.store.planner(request_id)
+        own = planner.tail(start, block.sizes.num_tokens)
+        bits = planner.form(start).low_format.token_bits
+        assert block.low_format.token_bits >= bits, "a poorer block was found"
+        assert block.sizes.pages >= own.pages, "a poorer block was found"
         return self._content(block)
 
     def _adopt(self, request_id: str, blocks) -> None:
         first = 0
-        for index, block in enumerate(blocks):
-            content, count = self._reuse(request_id, index, block), block.sizes.num_tokens
+        for block in blocks:
+            content, count = self._reuse(request_id, first, block), block.sizes.num_tokens
             expected = tuple(self._prefixes(request_id, first + count)[first : first + count])
             if len(content.tokens) != count:
                 dropped = len(content.tokens) - count
@@ -331,7 +333,7 @@ class Simulation:
                 free_native |= {*native[first // self.block_size :]}
             first += count
             if index in step.shared:
-                content = self._reuse(request_id, index, block)
+                content = self._reuse(request_id, first - count, block)
                 assert content.tokens == tokens, "a shared block has other tokens"
                 continue
             recent = min(self.recent, block.sizes.high_tokens)
@@ -359,7 +361,8 @@ class Simulation:
         for change in changes:
             joining = change.append.new_tokens
             if change.begins:
-                assert len(contents[-1].tokens) == self.block_tokens, "a tail was left"
+                tiered = self.scheduler.store.requests[request_id]
+                assert first in {block.start for block in tiered.blocks}, "a tail was left"
                 tables.append([0] * change.before.pages)
                 contents.append(Content((), 0, change.low_format, change.before.pages))
             content, table = contents[-1], tables[-1]
@@ -466,7 +469,7 @@ class Simulation:
             request = self.scheduler.requests[request_id]
             assert tiered.num_tokens == request.num_computed_tokens
             for index, block in enumerate(own[:-1]):
-                assert block.sizes.num_tokens == self.block_tokens, f"block {index} is not full"
+                assert block.is_full, f"block {index} is not full"
             for page in own[-1].pages.values():
                 if own[-1].tag is None:
                     assert holders[page.block_id] == 1, "a tail is shared"
@@ -478,7 +481,7 @@ class Simulation:
     def check_kept_blocks(self) -> None:
         """The blocks that nobody holds and that the prefix cache finds are counted."""
         cache = self.scheduler.store.cache
-        findable = [*cache._blocks.values()]
+        findable = [block for blocks in cache._blocks.values() for block in blocks]
         findable += [tail.block for tails in cache._tails.values() for tail in tails]
         kept = [block for block in findable if block.is_cached and not block.users]
         assert cache.num_kept == len(kept), "kept blocks are miscounted"

@@ -57,6 +57,26 @@ def test_a_short_prompt_is_compressed_once_it_is_long_enough(vllm_configs):
     assert report["achieved_ratio"] > 3.2
 
 
+def test_questions_about_a_document_share_its_blocks(vllm_configs):
+    """The second one seals a short block at the document's end, and the later ones find it."""
+    simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 120))
+    store = simulation.scheduler.store
+    document = list(range(900))
+    for i in range(4):
+        simulation.add(f"r{i}", [*document, *[900 + i] * 60], 20, 4.0)
+        simulation.run()
+    # A document of 900 tokens has 896 tokens in whole pages, 512 of them in a whole block.
+    reused = [simulation.reports[f"r{i}"]["reused_tokens"] for i in range(4)]
+    assert reused == [0, 512, 896, 896]
+    for i in range(4, 8):
+        simulation.add(f"r{i}", [*document, *[900 + i] * 60], 20, 4.0)
+    for _ in range(10):
+        simulation.step()
+    assert len(store.requests) == 4
+    assert (store.totals.blocks, store.totals.sealed) == (6, 2)
+    simulation.run()
+
+
 def test_shared_pages_are_not_compressed_in_place(vllm_configs):
     """Too few free pages, and the request's own are shared: it waits until they are not."""
     simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 52))

@@ -5,6 +5,7 @@ from hashlib import sha256
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from mikv_vllm.engine import block_cache
 from mikv_vllm.engine.block_cache import BlockCache
 from mikv_vllm.engine.tier_store import TierStore
 from mikv_vllm.engine.tiered_request import Block, TieredRequest
@@ -27,12 +28,7 @@ def hash_without_salt(patch) -> None:
 def hash_without_sizes(patch) -> None:
     """Blocks are found whatever their form."""
 
-    def find_block(self, request, index, planner):
-        key = self._hash(request, (index + 1) * self._block_tokens)
-        found = (block for (one, _), block in self._blocks.items() if one == key)
-        return next((block for block in found if block.is_cached), None)
-
-    patch.setattr(BlockCache, "find_block", find_block)
+    patch.setattr(block_cache, "is_richer", lambda block, planner: True)
 
 
 def roll_back_one_token_too_many(patch) -> None:
@@ -69,7 +65,13 @@ def share_tails(patch) -> None:
         if hit.tail:
             blocks[-1].pages = dict(hit.tail.pages)
         droppable = hit.droppable if hit.tail else None
-        tiered = TieredRequest(self.planner(request_id), blocks, hit.num_tokens, droppable)
+        tiered = TieredRequest(
+            self.planner(request_id),
+            blocks,
+            hit.num_tokens,
+            self.branches.get(request_id, 0),
+            droppable,
+        )
         self._hold(request_id, tiered, "adopt")
         self._adopted[request_id] = tuple(block.table() for block in blocks)
 

@@ -26,20 +26,20 @@ RECENTS = [1, RECENT, 100]
 RATIO = st.floats(1.1, 6.0)
 
 
-def check(planner, index, sizes):
+def check(planner, start, sizes):
     """The tiers fit into the stream without touching each other, in the pages allocated."""
-    geometry, form = planner.geometry, planner.form(index)
+    geometry, form = planner.geometry, planner.form(start)
     low_bytes = sizes.low_records * geometry.low(form.low_format).num_bytes
     assert sizes.pages == form.sizes.pages
     assert sizes.low_end_bytes == sizes.pages * geometry.page_bytes
     assert geometry.high_bytes(sizes.high_tokens) + low_bytes <= sizes.low_end_bytes
     assert sizes.low_records <= form.sizes.low_records
-    positions = planner.positions(index, sizes)
+    positions = planner.positions(start, sizes)
     page = geometry.page_bytes
     high = range(-(-geometry.high_bytes(sizes.high_tokens) // page))
     low = range((sizes.low_end_bytes - low_bytes) // page, sizes.pages if low_bytes else 0)
     assert positions == tuple(sorted({*high, *low}))
-    assert planner.num_allocated(index, sizes) == len(positions)
+    assert planner.num_allocated(start, sizes) == len(positions)
 
 
 @pytest.mark.parametrize("codec", LADDERS)
@@ -48,24 +48,25 @@ def check(planner, index, sizes):
 @settings(max_examples=60, deadline=None)
 @given(
     ratio=RATIO,
-    index=st.integers(0, 5),
+    page=st.integers(0, 200),
     first=st.integers(1, 511),
     chunks=st.lists(st.integers(1, 200), max_size=4),
 )
-def test_a_tail_grows_to_the_sealed_sizes(geometry, recent, codec, ratio, index, first, chunks):
+def test_a_tail_grows_to_the_sealed_sizes(geometry, recent, codec, ratio, page, first, chunks):
     planner = BlockPlanner(geometry, ratio, recent, LADDERS[codec])
-    sizes = planner.tail(index, first)
+    start = page * geometry.block_size
+    sizes = planner.tail(start, first)
     assert sizes.num_tokens == first
-    check(planner, index, sizes)
+    check(planner, start, sizes)
     counts = iter(chunks)
     while sizes.num_tokens < planner.block_tokens:
         count = min(next(counts, 1), planner.block_tokens - sizes.num_tokens)
-        step = planner.append(index, sizes) if count == 1 else planner.extend(index, sizes, count)
+        step = planner.append(start, sizes) if count == 1 else planner.extend(start, sizes, count)
         after = step.after
-        check(planner, index, after)
+        check(planner, start, after)
         assert after.num_tokens == sizes.num_tokens + step.new_tokens
         assert after.low_records == sizes.low_records + step.demoted_records
-        before, positions = planner.positions(index, sizes), planner.positions(index, after)
+        before, positions = planner.positions(start, sizes), planner.positions(start, after)
         assert set(positions) == {*before, *step.new_positions} - {*step.freed_positions}
         assert not {*before} & {*step.new_positions}
         assert {*step.freed_positions} <= {*before}
@@ -73,7 +74,7 @@ def test_a_tail_grows_to_the_sealed_sizes(geometry, recent, codec, ratio, index,
         candidates = sizes.high_tokens + (step.new_tokens if count > 1 else 0) - recent
         assert 32 * step.demoted_records <= max(0, candidates)
         sizes = after
-    assert sizes == planner.form(index).sizes
+    assert sizes == planner.form(start).sizes
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -84,7 +85,7 @@ def test_the_blocks_of_a_request_follow_its_ratio(geometry, ratio, num_tokens):
     blocks = planner.blocks(num_tokens)
     assert sum(sizes.num_tokens for sizes in blocks) == num_tokens
     for index, sizes in enumerate(blocks):
-        check(planner, index, sizes)
+        check(planner, index * planner.block_tokens, sizes)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -107,10 +108,10 @@ def test_a_request_takes_no_more_pages_than_needed(ratio, first, count):
     if blocks is None:
         return
     for _ in range(count):
-        index = len(blocks) - 1
         if blocks[-1].num_tokens == planner.block_tokens:
-            index += 1
-            blocks.append(planner.empty(index))
-        blocks[-1] = planner.append(index, blocks[-1]).after
-    pages = sum(planner.num_allocated(index, sizes) for index, sizes in enumerate(blocks))
+            blocks.append(planner.empty(len(blocks) * planner.block_tokens))
+        start = (len(blocks) - 1) * planner.block_tokens
+        blocks[-1] = planner.append(start, blocks[-1]).after
+    starts = range(0, first + count, planner.block_tokens)
+    pages = sum(map(planner.num_allocated, starts, blocks))
     assert pages <= pages_needed(geometry, ratio, RECENT, first + count)

@@ -47,14 +47,14 @@ class MiKV(CacheMethod):
         if blocks is None:
             return Stored(cache.keys, cache.values, cache.native_bytes)
         keys, values, num_pages, first = [], [], 0, 0
-        for index, sizes in enumerate(blocks):
+        for sizes in blocks:
             part = cache.part(first, first + sizes.num_tokens)
             recent = min(self.recent, sizes.high_tokens) if sizes is blocks[-1] else 0
-            low_format = planner.form(index).low_format
+            low_format = planner.form(first).low_format
             stored = store_tiers(part, sizes.high_tokens, recent, low_format)
             keys.append(stored[0])
             values.append(stored[1])
-            num_pages += planner.num_allocated(index, sizes)
+            num_pages += planner.num_allocated(first, sizes)
             first += sizes.num_tokens
         return Stored(torch.cat(keys), torch.cat(values), num_pages * geometry.page_bytes)
 
