@@ -10,11 +10,12 @@ import tempfile
 from datetime import date
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from benchmarks.__main__ import machine
 from benchmarks.serving import report
-from benchmarks.serving.loads import LOADS, Target
-from benchmarks.serving.servers import CONTENDERS, Counters, reset, serve
+from benchmarks.serving.loads import LOADS, Load, Target
+from benchmarks.serving.servers import CONTENDERS, Contender, Counters, reset, serve
 from mikv_vllm.models import embedded_model
 
 
@@ -22,43 +23,87 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
     parser.add_argument(
+        "--full",
+        action="store_true",
+        help="larger loads, each in a pool of its own size, which take about an hour",
+    )
+    parser.add_argument(
+        "--servers",
+        nargs="+",
+        choices=[contender.name for contender in CONTENDERS],
+        default=[contender.name for contender in CONTENDERS if contender.pool == 1],
+        metavar="NAME",
+        help=f"{', '.join(contender.name for contender in CONTENDERS)} (default: all but the last)",
+    )
+    parser.add_argument(
         "--pool-tokens",
         type=int,
-        default=4000,
-        help="size of every server's pool, in uncompressed bf16 tokens (default %(default)s)",
+        help="size of every server's pool, in uncompressed bf16 tokens (default: 4000, or with "
+        "--full that of each load)",
     )
     parser.add_argument("--model", help="a local folder (default: the embedded model)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     model = args.model or str(embedded_model())
-    loads = [LOADS[name]() for name in args.loads]
-    longest = max(load.longest for load in loads)
-    if args.pool_tokens < longest:
-        parser.error(
-            f"--pool-tokens is {args.pool_tokens}, but the longest request has {longest} tokens; "
-            f"give --pool-tokens {longest} or more"
-        )
-    pool = args.pool_tokens * token_bytes(model)
-    flags = [
-        *("--model", model, "--enforce-eager", "--max-model-len", str(longest)),
-        *("--kv-cache-memory-bytes", str(pool), "--block-size", "32"),
-        "--enable-prompt-tokens-details",
-    ]
-    result = {
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "pool": f"{pool} bytes, {args.pool_tokens} tokens in bf16",
-        "loads": [{"title": load.title, "text": load.text, "rows": []} for load in loads],
-    }
+    contenders = [contender for contender in CONTENDERS if contender.name in args.servers]
+    by_pool: dict[int, list[Load]] = {}
+    for name in args.loads:
+        quick, full, pool_tokens = LOADS[name]
+        size = args.pool_tokens or (pool_tokens if args.full else 4000)
+        by_pool.setdefault(size, []).append(full() if args.full else quick())
+    for size, loads in by_pool.items():
+        longest = max(load.longest for load in loads)
+        if size < longest:
+            parser.error(
+                f"--pool-tokens is {size}, but the longest request has {longest} tokens; "
+                f"give --pool-tokens {longest} or more"
+            )
+    result: dict[str, Any] = {"date": date.today().isoformat(), "machine": machine(), "loads": []}
     logs = Path(tempfile.mkdtemp(prefix="serving-benchmark-"))
     print(f"logs of the servers: {logs}")
-    for _, group in groupby(CONTENDERS, lambda contender: (contender.module, contender.flags)):
-        contenders = list(group)
-        print(f"starting {contenders[0].name} …", flush=True)
-        log = logs / f"{contenders[0].name.replace(' ', '-')}.txt"
-        with serve(contenders[0], flags, log) as url:
-            for contender in contenders:
-                for load, entry in zip(loads, result["loads"], strict=True):
+    for size, loads in by_pool.items():
+        result["loads"] += run(model, size, loads, contenders, logs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"serving-{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    report.plot(result, path.with_suffix(".png"))
+    print(report.tables(result))
+    print(f"written: {path}, {path.with_suffix('.png')}")
+
+
+def run(
+    model: str, pool_tokens: int, loads: list[Load], contenders: list[Contender], logs: Path
+) -> list[dict[str, Any]]:
+    """Run loads against one server after the other.
+
+    Args:
+        pool_tokens: size of the pools, in uncompressed bf16 tokens.
+        logs: folder for the output of the servers.
+
+    Returns:
+        For each load its title, text, pool and rows.
+    """
+    entries: list[dict[str, Any]] = [
+        {"title": load.title, "text": load.text, "pool tokens": pool_tokens, "rows": []}
+        for load in loads
+    ]
+    flags = [
+        *("--model", model, "--enforce-eager", "--block-size", "32"),
+        *("--max-model-len", str(max(load.longest for load in loads))),
+        "--enable-prompt-tokens-details",
+    ]
+
+    def server(contender: Contender) -> tuple[str, tuple[str, ...], int]:
+        return contender.module, contender.flags, contender.pool
+
+    for _, group in groupby(contenders, server):
+        same = list(group)
+        print(f"starting {same[0].name} …", flush=True)
+        log = logs / f"{same[0].name.replace(' ', '-')}-{pool_tokens}.txt"
+        pool = same[0].pool * pool_tokens * token_bytes(model)
+        with serve(same[0], [*flags, "--kv-cache-memory-bytes", str(pool)], log) as url:
+            for contender in same:
+                for load, entry in zip(loads, entries, strict=True):
                     print(f"{contender.name}: {load.title} …", flush=True)
                     reset(url)
                     with Counters(url) as counters:
@@ -66,12 +111,7 @@ def main() -> None:
                     row = report.row(contender.name, times, counters.counted())
                     print(f"  {row['seconds']} s, {row['found in cache']} found", flush=True)
                     entry["rows"].append(row)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"serving-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    report.plot(result, path.with_suffix(".png"))
-    print(report.tables(result))
-    print(f"written: {path}, {path.with_suffix('.png')}")
+    return entries
 
 
 def token_bytes(model: str) -> int:

@@ -16,9 +16,15 @@ def row(name: str, times: Times, counted: Counted) -> dict[str, Any]:
     """One contender's row in the table of a load."""
     first = np.percentile(times.first, PERCENTILES)
     between = 1000 * np.percentile(times.between, PERCENTILES)
+    later: dict[str, Any] = {}
+    if times.later_seconds is not None:
+        later["later requests, s"] = round(times.later_seconds, 1)
+    if times.later_tokens:
+        later["later found"] = f"{times.later_cached_tokens / times.later_tokens:.1%}"
     return {
         "server": name,
         "seconds": round(times.seconds, 1),
+        **later,
         "tokens/s": round((times.prompt_tokens + times.new_tokens) / times.seconds),
         "first token p50/p95/p99, s": " / ".join(f"{value:.2f}" for value in first),
         "between tokens p50/p95/p99, ms": " / ".join(f"{value:.0f}" for value in between),
@@ -30,9 +36,10 @@ def row(name: str, times: Times, counted: Counted) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> str:
     """All loads of a result, one Markdown table each."""
-    parts = [f"{result['date']}, {result['machine']}; pool: {result['pool']}"]
+    parts = [f"{result['date']}, {result['machine']}"]
     for load in result["loads"]:
-        parts.append(f"## {load['title']}\n\n{load['text']}.\n\n{markdown_table(load['rows'])}")
+        text = f"{load['text']}. Pool: {load['pool tokens']:,} uncompressed tokens"
+        parts.append(f"## {load['title']}\n\n{text}.\n\n{markdown_table(load['rows'])}")
     return "\n\n".join(parts)
 
 

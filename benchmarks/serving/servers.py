@@ -27,6 +27,8 @@ class Contender:
     module: str
     flags: tuple[str, ...] = ()
     ratio: float | None = None
+    pool: int = 1
+    """Size of its pool, relative to the others'."""
 
     @property
     def extra_body(self) -> dict[str, Any]:
@@ -39,8 +41,9 @@ CONTENDERS = (
     Contender("stock fp8", STOCK_MODULE, ("--kv-cache-dtype", "fp8")),
     Contender("MiKV, ratio 1", MIKV_MODULE, ratio=1.0),
     Contender("MiKV, ratio 4", MIKV_MODULE, ratio=4.0),
+    Contender("stock bf16, 4 pools", STOCK_MODULE, pool=4),
 )
-"""Contenders with the same module and flags share a server, whose prefix cache is reset."""
+"""Contenders with the same module, flags and pool share a server, whose prefix cache is reset."""
 
 
 @dataclass(frozen=True)
