@@ -222,6 +222,7 @@ class TierStore:
         in_place = any(page.block_id in ids for page in native)
         self._released += [page for page in reversed(native) if page.block_id not in ids]
         branch = self.branches.get(request.request_id, 0)
+        branch = branch if branch >= num_tokens else 0  # it could not be compressed there
         num_reused = sum(block.capacity for block in reused)
         tiered = TieredRequest(plan, blocks, num_reused, branch)
         self._hold(request.request_id, tiered, "compress")
