@@ -4,7 +4,9 @@ Parts:
   decode       milliseconds per decode step, by context and number of sequences
   first-token  time to the first token of a prompt that is not cached
   concurrency  number of requests that run at once in a pool of the same size
+  sharing      peak pages of requests that share a beginning, at ratio 1 and compressed
   quality      KL divergence to the uncompressed cache, by ratio
+  conversation quality of a turn that goes on from the blocks of earlier turns
 
 The parts decode and first-token keep three engines alive at the same time and measure them in turn.
 """
@@ -15,12 +17,12 @@ import platform
 from datetime import date
 from pathlib import Path
 
-from benchmarks import concurrency, decode, first_token, report
+from benchmarks import concurrency, decode, first_token, report, sharing
 from benchmarks.engines import BLOCK_SIZE, MAX_MODEL_LEN, engines
 from benchmarks.pool import GIB, pool_bytes
 from mikv_vllm.server.memory import available_bytes
 
-PARTS = ("decode", "first-token", "concurrency", "quality")
+PARTS = ("decode", "first-token", "concurrency", "sharing", "quality", "conversation")
 EXTRA_ROUNDS = 2
 """Rounds of the first-token part in addition to ``--rounds``."""
 ENGINES = ("stock", "stock fp8", "mikv")
@@ -131,10 +133,16 @@ def main() -> None:
                 )
     if "concurrency" in args.parts:
         result["concurrency"] = concurrency.measure()
+    if "sharing" in args.parts:
+        result["sharing"] = sharing.measure()
     if "quality" in args.parts:
         from benchmarks import quality
 
         result["quality"] = quality.measure()
+    if "conversation" in args.parts:
+        from benchmarks import conversation
+
+        result["conversation"] = conversation.measure()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -8,7 +8,9 @@ TITLES = {
     "first_token": "Time to the first token",
     "decode": "Decode",
     "concurrency": "Requests at once in the same pool",
+    "sharing": "Requests that share a beginning",
     "quality": "Quality",
+    "conversation": "Fourth turn of a conversation",
 }
 HEADINGS = {
     "of_stock": "relative to stock",
@@ -19,7 +21,12 @@ HEADINGS = {
     "prompt": "prompt, tokens",
     "context": "context, tokens",
     "at_once": "requests at once",
+    "peak_pages": "pages at the peak",
+    "of_ratio_1": "relative to ratio 1",
     "divergence": "KL divergence, nats",
+    "fourth_turn": "KL divergence of a fourth turn, nats",
+    "of_fresh": "relative to a whole prompt",
+    "pass_keys": "pass keys found",
     "divergence_error": "standard error",
     "agreement": "same likeliest token",
     "low_format": "low format",

@@ -82,8 +82,9 @@ class CompressionConfig(BaseModel):
     """A request stays native until it holds this many tokens."""
 
     native_share: float = Field(default=0.5, ge=0.05, le=1.0, allow_inf_nan=False)
-    """Share of all pages up to which a prompt stays uncompressed while it is computed. A longer
-    prompt is compressed while it is computed, so it does not have to fit uncompressed."""
+    """Share of all pages up to which a prompt stays uncompressed while it is computed; pages that
+    hold compressed blocks of the prefix cache are not used. A longer prompt is compressed while it
+    is computed, so it does not have to fit uncompressed."""
 
     codec: Codec = "channel"
     """Low-tier codec: keys per channel, the costly channels at more bits; or ``balanced``, the

@@ -186,6 +186,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
     },
     "v1/core/block_pool.py": {
         "BlockPool.evict_blocks": "self block_ids",
+        "BlockPool.free_block_queue": None,
         "BlockPool.free_blocks": "self ordered_blocks",
         "BlockPool.get_new_blocks": "self num_blocks",
         "BlockPool.get_num_free_blocks": "self",
@@ -206,8 +207,12 @@ VLLM_API: dict[str, dict[str, str | None]] = {
     },
     "v1/core/kv_cache_utils.py": {
         "BlockHash": None,
+        "FreeKVCacheBlockQueue.fake_free_list_head": None,
+        "FreeKVCacheBlockQueue.prepend_n": "self blocks",
+        "FreeKVCacheBlockQueue.remove": "self block",
         "KVCacheBlock.block_id": None,
         "KVCacheBlock.is_null": None,
+        "KVCacheBlock.next_free_block": None,
         "KVCacheBlock.ref_cnt": None,
     },
     "v1/core/sched/async_scheduler.py": {"AsyncScheduler.__init__": "self"},

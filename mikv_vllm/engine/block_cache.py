@@ -246,6 +246,11 @@ class BlockCache:
 
     # Blocks that no request holds.
 
+    @property
+    def num_kept_pages(self) -> int:
+        """Pages of kept blocks."""
+        return len(self._kept)
+
     def keep(self, block: Block) -> None:
         """Count a block that its last request releases, if it can be found."""
         if block.is_cached:

@@ -33,10 +33,6 @@ class TieredBlockManager(FullAttentionManager):
         geometry: TierGeometry = kv_cache_spec.geometry
         settings: CompressionConfig = kv_cache_spec.compression
         self.store = TierStore(self.block_pool, geometry, settings, self.enable_caching)
-        share = int(settings.native_share * (self.block_pool.num_gpu_blocks - 1))
-        least = -(-(settings.min_tokens + settings.window) // self.block_size)
-        self.native_limit = max(share, least) * self.block_size
-        """Tokens beyond which a prompt is compressed while it is computed."""
         self.hits: dict[str, Hit] = {}
         """Blocks that waiting requests will begin with."""
 
@@ -56,7 +52,8 @@ class TieredBlockManager(FullAttentionManager):
         if kwargs.get("apply_admission_cap") and request_id in store.ratios:
             # The whole prompt has to fit, but at most this much of it at once.
             pages = store.pages_needed(request_id, num_tokens)
-            num_tokens = min(num_tokens, max(self.native_limit, pages * self.block_size))
+            most = max(self.native_limit(request_id), pages * self.block_size)
+            num_tokens = min(num_tokens, most)
         return super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
@@ -72,10 +69,27 @@ class TieredBlockManager(FullAttentionManager):
         self.num_cached_block[request_id] = 0  # marks the request as known
         self._take_over(request_id)
 
+    def native_limit(self, request_id: str) -> int:
+        """Tokens beyond which a prompt is compressed while it is computed.
+
+        Native pages take a share of the pool at most, and no pages of kept blocks.
+        """
+        store, settings, pool = self.store, self.store.settings, self.block_pool
+        total = pool.num_gpu_blocks - 1
+        # Pages that several requests share cannot take their blocks: these need others.
+        most = total / (1 + 1 / store.ratios[request_id])
+        share = int(min(settings.native_share * total, most))
+        unused = pool.get_num_free_blocks() - store.cache.num_kept_pages
+        unused += len(self.req_to_blocks.get(request_id, ()))
+        least = -(-(settings.min_tokens + settings.window) // self.block_size)
+        return max(least, min(share, unused)) * self.block_size
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         if request_id not in self.store.requests:
+            held = len(self.req_to_blocks.get(request_id, ()))
+            self.store.spent.evict_first(-(-num_tokens // self.block_size) - held)
             blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
             self.store.dirty.clean(blocks)
             return blocks

@@ -89,7 +89,7 @@ class StepPlanner:
         request_id = request.request_id
         if num_new_tokens <= 1 or request_id not in self._store.ratios:
             return num_new_tokens
-        limit, window = self._manager.native_limit, self._settings.window
+        limit, window = self._manager.native_limit(request_id), self._settings.window
         end = self._end(request, num_computed_tokens)
         is_tiered = request_id in self._store.requests or request_id in self._manager.hits
         if not is_tiered and end > limit:
@@ -107,7 +107,8 @@ class StepPlanner:
 
     def _awaits_more_prompt(self, request: Request) -> bool:
         """Whether more of the prompt is computed before the request is compressed."""
-        limit, num_tokens = self._manager.native_limit, request.num_computed_tokens
+        limit = self._manager.native_limit(request.request_id)
+        num_tokens = request.num_computed_tokens
         if num_tokens == self._store.branches.get(request.request_id):
             return False
         # The window at a prompt's end is not cut: there has to be room for it.

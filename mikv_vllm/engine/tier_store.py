@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.block_cache import BlockCache, Hit
 from mikv_vllm.engine.dirty_pages import DirtyPages
+from mikv_vllm.engine.eviction import SpentPages
 from mikv_vllm.engine.step_plan import OPERATIONS, BlockTable, CompressStep, DecodeStep
 from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
 from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, pages_needed, planner
@@ -51,6 +52,7 @@ class TierStore:
         """Tokens in blocks that requests took from the prefix cache, since the start."""
         self.cache = BlockCache(pool, geometry.block_size)
         self.dirty = DirtyPages(self._evict)
+        self.spent = SpentPages(pool)
         self._unsealed: dict[str, int] = {}
         """Requests with full blocks that are not in the prefix cache: index of the first."""
         self._steps: dict[str, list[DecodeStep]] = {}
@@ -107,7 +109,7 @@ class TierStore:
 
     def _grow(self, request_id: str, tiered: TieredRequest, growth: Growth) -> DecodeStep:
         step = growth.step
-        new = self.pool.get_new_blocks(len(step.new_positions))
+        new = self._allocate(len(step.new_positions))
         self.dirty.add(new)
         if growth.begins:
             tiered.begin_block(growth.before)
@@ -162,12 +164,13 @@ class TierStore:
         self.pool.touch(hit.pages)
         blocks = hit.blocks()
         if hit.tail:
-            copies = self.pool.get_new_blocks(len(hit.tail.pages))
+            copies = self._allocate(len(hit.tail.pages))
             self.dirty.add(copies)
             blocks[-1].pages = dict(zip(sorted(hit.tail.pages), copies, strict=True))
             sources = hit.tail.page_list
             self._copies += [(s.block_id, t.block_id) for s, t in zip(sources, copies, strict=True)]
             self._released += sources
+            self.spent.add(sources)
             self.operations["copy"] += 1
         droppable = hit.droppable if hit.tail else None
         branch = self.branches.get(request_id, 0)
@@ -220,7 +223,9 @@ class TierStore:
         self.dirty.add(written)
         ids = {page.block_id for page in written}
         in_place = any(page.block_id in ids for page in native)
-        self._released += [page for page in reversed(native) if page.block_id not in ids]
+        left = [page for page in reversed(native) if page.block_id not in ids]
+        self._released += left
+        self.spent.add(left)
         branch = self.branches.get(request.request_id, 0)
         branch = branch if branch >= num_tokens else 0  # it could not be compressed there
         num_reused = sum(block.capacity for block in reused)
@@ -249,7 +254,7 @@ class TierStore:
         """
         num_free = self.pool.get_num_free_blocks()
         if sum(counts) <= num_free:
-            pages = iter(self.pool.get_new_blocks(sum(counts)))
+            pages = iter(self._allocate(sum(counts)))
             return [[next(pages) for _ in range(count)] for count in counts]
         # A page that the workers write must have no other reader: neither a request that shares it
         # (ref_cnt) nor, later, one that finds it in the prefix cache (evict_blocks).
@@ -265,10 +270,11 @@ class TierStore:
         if sum(missing) > num_free:
             return None
         self.pool.evict_blocks({page.block_id for pages in own for page in pages})
-        return [
-            pages + self.pool.get_new_blocks(count)
-            for pages, count in zip(own, missing, strict=True)
-        ]
+        return [pages + self._allocate(count) for pages, count in zip(own, missing, strict=True)]
+
+    def _allocate(self, count: int) -> list[KVCacheBlock]:
+        self.spent.evict_first(count)
+        return self.pool.get_new_blocks(count)
 
     def _hold(self, request_id: str, tiered: TieredRequest, operation: str) -> None:
         self.requests[request_id] = tiered

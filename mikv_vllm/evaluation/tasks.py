@@ -46,15 +46,17 @@ def _place(
     return filler[:before] + needle + filler[before:room] + end
 
 
-def passkey(tokenizer: Any, rng: random.Random, filler: list[int], length: int) -> Window:
-    """Hide a number in the filler and ask for it at the end.
+def passkey(
+    tokenizer: Any, rng: random.Random, filler: list[int], length: int, depth: float = 1.0
+) -> Window:
+    """Hide a number in the first ``depth`` of the filler and ask for it at the end.
 
     Source: Landmark Attention (Mohtashami and Jaggi, 2023, arXiv:2305.16300).
     """
     number = str(rng.randint(10000, 99999))
     text = f"\n\nThe pass key is {number}. Remember it. {number} is the pass key.\n\n"
     question = "\n\nWhat is the pass key? The pass key is"
-    prompt = _place(tokenizer, filler, text, question, length, rng.random())
+    prompt = _place(tokenizer, filler, text, question, length, depth * rng.random())
     return Window(prompt, tokenizer(f" {number}").input_ids)
 
 
