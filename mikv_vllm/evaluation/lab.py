@@ -100,7 +100,7 @@ def measure(
         prefill = model.prefill(window.prompt)
         tokens = window.inputs
         wanted = torch.tensor(window.continuation)
-        reference = model.continue_with(prefill, tokens, None).log_probs
+        reference = model.continue_with(prefill, tokens, None).log_probs[-len(wanted) :]
         runs: list[CacheMethod | None] = [*([] if reference_done else [None]), *todo]
         with path.open("a") as results:
             for method in runs:
@@ -159,12 +159,13 @@ def _compare(
 ) -> dict[str, float]:
     """Return the numbers of a :class:`Measurement` of a method, or of the untouched cache."""
     run = model.continue_with(prefill, tokens, method)
-    mine, theirs = run.log_probs.double(), reference.double()
+    log_probs = run.log_probs[-len(wanted) :]
+    mine, theirs = log_probs.double(), reference.double()
     likeliest = mine.argmax(-1)
     right = (likeliest == wanted).double()
     return {
         "ratio": run.ratio,
-        "divergence": divergence(reference, run.log_probs),
+        "divergence": divergence(reference, log_probs),
         "agreement": (likeliest == theirs.argmax(-1)).double().mean().item(),
         "log_loss": -mine.gather(1, wanted[:, None]).mean().item(),
         "accuracy": right.mean().item(),

@@ -1,7 +1,6 @@
 """Quality of the engine: compressed requests compared with uncompressed ones."""
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,17 +83,18 @@ class QualityRun:
     def _path(self, name: str, window: int) -> str:
         return str(Path(self._folder.name) / f"{name}-{window}")
 
-    def _generate(
-        self, ratio: float, measured: str | None, turns: Sequence[int] = ()
-    ) -> list[dict]:
+    def _generate(self, ratio: float, measured: str | None) -> list[dict]:
         """Run all windows and return their reports, empty for stock vLLM."""
         # Blocks of another ratio would serve a prompt as well.
-        salt = f"ratio {ratio:g}, turns {turns}"
-        prompts = [window.prompt for window in self._windows]
-        for turn in turns:
-            first = SamplingParams(max_tokens=1, extra_args={RATIO_FIELD: ratio})
-            earlier = [{"prompt_token_ids": one[:turn], "cache_salt": salt} for one in prompts]
-            generate_together(self._llm, earlier, first)
+        salt = f"ratio {ratio:g}"
+        prompts = [window.prompts for window in self._windows]
+        for turn in range(max(map(len, prompts)) - 1):
+            earlier = [one[turn] for one in prompts if turn < len(one) - 1]
+            generate_together(
+                self._llm,
+                [{"prompt_token_ids": one, "cache_salt": salt} for one in earlier],
+                SamplingParams(max_tokens=1, extra_args={RATIO_FIELD: ratio}),
+            )
         forced = [
             Forced(
                 window.continuation,
@@ -105,20 +105,15 @@ class QualityRun:
         ]
         outputs = generate_together(
             self._llm,
-            [{"prompt_token_ids": one, "cache_salt": salt} for one in prompts],
+            [{"prompt_token_ids": one[-1], "cache_salt": salt} for one in prompts],
             [one.sampling_params(**{RATIO_FIELD: ratio}) for one in forced],
         )
         return [(output.kv_transfer_params or {}).get(REPORT_FIELD, {}) for output in outputs]
 
-    def measure_windows(self, ratio: float, turns: Sequence[int] = ()) -> list[WindowQuality]:
-        """Run all windows at ``ratio`` and return a result for each.
-
-        Args:
-            turns: tokens of the prompts that run first, as the earlier turns of conversations:
-                beginnings of the windows' prompts.
-        """
+    def measure_windows(self, ratio: float) -> list[WindowQuality]:
+        """Run all windows at ``ratio``, turn by turn, and return a result for each."""
         name = "measured"
-        reports = self._generate(ratio, name, turns)
+        reports = self._generate(ratio, name)
         found = []
         for i, report in enumerate(reports):
             path = Path(self._path(name, i))
@@ -137,9 +132,9 @@ class QualityRun:
             )
         return found
 
-    def measure(self, ratio: float, turns: Sequence[int] = ()) -> Quality:
-        """Run all windows at ``ratio`` and return their means; see :meth:`measure_windows`."""
-        found = self.measure_windows(ratio, turns)
+    def measure(self, ratio: float) -> Quality:
+        """Run all windows at ``ratio``, turn by turn, and return their means."""
+        found = self.measure_windows(ratio)
         divergences = np.array([window.divergence for window in found])
         return Quality(
             ratio=ratio,

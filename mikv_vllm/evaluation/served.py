@@ -54,7 +54,7 @@ class Served:
         Yields:
             Each setting with a result for each window.
         """
-        longest = max(len(window.prompt) + len(window.continuation) for window in windows)
+        longest = max(len(window.prompts[-1]) + len(window.continuation) for window in windows)
         with self._engine(LLM, longest) as llm:
             pages = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
             run = QualityRun(llm, windows)

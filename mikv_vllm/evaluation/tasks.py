@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,21 @@ def passkey(
     return Window(prompt, tokenizer(f" {number}").input_ids)
 
 
+def conversation(tokenizer: Any, rng: random.Random, filler: list[int], length: int) -> Window:
+    """Hide a number in the first turn of a conversation and ask for it in the fourth one."""
+    # The key ends before the first turn, which is half of the text, does.
+    window = passkey(tokenizer, rng, filler, length, depth=0.45)
+    first, *later = split_turns(window.prompt)
+    return Window(first, window.continuation, tuple(later))
+
+
+def split_turns(tokens: list[int]) -> list[list[int]]:
+    """Split a text into four turns: a half, and three sixths."""
+    half, sixth = len(tokens) // 2, len(tokens) // 6
+    cuts = [0, half, half + sixth, half + 2 * sixth, len(tokens)]
+    return [tokens[start:end] for start, end in pairwise(cuts)]
+
+
 def copying(tokenizer: Any, rng: random.Random, filler: list[int], length: int) -> Window:
     """Hide a passage of made-up words, and repeat its beginning at the end."""
     words = _words(rng, PASSAGE_WORDS)
@@ -83,6 +99,7 @@ def recall(tokenizer: Any, rng: random.Random, filler: list[int], length: int) -
 
 GENERATED: dict[str, Callable[[Any, random.Random, list[int], int], Window]] = {
     "passkey": passkey,
+    "conversation": conversation,
     "copying": copying,
     "recall": recall,
 }

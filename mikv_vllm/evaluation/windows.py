@@ -1,8 +1,10 @@
 """Windows of text: a prompt and the tokens that follow it. Also the texts of the evaluation."""
 
+import operator
 import pydoc_data.topics
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, chain
 from typing import Any
 
 
@@ -11,12 +13,21 @@ class Window:
     """A prompt and its continuation, as token ids."""
 
     prompt: list[int]
+    """What is compressed first."""
     continuation: list[int]
+    """What is measured."""
+    turns: tuple[list[int], ...] = ()
+    """Later turns, between both: they are not known when the prompt is compressed."""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The whole prompt of each turn; the last one ends before the continuation."""
+        return [*accumulate(self.turns, operator.add, initial=self.prompt)]
 
     @property
     def inputs(self) -> list[int]:
-        """Inputs of the model: the token before each token of the continuation."""
-        return [self.prompt[-1], *self.continuation[:-1]]
+        """Inputs of the model after the prompt: the token before each one that follows it."""
+        return [self.prompt[-1], *chain(*self.turns), *self.continuation[:-1]]
 
 
 RUN_WORDS = 12

@@ -82,8 +82,8 @@ def test_an_untouched_cache_gives_the_predictions_of_the_model(model):
 def test_windows_are_the_same_every_time(model, task):
     first, again = (windows_of(task, model.tokenizer, 3, 400, 32) for _ in range(2))
     assert first == again
-    assert [len(window.prompt) for window in first] == [400] * 3
-    assert len({tuple(window.prompt) for window in first}) == 3
+    assert [len(window.prompts[-1]) for window in first] == [400] * 3
+    assert len({tuple(window.prompts[-1]) for window in first}) == 3
 
 
 @pytest.mark.parametrize(
