@@ -88,4 +88,6 @@ def test_the_warm_up_compiles_every_kernel_that_is_launched_later(model, tmp_pat
     assert len(counts["warm_up"]) == 16
     assert set(counts["warm_up"].values()) == {1}
     assert counts["later"].keys().isdisjoint(counts["warm_up"])
-    assert all(counts["operations"].values())
+    # The others are of the prefix cache and launch no kernel.
+    launched = ("compress", "compress_in_place", "demote")
+    assert all(counts["operations"][name] for name in launched)
