@@ -193,7 +193,7 @@ def test_a_long_row_is_split(device):
 def test_many_steps_as_the_planner_plans_them(device):
     shape = Shape(64, kv_heads=1, queries_per_kv_head=2, block_size=16)
     planner = BlockPlanner(shape.geometry, 4.0, RECENT)
-    sizes, low_format = planner.tail(0, 420), planner.form(0).low_format
+    sizes, low_format = planner.tail(0, 480), planner.form(0).low_format
     pages = new_pages(shape, 50)
     table = torch.randperm(len(pages)).tolist()
     filled(shape, low_format, sizes, pages, table, seed=1)
