@@ -200,6 +200,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
     },
     "v1/core/kv_cache_manager.py": {
         "KVCacheBlocks": None,
+        "KVCacheBlocks.blocks": None,
         "KVCacheManager.allocate_slots": "self request num_new_tokens",
         "KVCacheManager.coordinator": None,
         "KVCacheManager.create_kv_cache_blocks": "self blocks",

@@ -104,7 +104,7 @@ def test_a_start_with_an_incompatible_vllm_ends_with_one_sentence(copied, comman
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert "v1/core/block_pool.py: BlockPool.evict_blocks (and 6 more) is missing" in last
+    assert "v1/core/block_pool.py: BlockPool.evict_blocks (and 7 more) is missing" in last
     if "cli" in command[-1]:
         assert result.stderr.count("\n") == 1
 
