@@ -157,13 +157,10 @@ class TieredScheduler(Scheduler):
             native = manager.create_kv_cache_blocks(found), num_tokens, boundary, diverged
         if hit is None or hit.num_tokens < max(1, num_tokens):
             return native
-        if hit.num_tokens == num_tokens and self._are_in_use(native[0]):
+        if hit.num_tokens == num_tokens and any(page.ref_cnt for page in native[0].blocks[0]):
             return native  # other requests hold these pages: they take no memory
         self.manager.hits[request_id] = hit
         return manager.create_kv_cache_blocks((hit.pages,)), hit.num_tokens, 0, False
-
-    def _are_in_use(self, found: KVCacheBlocks) -> bool:
-        return any(page.ref_cnt for page in found.blocks[0])
 
     def reset_prefix_cache(self, *args, **kwargs) -> bool:
         is_reset = super().reset_prefix_cache(*args, **kwargs)
