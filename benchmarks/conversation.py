@@ -10,8 +10,8 @@ RATIOS = (3.0, 4.0, 5.0)
 PROMPT = 1536
 """Tokens of the prompt of the fourth turn."""
 CONTINUATION = 128
-WINDOWS = 6
-KEYS = 24
+WINDOWS = 4
+KEYS = 12
 """Conversations with a pass key."""
 
 
@@ -26,7 +26,7 @@ def measure() -> list[dict]:
     """
     rows = []
     settings = {"dtype": "float16", "logits_processors": [ForcedDecoding], "max_num_seqs": KEYS}
-    with engines({"mikv"}, 1 << 30, **settings) as llms:
+    with engines({"mikv"}, 2 << 30, **settings) as llms:
         llm = llms["mikv"]
         tokenizer = llm.get_tokenizer()
         whole = windows_of("text", tokenizer, WINDOWS, PROMPT, CONTINUATION)
