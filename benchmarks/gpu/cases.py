@@ -85,18 +85,18 @@ class Prompt:
         planner = BlockPlanner(geometry, 1.5 if ratio == 1 else ratio, RECENT)
         tokens = self.tokens
         while demoting:
-            *sealed, tail = planner.blocks(tokens)
-            if planner.append(len(sealed) * planner.block_tokens, tail).demoted_records:
+            start, tail = planner.starts(tokens)[-1], planner.blocks(tokens)[-1]
+            if planner.append(start, tail).demoted_records:
                 break
             tokens -= 1
         blocks = []
-        for index, sizes in enumerate(planner.blocks(tokens)):
+        for start, sizes in zip(planner.starts(tokens), planner.blocks(tokens), strict=True):
             stored = sizes
             if ratio == 1:
                 pages = -(-geometry.high_bytes(sizes.num_tokens + 1) // geometry.page_bytes)
                 end = pages * geometry.page_bytes
                 stored = TierSizes(pages, sizes.num_tokens, 0, end)
-            blocks.append(BlockForm(planner.form(index * planner.block_tokens).low_format, stored))
+            blocks.append(BlockForm(planner.form(start).low_format, stored))
         return blocks
 
     def compress(self, ops: LayerOps, blocks: list[BlockForm], pages: torch.Tensor) -> None:

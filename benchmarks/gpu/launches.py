@@ -83,7 +83,7 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
     planner = BlockPlanner(geometry, RATIO, RECENT)
     *sealed, tail = planner.blocks(CONTEXT - 1)
-    starts = range(0, CONTEXT - 1, planner.block_tokens)
+    starts = planner.starts(CONTEXT - 1)
     rows: list[DecodeRow] = []
     for row in range(requests):
         for start, sizes in zip(starts, sealed, strict=False):

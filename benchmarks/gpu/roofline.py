@@ -236,8 +236,8 @@ def prompt_work(context: int, ratio: float) -> Iterator[Work]:
     yield Work("prompt_sums", low_format, rows * PARTS * KV_HEADS, trips, rows * keys)
     yield Work("prompt_scores", low_format, programs, [rows], keys)
     blocks = Counter(
-        (planner.form(index * planner.block_tokens).low_format, sizes)
-        for index, sizes in enumerate(planner.blocks(context))
+        (planner.form(start).low_format, sizes)
+        for start, sizes in zip(planner.starts(context), planner.blocks(context), strict=True)
     )
     for (low_format, sizes), count in blocks.items():
         for work in block_work(low_format, sizes):

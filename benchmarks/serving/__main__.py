@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.__main__ import machine
 from benchmarks.serving import report
-from benchmarks.serving.loads import LOADS, Load, Target
+from benchmarks.serving.loads import LOADS, QUICK_POOL, Load, Target
 from benchmarks.serving.servers import CONTENDERS, Contender, Counters, reset, serve
 from mikv_vllm.models import embedded_model
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="larger loads, each in a pool of its own size, which take about an hour",
+        help="larger loads, each in a pool of its own size",
     )
     parser.add_argument(
         "--servers",
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument(
         "--pool-tokens",
         type=int,
-        help="size of every server's pool, in uncompressed bf16 tokens (default: 4000, or with "
-        "--full that of each load)",
+        help="size of every server's pool, in uncompressed bf16 tokens (default: "
+        f"{QUICK_POOL}, or with --full that of each load)",
     )
     parser.add_argument("--model", help="a local folder (default: the embedded model)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -48,9 +48,9 @@ def main() -> None:
     contenders = [contender for contender in CONTENDERS if contender.name in args.servers]
     by_pool: dict[int, list[Load]] = {}
     for name in args.loads:
-        quick, full, pool_tokens = LOADS[name]
-        size = args.pool_tokens or (pool_tokens if args.full else 4000)
-        by_pool.setdefault(size, []).append(full() if args.full else quick())
+        sizes = LOADS[name]
+        size = args.pool_tokens or (sizes.full_pool if args.full else QUICK_POOL)
+        by_pool.setdefault(size, []).append(sizes.full if args.full else sizes.quick)
     for size, loads in by_pool.items():
         longest = max(load.longest for load in loads)
         if size < longest:

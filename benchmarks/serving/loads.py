@@ -1,7 +1,8 @@
 """The loads: what clients send, and the times that they see.
 
-Conversations have a client of their own here, since a turn depends on the answer before it. The
-other loads are those of ``vllm bench serve``.
+Conversations and questions about documents have a client of their own here: a turn depends on the
+answer before it, and tokens that the cache found are counted per request. The other loads are those
+of ``vllm bench serve``.
 """
 
 import asyncio
@@ -9,10 +10,10 @@ import contextlib
 import io
 import random
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from mikv_vllm.evaluation.windows import topics_text
 
@@ -102,81 +103,85 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Conversations:
+class ChatLoad(ABC):
+    """A load whose clients are a :class:`Chat`: ``count`` texts that begin with a document."""
+
+    count: int
+    document: int
+    """Tokens."""
+    questions: int
+    """About each document, one after the other."""
+    at_once: int
+    """Requests."""
+    question: int = 60
+    """Tokens."""
+    answer: int = 32
+    """Tokens."""
+
+    def run(self, target: Target) -> Times:
+        return asyncio.run(self._run(target))
+
+    async def _run(self, target: Target) -> Times:
+        sizes = [self.document, *[self.question] * self.questions]
+        parts = texts(target.model, self.count, sizes)
+        chat = Chat(target, self.at_once, self.answer)
+        start = time.perf_counter()
+        await self._send(chat, parts)
+        chat.times.seconds = time.perf_counter() - start
+        await chat.close()
+        return chat.times
+
+    @abstractmethod
+    async def _send(self, chat: Chat, parts: list[list[str]]) -> None:
+        """Send all requests: ``parts`` has a document and its questions in each row."""
+
+
+@dataclass(frozen=True)
+class Conversations(ChatLoad):
     """Conversations about documents that do not fit into the pool together.
 
-    ``at_once`` of ``count`` conversations run at a time; each has one turn, then all have the next
-    one, so that a conversation waits while the others use the pool.
+    Each conversation has one turn, then all have the next one, so that a conversation waits while
+    the others use the pool.
     """
 
-    count: int = 6
-    document: int = 1000
-    """Tokens."""
-    turns: int = 3
-    at_once: int = 3
-    question: int = 60
-    answer: int = 32
     title = "Conversations"
 
     @property
     def text(self) -> str:
         return (
             f"{self.count} conversations about documents of {self.document} tokens, "
-            f"{self.turns} turns, {self.at_once} at a time, {self.question} tokens a question, "
+            f"{self.questions} turns, {self.at_once} at a time, {self.question} tokens a question, "
             f"{self.answer} an answer; later requests are those of turn 2 on"
         )
 
     @property
     def longest(self) -> int:
         """Tokens of the longest request, with some for the chat template."""
-        return self.document + self.turns * (self.question + self.answer + 20) + 40
+        return self.document + self.questions * (self.question + self.answer + 20) + 40
 
-    def run(self, target: Target) -> Times:
-        return asyncio.run(self._run(target))
-
-    async def _run(self, target: Target) -> Times:
-        chat = Chat(target, self.at_once, self.answer)
-        questions = self._questions(target.model)
-        histories: list[list[dict[str, str]]] = [[] for _ in range(self.count)]
-        rng = random.Random(0)
-        start = second = time.perf_counter()
-        for turn in range(self.turns):
-            order = [*range(self.count)]
-            if turn:
-                rng.shuffle(order)
+    async def _send(self, chat: Chat, parts: list[list[str]]) -> None:
+        histories: list[list[dict[str, str]]] = [[] for _ in parts]
+        rng, order = random.Random(0), [*range(self.count)]
+        second = time.perf_counter()
+        for turn in range(self.questions):
             if turn == 1:
                 second = time.perf_counter()
-            print(f"  turn {turn + 1} of {self.turns}", flush=True)
-            for one in order:
-                histories[one].append({"role": "user", "content": questions[one][turn]})
+            if turn:
+                rng.shuffle(order)
+            print(f"  turn {turn + 1} of {self.questions}", flush=True)
+            for i in order:
+                said = parts[i][turn + 1] if turn else "\n\n".join(parts[i][:2])
+                histories[i].append({"role": "user", "content": said})
             answers = await asyncio.gather(*(chat.ask(histories[i], turn > 0) for i in order))
-            for one, answer in zip(order, answers, strict=True):
-                histories[one].append({"role": "assistant", "content": answer})
-        end = time.perf_counter()
-        chat.times.seconds, chat.times.later_seconds = end - start, end - second
-        await chat.close()
-        return chat.times
-
-    def _questions(self, model: str) -> list[list[str]]:
-        """What the user says in each turn, a list for each conversation."""
-        sizes = [self.document, *[self.question] * self.turns]
-        histories = []
-        for document, question, *others in texts(model, self.count, sizes):
-            histories.append([f"{document}\n\n{question}", *others])
-        return histories
+            for i, answer in zip(order, answers, strict=True):
+                histories[i].append({"role": "assistant", "content": answer})
+        chat.times.later_seconds = time.perf_counter() - second
 
 
 @dataclass(frozen=True)
-class Documents:
+class Documents(ChatLoad):
     """Questions about shared documents, interleaved at random."""
 
-    count: int = 3
-    document: int = 1500
-    """Tokens."""
-    questions: int = 6
-    at_once: int = 2
-    question: int = 60
-    answer: int = 32
     title = "Shared documents"
 
     @property
@@ -193,25 +198,16 @@ class Documents:
         """Tokens of the longest request, with some for the chat template."""
         return self.document + self.question + self.answer + 60
 
-    def run(self, target: Target) -> Times:
-        return asyncio.run(self._run(target))
-
-    async def _run(self, target: Target) -> Times:
-        chat = Chat(target, self.at_once, self.answer)
-        sizes = [self.document, *[self.question] * self.questions]
-        left = dict(enumerate(texts(target.model, self.count, sizes)))
-        order = [i for i in left for _ in range(self.questions)]
+    async def _send(self, chat: Chat, parts: list[list[str]]) -> None:
+        order = [*range(self.count)] * self.questions
         random.Random(0).shuffle(order)
-        start, requests = time.perf_counter(), []
+        asked, requests = [0] * self.count, []
         for i in order:
-            document, *questions = left[i]
-            left[i] = [document, *questions[1:]]
-            messages = [{"role": "user", "content": f"{document}\n\n{questions[0]}"}]
-            requests.append(chat.ask(messages, len(questions) <= self.questions - 2))
+            document, question = parts[i][0], parts[i][asked[i] + 1]
+            message = {"role": "user", "content": f"{document}\n\n{question}"}
+            requests.append(chat.ask([message], is_later=asked[i] >= 2))
+            asked[i] += 1
         await asyncio.gather(*requests)
-        chat.times.seconds = time.perf_counter() - start
-        await chat.close()
-        return chat.times
 
 
 def texts(model: str, count: int, sizes: list[int]) -> list[list[str]]:
@@ -308,10 +304,23 @@ def unrelated(requests: int = 12, prompt: int = 600, answer: int = 96) -> BenchS
 
 Load = Conversations | Documents | BenchServe
 
-LOADS: dict[str, tuple[Callable[[], Load], Callable[[], Load], int]] = {
-    "conversations": (Conversations, lambda: Conversations(12, 1500, 4), 7000),
-    "documents": (Documents, lambda: Documents(4, 3000, 12), 4500),
-    "system-prompt": (system_prompt, lambda: system_prompt(2000, 48), 4000),
-    "unrelated": (unrelated, lambda: unrelated(24), 4000),
+
+class Sizes(NamedTuple):
+    """A load in two sizes."""
+
+    quick: Load
+    full: Load
+    full_pool: int
+    """Uncompressed tokens of the pool of the full one."""
+
+
+QUICK_POOL = 4000
+"""Uncompressed tokens of the pool of all quick loads."""
+LOADS = {
+    "conversations": Sizes(
+        Conversations(6, 1000, 3, at_once=3), Conversations(12, 1500, 4, at_once=3), 7000
+    ),
+    "documents": Sizes(Documents(3, 1500, 6, at_once=2), Documents(4, 3000, 12, at_once=2), 4500),
+    "system-prompt": Sizes(system_prompt(), system_prompt(2000, 48), 4000),
+    "unrelated": Sizes(unrelated(), unrelated(24), 4000),
 }
-"""By name: makers of the quick and of the full load, and the tokens of the full load's pool."""

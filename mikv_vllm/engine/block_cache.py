@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.tiered_request import Block, TieredRequest
-from mikv_vllm.tiers.blocks import BLOCK_NATIVE_PAGES, BlockPlanner
+from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens
 
 MOST_TAILS = 8
 """Tails that are kept for the same beginning."""
@@ -138,9 +138,7 @@ class BlockCache:
         dropped = len(tail.tokens) - common
         sizes = replace(sizes, high_tokens=sizes.high_tokens - dropped)
         pages = {i: tail.block.pages[i] for i in planner.positions(start, sizes)}
-        capacity = planner.block_tokens
-        block = replace(tail.block, capacity=capacity, sizes=sizes, pages=pages)
-        return block, tail.droppable - dropped
+        return replace(tail.block, sizes=sizes, pages=pages), tail.droppable - dropped
 
     def find_branch(self, request: Request, hit: Hit, window: int) -> int:
         """Tokens after which a request differs from earlier ones, where a block should be sealed.
@@ -163,8 +161,7 @@ class BlockCache:
             return 0  # The earlier request ended here: this one continues it.
         branch = min(index * step, request.num_tokens - window)
         branch -= branch % self._block_size
-        whole = self._block_size * BLOCK_NATIVE_PAGES
-        is_short = (branch - first) % whole < LEAST_BRANCH_TOKENS
+        is_short = (branch - first) % block_tokens(self._block_size) < LEAST_BRANCH_TOKENS
         return 0 if is_short or branch < hit.num_tokens + LEAST_BRANCH_TOKENS else branch
 
     def remember(self, request: Request) -> None:

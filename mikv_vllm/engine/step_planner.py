@@ -107,13 +107,13 @@ class StepPlanner:
 
     def _awaits_more_prompt(self, request: Request) -> bool:
         """Whether more of the prompt is computed before the request is compressed."""
-        limit = self._manager.native_limit(request.request_id)
-        num_tokens = request.num_computed_tokens
-        if num_tokens == self._store.branches.get(request.request_id):
+        request_id, num_tokens = request.request_id, request.num_computed_tokens
+        if not request.is_prefill_chunk or num_tokens == self._store.branches.get(request_id):
             return False
+        limit = self._manager.native_limit(request_id)
         # The window at a prompt's end is not cut: there has to be room for it.
         has_room = num_tokens < limit - self._settings.window
-        return request.is_prefill_chunk and (self._end(request, num_tokens) <= limit or has_room)
+        return self._end(request, num_tokens) <= limit or has_room
 
     def _queries(self, num_new: int) -> int:
         """Number of queries of a step that score."""

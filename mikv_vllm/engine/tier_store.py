@@ -227,7 +227,6 @@ class TierStore:
         self._released += left
         self.spent.add(left)
         branch = self.branches.get(request.request_id, 0)
-        branch = branch if branch >= num_tokens else 0  # it could not be compressed there
         num_reused = sum(block.capacity for block in reused)
         tiered = TieredRequest(plan, blocks, num_reused, branch)
         self._hold(request.request_id, tiered, "compress")
@@ -246,6 +245,8 @@ class TierStore:
     ) -> list[list[KVCacheBlock]] | None:
         """Pages to compress into: free ones, or the request's own where too few are free.
 
+        Own pages come before those of kept blocks, whose tokens would be lost.
+
         Blocks are written one after the other. A block can overwrite native pages of its own tokens
         and of earlier ones, but not those of later blocks.
 
@@ -253,7 +254,7 @@ class TierStore:
             counts: pages of each block.
         """
         num_free = self.pool.get_num_free_blocks()
-        if sum(counts) <= num_free:
+        if sum(counts) <= num_free - self.cache.num_kept_pages:
             pages = iter(self._allocate(sum(counts)))
             return [[next(pages) for _ in range(count)] for count in counts]
         # A page that the workers write must have no other reader: neither a request that shares it

@@ -113,7 +113,9 @@ class TieredRequest:
         self.planner = planner
         self.blocks = blocks
         self.reused_tokens = reused
-        self.branch = branch
+        # A branch that the request could not be compressed at is behind it.
+        known = blocks[-1].start + blocks[-1].sizes.num_tokens
+        self.branch = branch if branch >= known else 0
         self._next: tuple[int, list[Growth]] | None = None
         if not blocks[-1].is_full:
             blocks[-1].capacity = self._capacity(blocks[-1].start)

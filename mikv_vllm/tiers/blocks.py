@@ -149,14 +149,17 @@ class BlockPlanner:
     def compress(self, num_tokens: int) -> list[TierSizes] | None:
         """Sizes of the blocks of a native request, a tail last; None if no page is saved."""
         blocks = self.blocks(num_tokens)
-        starts = range(0, num_tokens, self.block_tokens)
-        pages = sum(map(self.num_allocated, starts, blocks))
+        pages = sum(map(self.num_allocated, self.starts(num_tokens), blocks))
         return blocks if pages < self.native_pages(num_tokens) else None
+
+    def starts(self, num_tokens: int) -> range:
+        """Positions of the first tokens of :meth:`blocks`."""
+        return range(0, num_tokens, self.block_tokens)
 
     def blocks(self, num_tokens: int) -> list[TierSizes]:
         """Sizes of all blocks of a request that is compressed at once."""
-        starts = range(0, num_tokens, self.block_tokens)
-        return [self.tail(i, min(self.block_tokens, num_tokens - i)) for i in starts]
+        whole, starts = self.block_tokens, self.starts(num_tokens)
+        return [self.tail(start, min(whole, num_tokens - start)) for start in starts]
 
     def append(self, start: int, sizes: TierSizes) -> TailStep:
         """Plan how a tail takes one token."""
@@ -256,8 +259,7 @@ def pages_needed(
     sizes = blocks.compress(num_tokens) if ratio > 1.0 else None
     if sizes is None:
         return blocks.native_pages(num_tokens)
-    starts = range(0, num_tokens, blocks.block_tokens)
-    return sum(map(blocks.num_allocated, starts, sizes)) + 1
+    return sum(map(blocks.num_allocated, blocks.starts(num_tokens), sizes)) + 1
 
 
 @lru_cache(256)

@@ -78,6 +78,35 @@ def test_questions_about_a_document_share_its_blocks(vllm_configs):
     simulation.run()
 
 
+def test_native_pages_do_not_evict_the_blocks_of_conversations(vllm_configs):
+    """The pool holds eight conversations compressed, but only three of them uncompressed."""
+    simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 180))
+    histories = {i: [i] * 800 for i in range(8)}
+    found = total = 0
+    for turn in range(3):
+        for i, history in histories.items():
+            request_id, prompt = f"r{turn}.{i}", [*history, *[100 + turn] * 40]
+            simulation.add(request_id, prompt, 20, 4.0)
+            simulation.run()
+            histories[i] = simulation.tokens[request_id]
+            if turn:
+                found += simulation.reports[request_id]["reused_tokens"]
+                total += len(prompt)
+    assert found / total > 0.95  # all but the questions
+
+
+def test_a_long_prompt_does_not_evict_kept_blocks(vllm_configs):
+    """It is compressed while it is computed instead."""
+    simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 150))
+    for i in range(6):
+        simulation.add(f"r{i}", [i] * 800, 20, 4.0)
+        simulation.run()
+    simulation.add("long", [9] * 1500, 20, 4.0)
+    simulation.run()
+    assert simulation.scheduler.store.operations["evict"] == 0
+    assert simulation.scheduler.store.cache.num_kept == 6 * 2 + 3
+
+
 def test_shared_pages_are_not_compressed_in_place(vllm_configs):
     """Too few free pages, and the request's own are shared: it waits until they are not."""
     simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 52))

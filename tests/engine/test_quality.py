@@ -1,10 +1,13 @@
 """Compressed answers are as good as promised, and the test would notice if they were not."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from mikv_vllm.evaluation.quality import QualityRun
 from mikv_vllm.evaluation.windows import Window
 
+from .conftest import idle_stats
 from .mutants import MUTATIONS, mutated
 
 pytestmark = pytest.mark.engine
@@ -44,6 +47,24 @@ def test_divergence_grows_with_the_ratio(measured):
 def test_pages_that_held_tiers_serve_native_requests_again(engine, run, measured):
     engine.reset_prefix_cache()
     assert run.measure(1.0).divergence == 0.0
+
+
+def test_a_document_in_shared_blocks_is_as_good(engine, windows):
+    """The second question seals a block at the document's end; later ones read it."""
+    engine.reset_prefix_cache()
+    document = windows[0].prompt[:900]
+    divergences, found = [], []
+    for i, window in enumerate(windows[1:5]):
+        question = Window([*document, *window.prompt[:100]], window.prompt[100:164])
+        quality = QualityRun(engine, [question])
+        before = idle_stats(engine)["reused_tokens"]["adopt"]
+        with mutated(engine, "zeroed workspace") if i == 3 else nullcontext():
+            divergences.append(quality.measure(4.0).divergence)
+        found.append(idle_stats(engine)["reused_tokens"]["adopt"] - before)
+        quality.close()
+    print(divergences)
+    assert found == [0, 0, 896, 896]
+    assert divergences[2] < 2 * MOST_DIVERGENCE[4.0] < divergences[3]
 
 
 @pytest.fixture(scope="module")

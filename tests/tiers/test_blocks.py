@@ -84,8 +84,8 @@ def test_the_blocks_of_a_request_follow_its_ratio(geometry, ratio, num_tokens):
     planner = BlockPlanner(geometry, min(ratio, largest_ratio(geometry.head_dim)), 16)
     blocks = planner.blocks(num_tokens)
     assert sum(sizes.num_tokens for sizes in blocks) == num_tokens
-    for index, sizes in enumerate(blocks):
-        check(planner, index * planner.block_tokens, sizes)
+    for start, sizes in zip(planner.starts(num_tokens), blocks, strict=True):
+        check(planner, start, sizes)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -112,6 +112,6 @@ def test_a_request_takes_no_more_pages_than_needed(ratio, first, count):
             blocks.append(planner.empty(len(blocks) * planner.block_tokens))
         start = (len(blocks) - 1) * planner.block_tokens
         blocks[-1] = planner.append(start, blocks[-1]).after
-    starts = range(0, first + count, planner.block_tokens)
+    starts = planner.starts(first + count)
     pages = sum(map(planner.num_allocated, starts, blocks))
     assert pages <= pages_needed(geometry, ratio, RECENT, first + count)
