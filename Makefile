@@ -10,16 +10,19 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.mikv-installed
 CXX_SOURCES := $(wildcard mikv_vllm/kernels/cpu/*.cpp mikv_vllm/kernels/cpu/*.hpp)
 SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test bench lint format clean
+.PHONY: help serve test test-all peer-tests bench lint format clean
 
 help:
 	@echo "make serve    the embedded model on http://localhost:8000 (ARGS=\"…flags of mikv-serve…\")"
-	@echo "make test     all tests, WORKERS=2 at a time (ARGS=\"…flags of pytest…\")"
+	@echo "make test     the tests, WORKERS=2 at a time (ARGS=\"…flags of pytest…\")"
+	@echo "make test-all   also the tests marked as slow"
+	@echo "make peer-tests  vLLM's own tests of its scheduler, with MiKV's scheduler"
 	@echo "make bench    benchmarks against stock vLLM, into benchmarks/results"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make format   ruff and clang-format, in place"
@@ -29,7 +32,13 @@ serve: $(INSTALLED)
 	@exec $(BIN)/mikv-serve $(ARGS)
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(PYTEST) $(ARGS)
+
+peer-tests: $(INSTALLED)
+	$(BIN)/python scripts/peer_tests $(ARGS)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)

@@ -116,6 +116,8 @@ def faults_of_answer(request: Request, answer: dict[str, Any], default_ratio: fl
     """
     answer = answer.get("response", answer)  # the last event of /v1/responses wraps it
     report = answer.get(REPORT_FIELD)
+    if request.ratio is None and default_ratio == 1:
+        return [] if report is None else [f"a {REPORT_FIELD} without a ratio in {answer}"]
     if not isinstance(report, dict):
         return [f"no {REPORT_FIELD} in {answer}"]
     usage = answer.get("usage") or {}

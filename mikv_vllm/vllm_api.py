@@ -6,6 +6,12 @@
 
 FORWARD = "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
 
+MOVED = {
+    "entrypoints/launchers/cli_args.py": "entrypoints/common/cli_args.py",
+    "entrypoints/serve/utils/api_utils.py": "entrypoints/common/startup.py",
+}
+"""Files of vLLM 0.32 whose listed names are in another file in vLLM 0.33."""
+
 VLLM_API: dict[str, dict[str, str | None]] = {
     "__init__.py": {"LLM": None, "RequestOutput": None, "SamplingParams": None},
     "_custom_ops.py": {
@@ -59,6 +65,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
     },
     "engine/protocol.py": {"EngineClient.vllm_config": None},
     "entrypoints/cli/serve.py": {"ServeSubcommand.cmd": "args"},
+    "entrypoints/anthropic/api_router.py": {"translate_error_response": "response"},
     "entrypoints/launchers/cli_args.py": {
         "make_arg_parser": "parser",
         "validate_parsed_serve_args": "args",

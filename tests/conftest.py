@@ -1,6 +1,7 @@
 """What tests of several layers share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,11 @@ import torch
 
 # Models come from the cache: a test must not wait for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# vLLM's plugin in this folder is found here and in the engines that tests start.
+PLUGINS = str(Path(__file__).parent / "plugins")
+sys.path.append(PLUGINS)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), PLUGINS]))
 
 if (worker := int(os.environ.get("PYTEST_XDIST_WORKER", "gw-1")[2:])) >= 0:
     # Processes of tests side by side, and the engines that they start: each has its own CPUs.

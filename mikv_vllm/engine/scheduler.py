@@ -47,9 +47,7 @@ class TieredScheduler(Scheduler):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
-        assert config is not None, (
-            f"TieredScheduler needs additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
-        )
+        assert config is not None, f"additional_config lacks {ADDITIONAL_CONFIG_KEY!r}"
         self.compression = config
         managers = self.kv_cache_manager.coordinator.single_type_managers
         try:
@@ -134,8 +132,10 @@ class TieredScheduler(Scheduler):
 
     # The prefix cache.
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        native = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *most_tokens: int | None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        native = super()._get_local_prefix_cache_hit(request, *most_tokens)
         manager, request_id = self.kv_cache_manager, request.request_id
         self.manager.hits.pop(request_id, None)
         if request_id not in self.store.ratios:
@@ -144,7 +144,8 @@ class TieredScheduler(Scheduler):
         window, limit, hit = self.compression.window, 0, None
         if self.compression.importance == "window":
             end = request.num_tokens
-            if self._has_one_group and manager.prefix_cache_lookup_enabled(request):
+            can_hit = self._has_one_group and manager.prefix_cache_lookup_enabled(request)
+            if can_hit and not any(most_tokens):  # vLLM 0.33 limits hits for other outputs
                 hit = self.store.find(request)
                 end = self.store.branches.get(request_id, end)
             # The last queries of a prompt are computed in one step, because they score it.

@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> None:
         leave(str(error), BAD_MODEL)
     allow_plugin()
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+
+    from mikv_vllm.server.vllm_modules import cli_env_setup
 
     cli_env_setup()
     args, config = parse(sys.argv[1:] if argv is None else argv)
@@ -40,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str]) -> tuple[Namespace, CompressionConfig]:
     """Parse the command line and its ``--config`` file, or exit with one sentence."""
     import yaml
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
     from mikv_vllm.server.options import config_of
     from mikv_vllm.server.parser import make_parser
+    from mikv_vllm.server.vllm_modules import validate_parsed_serve_args
 
     parser = make_parser()
     try:

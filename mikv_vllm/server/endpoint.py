@@ -9,14 +9,15 @@ from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 
 from mikv_vllm.config import RATIO_FIELD, CompressionConfig, RatioError, parse_ratio
 from mikv_vllm.server.capacity import check_capacity
 from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.middleware import RatioMiddleware
 from mikv_vllm.server.openapi import describe_fields
-from mikv_vllm.server.reports import collect_reports
-from mikv_vllm.server.vllm_hooks import check_params
+from mikv_vllm.server.reports import collect_reports, current_request
+from mikv_vllm.server.vllm_hooks import prepare_params
 from mikv_vllm.tiers.plan import largest_ratio
 
 if TYPE_CHECKING:
@@ -55,21 +56,25 @@ class MiKVEndpoint:
         head_dim = vllm_config.model_config.get_head_size()
         state.mikv_largest_ratio = largest_ratio(head_dim, config.high_bits, config.ladder)
         engine: Any = engine_client
-        check_ratios(engine, state.mikv_largest_ratio)
+        apply_ratios(engine, state.mikv_largest_ratio)
         check_capacity(engine.input_processor, vllm_config, config)
-        collect_reports(engine.output_processor)
+        collect_reports(engine.output_processor, over_http=True)
         install_metrics(engine.logger_manager, vllm_config)
 
 
-def check_ratios(engine: "AsyncLLM", largest: float) -> None:
-    """Make an ``AsyncLLM`` refuse a wrong ratio on every route.
+def apply_ratios(engine: "AsyncLLM", largest: float) -> None:
+    """Make an ``AsyncLLM`` use the ratio of the HTTP request and refuse a wrong one.
 
     Args:
-        engine: changed in place. It then raises ``VLLMValidationError`` for a wrong ratio.
+        engine: changed in place. It then sets the ratio of :data:`current_request`, and raises
+            ``VLLMValidationError`` for a wrong ratio in the parameters.
         largest: the largest ratio of the served model.
     """
 
-    def check(params: Any) -> None:
+    def apply(params: Any) -> None:
+        request = current_request.get()
+        if isinstance(params, SamplingParams) and request and request.ratio is not None:
+            params.extra_args = (params.extra_args or {}) | {RATIO_FIELD: request.ratio}
         ratio = (getattr(params, "extra_args", None) or {}).get(RATIO_FIELD)
         if ratio is not None:
             try:
@@ -77,7 +82,7 @@ def check_ratios(engine: "AsyncLLM", largest: float) -> None:
             except RatioError as error:
                 raise VLLMValidationError(str(error), parameter=RATIO_FIELD) from None
 
-    check_params(engine, check)
+    prepare_params(engine, apply)
 
 
 def _router(args: Namespace) -> APIRouter:

@@ -6,22 +6,45 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mikv_vllm.config import RATIO_FIELD, RatioError
-from mikv_vllm.server.reports import ReportGroup, current_group
-from mikv_vllm.server.request_body import move_ratio
-from mikv_vllm.server.response_body import EventStream, rewrite_json
+from mikv_vllm.server.reports import HttpRequest, current_request
+from mikv_vllm.server.request_body import (
+    RATIO_HEADER,
+    RatioRequest,
+    put_into_xargs,
+    refuse_ratio,
+    take_ratio,
+)
+from mikv_vllm.server.response_body import EventStream, header_value, rewrite_json
 
-GENERATE_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+MESSAGES_ROUTE = "/v1/messages"
+RESPONSES_ROUTE = "/v1/responses"
+GENERATE_ROUTES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    RESPONSES_ROUTE,
+    MESSAGES_ROUTE,
+    "/inference/v1/generate",
+    "/invocations",
+)
 """Routes that accept a ratio and return a report."""
+RENDER_ROUTES = tuple(
+    f"{route}/render"
+    for route in ("/v1/completions", "/v1/chat/completions", RESPONSES_ROUTE, MESSAGES_ROUTE)
+)
+"""Routes that return a request for ``/inference/v1/generate``. The ratio is part of it."""
+AUDIO_ROUTES = ("/v1/audio/transcriptions", "/v1/audio/translations")
+"""Routes that receive a form. They accept a ratio in the header and return a report."""
 
-STORED_RESPONSES = "/v1/responses/"
-"""Routes with this prefix return the report of an earlier response."""
+REPORT_HEADER = "x-kv-compression"
+"""Header with the report of an answer that is not a stream, as JSON."""
 
 
 class RatioMiddleware:
-    """Reads ``kv_compression_ratio`` from requests and adds ``kv_compression`` to responses.
+    """Reads the ratio of requests and adds the report to responses.
 
-    Other routes and all events of a stream except the last one are unchanged. The largest ratio is
-    ``app.state.mikv_largest_ratio``.
+    A ratio in a request to any other route is refused. All events of a stream except the last one
+    are unchanged. The largest ratio is ``app.state.mikv_largest_ratio``.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -33,38 +56,63 @@ class RatioMiddleware:
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if scope["method"] == "POST" and path in GENERATE_ROUTES:
-            await self._generate(scope, receive, send)
-        elif scope["method"] == "GET" and path.startswith(STORED_RESPONSES):
-            await self.app(scope, receive, ReportSender(send, ReportGroup()))
+        if scope["method"] == "POST":
+            await self._post(path, scope, receive, send)
+        elif scope["method"] == "GET" and path.startswith(f"{RESPONSES_ROUTE}/"):
+            await self.app(scope, receive, ReportSender(send, HttpRequest(None, True, False)))
         else:
             await self.app(scope, receive, send)
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        header = Headers(scope=scope).get(RATIO_HEADER)
         try:
             body = await Request(scope, receive).body()
-            moved = move_ratio(body, scope["app"].state.mikv_largest_ratio)
+            taken = _take_ratio(path, body, header, scope["app"].state.mikv_largest_ratio)
         except ClientDisconnect:
             return
         except RatioError as error:
-            await _bad_request(str(error))(scope, receive, send)
+            await _bad_request(str(error), path)(scope, receive, send)
             return
-        if moved is not body:
-            scope = _with_length(scope, len(moved))
-        group = ReportGroup()
-        token = current_group.set(group)
+        if taken is None:
+            await self.app(scope, _replay(body, receive), send)
+            return
+        if taken.body is not body:
+            scope = _with_length(scope, len(taken.body))
+        request = HttpRequest(taken.ratio, taken.is_set, is_stored=path == RESPONSES_ROUTE)
+        token = current_request.set(request)
         try:
-            await self.app(scope, _replay(moved, receive), ReportSender(send, group))
+            await self.app(scope, _replay(taken.body, receive), ReportSender(send, request))
         finally:
-            current_group.reset(token)
+            current_request.reset(token)
+
+
+def _take_ratio(path: str, body: bytes, header: str | None, largest: float) -> RatioRequest | None:
+    """Return the ratio of a request to any route, or None if the route does not generate text.
+
+    Raises:
+        RatioError: the ratio is wrong, or the route cannot apply it.
+    """
+    if path in GENERATE_ROUTES:
+        return take_ratio(body, header, largest)
+    if path in AUDIO_ROUTES:
+        if RATIO_FIELD.encode() in body:
+            raise RatioError(f"{RATIO_FIELD} is not a field of a form; set {RATIO_HEADER}.")
+        return take_ratio(b"", header, largest)._replace(body=body)
+    if path in RENDER_ROUTES:
+        rendered = take_ratio(body, header, largest)
+        if rendered.ratio is None:
+            return rendered
+        return rendered._replace(body=put_into_xargs(rendered.body, rendered.ratio))
+    refuse_ratio(body, header, path)
+    return None
 
 
 class ReportSender:
-    """An ASGI ``send`` that adds the report of a group to the response."""
+    """An ASGI ``send`` that adds the report of a request to its response."""
 
-    def __init__(self, send: Send, group: ReportGroup) -> None:
+    def __init__(self, send: Send, request: HttpRequest) -> None:
         self._send = send
-        self._group = group
+        self._request = request
         self._start: Message | None = None
         self._json = bytearray()
         self._stream: EventStream | None = None
@@ -86,7 +134,7 @@ class ReportSender:
             self._start = message  # sent with the body, because the body changes the content-length
             return
         if message["status"] == 200 and content_type.startswith("text/event-stream"):
-            self._stream = EventStream(self._group.total)
+            self._stream = EventStream(self._request.total)
         await self._send(message)
 
     async def _body_of_json(self, message: Message) -> None:
@@ -94,8 +142,11 @@ class ReportSender:
         if message.get("more_body", False):
             return
         assert self._start is not None, "the start of a response comes before its body"
-        body = rewrite_json(bytes(self._json), self._group.total())
-        MutableHeaders(raw=self._start["headers"])["content-length"] = str(len(body))
+        body, report = rewrite_json(bytes(self._json), self._request.total())
+        headers = MutableHeaders(raw=self._start["headers"])
+        headers["content-length"] = str(len(body))
+        if report is not None:
+            headers[REPORT_HEADER] = header_value(report)
         await self._send(self._start)
         await self._send({"type": "http.response.body", "body": body})
 
@@ -108,11 +159,15 @@ class ReportSender:
             await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def _bad_request(sentence: str) -> Response:
-    """Return a response with status 400 and vLLM's error body."""
+def _bad_request(sentence: str, path: str) -> Response:
+    """Return a response with status 400 and the error body of the route."""
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
     error = create_error_response(sentence, param=RATIO_FIELD)
+    if path == MESSAGES_ROUTE:
+        from vllm.entrypoints.anthropic.api_router import translate_error_response
+
+        return translate_error_response(error)
     return JSONResponse(error.model_dump(), status_code=error.error.code)
 
 

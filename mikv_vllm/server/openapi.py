@@ -59,11 +59,11 @@ def _extend(schema: dict[str, Any], largest: float) -> None:
     report = {"$ref": f"#/components/schemas/{REPORT_SCHEMA}"}
     for path in GENERATE_ROUTES:
         if operation := schema["paths"].get(path, {}).get("post"):
-            _add_property(operation["requestBody"], RATIO_FIELD, ratio)
+            _add_property(operation.setdefault("requestBody", {}), RATIO_FIELD, ratio)
             _add_property(operation["responses"]["200"], REPORT_FIELD, report)
 
 
 def _add_property(body: dict[str, Any], name: str, value: dict[str, Any]) -> None:
-    media = body["content"]["application/json"]
+    media = body.setdefault("content", {}).setdefault("application/json", {})
     added = {"type": "object", "properties": {name: value}}
     media["schema"] = {"allOf": [media["schema"], added]} if media.get("schema") else added

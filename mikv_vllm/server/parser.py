@@ -3,10 +3,10 @@
 from argparse import Namespace
 
 import yaml
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from mikv_vllm.server.options import GROUP, add_options
+from mikv_vllm.server.vllm_modules import make_arg_parser
 
 EPILOG = (
     "For every flag:           mikv-serve --help=all\n"

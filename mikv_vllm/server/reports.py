@@ -46,9 +46,34 @@ class ReportGroup:
         return sum_reports(self._by_sequence.values()) if self._by_sequence else None
 
 
-current_group: ContextVar[ReportGroup | None] = ContextVar("current_group", default=None)
-"""The group for the reports of sequences that are started in this context. The middleware sets it
-for each HTTP request; tasks and generators of the request inherit it."""
+class HttpRequest(ReportGroup):
+    """The ratio and the reports of one HTTP request.
+
+    Args:
+        ratio: ratio of all its sequences; None for the server's default.
+        reports_native: whether there is a report if nothing was compressed and ``requested_ratio``
+            is 1.
+        is_stored: whether the server may return the answer again later. Its report stays in the
+            ``kv_transfer_params`` of the stored answer.
+    """
+
+    def __init__(self, ratio: float | None, reports_native: bool, is_stored: bool) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.is_stored = is_stored
+        self._reports_native = reports_native
+
+    def total(self) -> Report | None:
+        """Return one report for all sequences, or None if there are none that have to be shown."""
+        report = super().total()
+        if report is None or self._reports_native or report["requested_ratio"] > 1:
+            return report
+        return None
+
+
+current_request: ContextVar[HttpRequest | None] = ContextVar("current_request", default=None)
+"""The HTTP request that starts sequences in this context. The middleware sets it; tasks and
+generators of the request inherit it."""
 
 
 def sum_reports(reports: Iterable[Report]) -> Report:
@@ -70,13 +95,15 @@ def sum_reports(reports: Iterable[Report]) -> Report:
     return total
 
 
-def collect_reports(processor: "OutputProcessor") -> None:
+def collect_reports(processor: "OutputProcessor", over_http: bool = False) -> None:
     """Make an ``OutputProcessor`` add every report to the group of its request.
 
     The final ``RequestOutput`` of a prompt with ``n > 1`` then contains the sum over its sequences.
 
     Args:
         processor: changed in place.
+        over_http: whether reports reach the user through :data:`current_request`. They are then
+            removed from ``kv_transfer_params``, except those of stored answers.
     """
     groups: WeakKeyDictionary[Any, ReportGroup] = WeakKeyDictionary()
 
@@ -84,7 +111,7 @@ def collect_reports(processor: "OutputProcessor") -> None:
         state = processor.request_states[request.request_id]
         owner = state.parent_req or state
         if owner not in groups:
-            groups[owner] = current_group.get() or ReportGroup()
+            groups[owner] = current_request.get() or ReportGroup()
 
     def collect(outputs: list["EngineCoreOutput"]) -> None:
         for output in outputs:
@@ -96,7 +123,10 @@ def collect_reports(processor: "OutputProcessor") -> None:
                 continue  # the request was aborted in the meantime
             group = groups[state.parent_req or state]
             group.add(output.request_id, params[REPORT_FIELD])
-            if state.parent_req is not None:
-                output.kv_transfer_params = params | {REPORT_FIELD: group.total()}
+            kept = not over_http or (isinstance(group, HttpRequest) and group.is_stored)
+            report = group.total() if kept else None
+            others = {name: value for name, value in params.items() if name != REPORT_FIELD}
+            shown = others if report is None else others | {REPORT_FIELD: report}
+            output.kv_transfer_params = shown or None
 
     observe_outputs(processor, assign_group, collect)

@@ -12,17 +12,21 @@ CARRIER = "kv_transfer_params"
 
 EVENT_END = b"\n\n"
 DONE = b"data: [DONE]"
-LAST_RESPONSES_EVENTS = (
+LAST_EVENTS = (
     b"event: response.completed\n",
     b"event: response.incomplete\n",
     b"event: response.failed\n",
+    b"event: message_delta\n",
 )
+"""Events with the final usage, of ``/v1/responses`` and of ``/v1/messages``."""
 MAY_BE_LAST = (b'"finish_reason":"', b'"choices":[]')
 """Text in an event that may be the last before ``[DONE]``: the end of a choice, or the usage."""
 
 
 def add_report(response: dict[str, Any], report: Report | None) -> bool:
     """Set :data:`~mikv_vllm.config.REPORT_FIELD` of a response, and remove it from its carrier.
+
+    The report is also added to ``usage``, which many clients keep when they drop unknown fields.
 
     Args:
         response: JSON object, changed in place.
@@ -38,22 +42,34 @@ def add_report(response: dict[str, Any], report: Report | None) -> bool:
     report = report or carried
     if report is not None:
         response[REPORT_FIELD] = report
+        if isinstance(usage := response.get("usage"), dict):
+            usage[REPORT_FIELD] = report
     return report is not None
 
 
-def rewrite_json(body: bytes, report: Report | None) -> bytes:
+def rewrite_json(body: bytes, report: Report | None) -> tuple[bytes, Report | None]:
     """Add a report to the JSON body of a response.
 
+    Args:
+        body: body of the response.
+        report: None for the report in the carrier, if there is one.
+
     Returns:
-        The new body, or ``body`` itself if there is no report or it is not a JSON object.
+        The new body and the report; ``body`` itself and None if there is no report or the body is
+        not a JSON object.
     """
     try:
         response = json.loads(body)
     except ValueError:
-        return body
+        return body, None
     if isinstance(response, dict) and add_report(response, report):
-        return _dump(response)
-    return body
+        return _dump(response), response[REPORT_FIELD]
+    return body, None
+
+
+def header_value(report: Report) -> str:
+    """Return a report as the value of a header: JSON on one line."""
+    return json.dumps(report, separators=(",", ":"))
 
 
 class EventStream:
@@ -87,7 +103,7 @@ class EventStream:
         held, self._held = self._held, b""
         if event.startswith(DONE):
             return self._with_report(held) + event
-        if event.startswith(LAST_RESPONSES_EVENTS):
+        if event.startswith(LAST_EVENTS):
             return held + self._with_report(event)
         if any(mark in event for mark in MAY_BE_LAST):
             self._held = event

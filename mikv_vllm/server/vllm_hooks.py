@@ -17,25 +17,26 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 
 
-def check_params(engine: "AsyncLLM", check: Callable[[Any], None]) -> None:
-    """Call ``check`` with the parameters of each request before the engine accepts it.
+def prepare_params(engine: "AsyncLLM", prepare: Callable[[Any], None]) -> None:
+    """Call ``prepare`` with the parameters of each request before the engine accepts it.
 
-    vLLM has no interface for a check of ``SamplingParams.extra_args``. A check in the HTTP routes
-    would miss routes that accept ``SamplingParams`` directly. Patch: none.
+    vLLM has no interface that sets or checks ``SamplingParams.extra_args`` for all routes: some
+    routes do not forward ``vllm_xargs``, others accept ``SamplingParams`` directly. Patch: none.
 
     Args:
         engine: its ``add_request`` is replaced.
-        check: receives ``SamplingParams`` or ``PoolingParams``; raises an error to refuse them.
+        prepare: receives ``SamplingParams`` or ``PoolingParams``, and may change them; raises an
+            error to refuse them.
     """
     add_request = engine.add_request
 
-    async def check_and_add(
+    async def prepare_and_add(
         request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        check(params)
+        prepare(params)
         return await add_request(request_id, prompt, params, *args, **kwargs)
 
-    engine.add_request = check_and_add
+    engine.add_request = prepare_and_add
 
 
 def check_inputs(processor: "InputProcessor", check: Callable[["EngineCoreRequest"], None]) -> None:

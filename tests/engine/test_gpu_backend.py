@@ -64,7 +64,12 @@ def divergences(run, reference):
 
 @pytest.mark.parametrize(
     ("runner", "batch"),
-    [("1", "in place"), ("2", "in place"), ("2", "long"), ("1", "blocks")],
+    [
+        pytest.param("1", "in place", marks=pytest.mark.slow),
+        ("2", "in place"),
+        ("2", "long"),
+        pytest.param("1", "blocks", marks=pytest.mark.slow),
+    ],
 )
 def test_gpu_backend_predicts_like_the_cpu_backend(predict, runner, batch):
     run, reference = predict("triton", runner, batch), predict("cpu", "1", batch)
@@ -76,6 +81,7 @@ def test_gpu_backend_predicts_like_the_cpu_backend(predict, runner, batch):
     assert max(divergences(run, reference)) < SAME
 
 
+@pytest.mark.slow
 def test_v2_model_runner_predicts_like_the_v1_runner(predict):
     run, reference = predict("cpu", "2", "many"), predict("cpu", "1", "many")
     assert run["operations"] == reference["operations"]

@@ -56,6 +56,7 @@ def test_the_answer_is_as_good_as_if_the_prompt_fitted(small, reference):
     assert stats["operations"]["demote"] >= 2 * (PROMPT - POOL_TOKENS) // 32
 
 
+@pytest.mark.slow
 def test_a_beginning_restored_wrongly_is_noticed(small, reference):
     reference.use(small)
     with mutated(small, "zeroed workspace"):
@@ -64,6 +65,7 @@ def test_a_beginning_restored_wrongly_is_noticed(small, reference):
     assert divergence > 2 * MOST_DIVERGENCE
 
 
+@pytest.mark.slow
 def test_long_and_short_prompts_share_the_pool(small, reference):
     prompt = cut_windows(small.get_tokenizer(), 1, PROMPT, 1)[0].prompt
     prompts = [{"prompt_token_ids": prompt[-count:]} for count in (6000, 50, 5000, 900, 4000)]

@@ -103,7 +103,20 @@ def process():
         yield pool
 
 
-@pytest.fixture(scope="module", params=SERVED)
+QUICK = (
+    "grouped-query attention",
+    "attention sinks",
+    "five of six layers with a sliding window",
+    "LoRA adapters",
+    "images",
+)
+"""Kinds that differ most; the others are marked as slow."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in SERVED],
+)
 def measured(request, process, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     return process.submit(kinds.measure, request.param, folder).result(timeout=300)

@@ -117,7 +117,7 @@ def ray():
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.slow if name == "ray" else ()) for name in PARALLEL
+        pytest.param(name, marks=pytest.mark.slow if name != "tensor" else ()) for name in PARALLEL
     ],
 )
 def parallel(request, model, single, one_cpu_each):

@@ -115,6 +115,7 @@ def test_mixed_batch_with_several_samples_and_logprobs(engine, windows):
             assert len(sample.logprobs) == len(sample.token_ids)
 
 
+@pytest.mark.slow
 def test_a_seeded_request_whose_prompt_comes_in_chunks(engine, windows):
     tokens = [token for window in windows[:4] for token in window.prompt]
     params = SamplingParams(seed=7, max_tokens=8, extra_args=ratio(4.0))

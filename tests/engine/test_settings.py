@@ -90,6 +90,7 @@ def compiled_engine(model_path):
     stop(llm)
 
 
+@pytest.mark.slow
 def test_quality_with_torch_compile_and_balanced_keys(compiled_engine):
     measured = quality(compiled_engine, 3.5, 900)
     assert measured.low_format == "B4V4"

@@ -1,5 +1,7 @@
 """Methods that store a KV cache: their bytes, and the keys and values that they return."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,9 +9,14 @@ from mikv_vllm.evaluation.methods import (
     BY_BITS,
     H2O,
     KIVI,
+    NVFP4,
+    OSCAR,
     Balanced,
+    BlockGTQ,
     HeadCache,
+    Kitty,
     MiKV,
+    OScaR,
     PaperMiKV,
     PerToken,
     SnapKV,
@@ -17,9 +24,12 @@ from mikv_vllm.evaluation.methods import (
     TurboQuant,
     every_method,
 )
-from mikv_vllm.evaluation.methods.turboquant import lloyd_max
+from mikv_vllm.evaluation.methods.block_gtq import allocate
+from mikv_vllm.evaluation.methods.quantization import quantize_per_token
+from mikv_vllm.evaluation.methods.turboquant import lloyd_max, round_rotated
 from mikv_vllm.tiers import records, reference
 from mikv_vllm.tiers.blocks import BlockPlanner
+from mikv_vllm.tiers.codec import rotate
 from mikv_vllm.tiers.formats import LADDERS, TierGeometry
 
 TOKENS, HEAD_DIM = 500, 64
@@ -66,6 +76,10 @@ def test_every_method_returns_finite_tensors_in_fewer_bytes(method, head_dim):
         (TurboQuant(3), 2 * (24 + 2)),
         (PaperMiKV(4, 16), 0.2 * 256 + 0.8 * 72 + 2 * 64 / TOKENS),
         (PaperMiKV(2, 8), 0.2 * (128 + 8) + 0.8 * 40 + 2 * 64 / TOKENS),
+        (OSCAR(2), (32 * 256 + (TOKENS - 32) * 2 * (16 + 4)) / TOKENS),
+        (OScaR(2), (116 * 256 + 384 * (16 + 4 * 64 / 128 + 2 + 16 + 4)) / TOKENS),
+        (Kitty(1 / 8), (116 * 256 + 384 * (16 + 2 + 64 * 4.125 / 128 + 16 + 4)) / TOKENS),
+        (NVFP4(), 2 * (32 + 4)),
         (StreamingLLM(4), 64),
         (H2O(4), 64),
         (SnapKV(4), 64),
@@ -90,6 +104,61 @@ def test_more_bits_give_smaller_errors(cache, method, bits):
         exact = getattr(cache, name)
         errors = [(getattr(s, name) - exact).norm() for s in (coarse, fine)]
         assert errors[1] < 0.7 * errors[0]
+
+
+def test_kitty_boosts_the_channels_with_the_largest_magnitude(cache):
+    exact, boosted = cache.keys[32:160], Kitty(1 / 4).store(cache).keys[32:160]
+    plain = Kitty(0.0).store(cache).keys[32:160]
+    largest = exact.abs().mean(0).topk(16).indices
+    others = [i for i in range(HEAD_DIM) if i not in largest.tolist()]
+    assert torch.equal(boosted[:, others], plain[:, others])
+    error, plain_error = ((k - exact)[:, largest].norm() for k in (boosted, plain))
+    assert error < 0.3 * plain_error
+    assert torch.equal(Kitty(1 / 4).store(cache).keys[:32], cache.keys[:32])
+
+
+def test_oscar_keeps_the_products_with_queries_better_than_a_hadamard_rotation(cache):
+    """Queries in a few directions: the error of the keys may be in the other ones."""
+    rng = torch.Generator().manual_seed(2)
+    mixing = torch.linalg.qr(torch.randn(HEAD_DIM, HEAD_DIM, generator=rng)).Q
+    queries = (cache.queries * torch.linspace(4, 0.1, HEAD_DIM)) @ mixing
+    skewed = replace(cache, queries=queries)
+    oscar = OSCAR(2).store(skewed).keys
+    hadamard = rotate(quantize_per_token(rotate(cache.keys), 2))
+    errors = [((keys - cache.keys) @ queries.T).norm() for keys in (oscar, hadamard)]
+    assert errors[0] < errors[1]
+
+
+def test_oscar_scales_tokens_of_different_norms(cache):
+    """A token with a hundredth of the norm has a hundredth of the error."""
+    keys = cache.keys.clone()
+    keys[7] /= 100
+    error = (OScaR(2).store(replace(cache, keys=keys)).keys - keys).norm(dim=1)
+    assert error[7] < 0.05 * error[8:20].mean()
+
+
+def test_block_gtq_gives_bits_to_energy():
+    energy = torch.tensor([64.0, 16.0, 1.0, 1.0])
+    assert allocate(energy, 2).tolist() == [4, 3, 1, 0]
+    assert allocate(torch.ones(8), 3).tolist() == [3] * 8
+    assert allocate(torch.tensor([1e9, 1.0]), 5).tolist() == [8, 2]
+
+
+def test_block_gtq_with_equal_energies_is_as_good_as_turboquant():
+    rng = torch.Generator().manual_seed(1)
+    keys, values, queries = (torch.randn(TOKENS, HEAD_DIM, generator=rng) for _ in range(3))
+    weights = torch.ones(TOKENS)
+    cache = HeadCache(keys, values, queries, queries.abs().amax(0), weights, weights)
+    error = float((BlockGTQ(3).store(cache).keys - keys).norm())
+    assert error == pytest.approx(float((round_rotated(keys, 3) - keys).norm()), rel=0.05)
+
+
+def test_nvfp4_represents_its_levels():
+    keys = torch.tensor([[0.0, 0.5, -1.0, 1.5, 2.0, -3.0, 4.0, 6.0] * 8])
+    cache = replace(head_cache(tokens=1), keys=keys, values=2 * keys)
+    stored = NVFP4().store(cache)
+    assert torch.equal(stored.keys, keys)
+    assert torch.equal(stored.values, 2 * keys)
 
 
 def test_evictions_keep_the_tokens_that_their_papers_say(cache):

@@ -44,6 +44,7 @@ def test_xformers_reads_the_rows(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs here")
+@pytest.mark.slow
 def test_the_benchmark_covers_every_contender(device, monkeypatch):
     def run_once(runs, rounds=1, graph=True):
         for run in runs[:1]:

@@ -12,7 +12,7 @@ from mikv_vllm.server.cli import parse, prepare
 from mikv_vllm.server.llm import make_config
 from mikv_vllm.server.memory import GIB
 from mikv_vllm.server.refusals import Refusal
-from mikv_vllm.server.request_body import move_ratio
+from mikv_vllm.server.request_body import take_ratio
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
@@ -21,8 +21,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 def test_a_string_that_contains_a_number_is_a_ratio(value):
     assert parse_ratio(value, 6.0) == 4.0
     for body in ({"kv_compression_ratio": value}, {"vllm_xargs": {"kv_compression_ratio": value}}):
-        moved = json.loads(move_ratio(json.dumps(body).encode(), 6.0))
-        assert moved == {"vllm_xargs": {"kv_compression_ratio": 4.0}}
+        assert take_ratio(json.dumps(body).encode(), None, 6.0).ratio == 4.0
 
 
 @pytest.mark.parametrize("value", ["four", "", "nan", "inf", "0.5", "4,0"])
@@ -45,14 +44,14 @@ def test_a_misspelt_field_is_refused_with_the_right_name(name):
     for body, prefix in (({name: 4}, ""), ({"vllm_xargs": {name: 4}}, "vllm_xargs.")):
         expected = f"unknown field {prefix}{name}; did you mean {prefix}kv_compression_ratio"
         with pytest.raises(RatioError, match=expected.replace(".", r"\.")):
-            move_ratio(json.dumps(body).encode(), 6.0)
+            take_ratio(json.dumps(body).encode(), None, 6.0)
 
 
 def test_fields_of_vllm_pass():
     body = json.dumps({"kv_transfer_params": {"a": 1}, "prompt": "kv_compresion_ratio"}).encode()
-    assert move_ratio(body, 6.0) is body
+    assert take_ratio(body, None, 6.0).body is body
     body = json.dumps({"vllm_xargs": {"kv_cache_report_mode": "full"}}).encode()
-    assert move_ratio(body, 6.0) is body
+    assert take_ratio(body, None, 6.0).body is body
 
 
 def test_a_missing_file_of_low_formats_is_named(capsys):

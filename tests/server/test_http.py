@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from mikv_vllm.evaluation import cli
+from mikv_vllm.server.middleware import GENERATE_ROUTES
 
 from .serving import RunningServer
 
@@ -65,16 +66,23 @@ def events(response: httpx.Response) -> list[dict]:
 
 
 def request_of(route: str) -> dict:
-    """A small request for each of the three routes."""
-    if route == "/v1/completions":
+    """A small request for each of the routes."""
+    if route in ("/v1/completions", "/invocations"):
         return {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 4}
     if route == "/v1/responses":
         return {"model": MODEL, "input": LONG_PROMPT, "max_output_tokens": 4}
+    if route == "/inference/v1/generate":
+        return {"token_ids": [500 + i % 300 for i in range(2000)], "sampling_params": SAMPLING}
     messages = [{"role": "user", "content": LONG_PROMPT}]
+    if route == "/v1/chat/completions/batch":
+        return {"model": MODEL, "messages": [messages, messages], "max_tokens": 4}
     return {"model": MODEL, "messages": messages, "max_tokens": 4}
 
 
-ROUTES = ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
+SAMPLING = {"max_tokens": 4}
+ROUTES = list(GENERATE_ROUTES)
+STREAMING_ROUTES = [route for route in ROUTES if not route.endswith("/batch")]
+HEADER = {"X-KV-Compression-Ratio": "4"}
 
 
 @pytest.mark.parametrize("ratio", [3, 4.0, 5.0])
@@ -114,43 +122,90 @@ def test_wrong_ratio_is_400_on_every_route(server, route, value):
     headers = {"Content-Type": "application/json"}
     response = server.client.post(route, content=body, headers=headers)
     error = response.json()["error"]
-    assert response.status_code == error["code"] == 400
-    assert (error["type"], error["param"]) == ("BadRequestError", "kv_compression_ratio")
+    assert response.status_code == 400
+    assert error["type"] == "BadRequestError"
+    if route != "/v1/messages":
+        assert (error["code"], error["param"]) == (400, "kv_compression_ratio")
     assert error["message"].startswith("kv_compression_ratio is ")
     assert "from 1.0" in error["message"]
 
 
-def test_wrong_ratio_on_another_route_is_400(server):
-    body = {"model": MODEL, "prompt": "a", "vllm_xargs": {"kv_compression_ratio": 1e9}}
-    error = server.client.post("/invocations", json=body).json()["error"]
-    assert (error["code"], error["param"]) == (400, "kv_compression_ratio")
-    assert error["message"].startswith("kv_compression_ratio is 1000000000.0")
+@pytest.mark.parametrize("place", ["sampling_params", "extra_args"])
+def test_wrong_ratio_in_sampling_params_is_400(server, place):
+    wrong = {"kv_compression_ratio": 99}
+    params = SAMPLING | (wrong if place == "sampling_params" else {"extra_args": wrong})
+    body = request_of("/inference/v1/generate") | {"sampling_params": params}
+    error = server.client.post("/inference/v1/generate", json=body).json()["error"]
+    assert error["code"] == 400
+    assert "kv_compression_ratio is 99, which is out of range" in error["message"]
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_body_of_every_route_has_the_report(server, route):
-    body = server.client.post(route, json=request_of(route) | {"kv_compression_ratio": 4}).json()
-    assert set(body["kv_compression"]) == REPORT_FIELDS
-    assert body["kv_transfer_params"] is None
+@pytest.mark.parametrize("in_header", [False, True])
+def test_body_of_every_route_has_the_report(server, route, in_header):
+    fields = {} if in_header else {"kv_compression_ratio": 4}
+    headers = HEADER if in_header else {}
+    response = server.client.post(route, json=request_of(route) | fields, headers=headers)
+    body = response.json()
+    report = body["kv_compression"]
+    assert set(report) == REPORT_FIELDS
+    assert report["requested_ratio"] == 4.0
+    assert report["low_tokens"] > 0
+    assert body["usage"]["kv_compression"] == report
+    assert json.loads(response.headers["X-KV-Compression"]) == report
+    assert body.get("kv_transfer_params") is None
 
 
-@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize("route", STREAMING_ROUTES)
 @pytest.mark.parametrize("usage", [False, True])
-def test_last_chunk_of_a_stream_has_the_report(server, route, usage):
+def test_last_event_of_a_stream_has_the_report(server, route, usage):
     body = request_of(route) | {"stream": True, "kv_compression_ratio": 4}
-    response = server.client.post(route, json=body | {"stream_options": {"include_usage": usage}})
-    *others, last = events(response)
-    assert response.text.endswith("data: [DONE]\n\n")
-    assert set(last["kv_compression"]) == REPORT_FIELDS
-    assert last["kv_compression"]["requested_ratio"] == 4.0
-    assert not any("kv_compression" in other for other in others)
+    if route not in ("/v1/responses", "/v1/messages"):  # these always show the usage
+        body |= {"stream_options": {"include_usage": usage}}
+    response = server.client.post(route, json=body)
+    reports = [find_report(event) for event in events(response)]
+    (shown,) = [report for report in reports if report is not None]
+    assert set(shown) == REPORT_FIELDS
+    assert shown["requested_ratio"] == 4.0
+    if route == "/v1/messages":
+        assert reports[-2:] == [shown, None]  # the event message_stop follows
+    else:
+        assert reports[-1] == shown
+    if usage:
+        with_usage = next(event for event in events(response) if find_report(event) is not None)
+        with_usage = with_usage.get("response", with_usage)
+        assert with_usage["usage"]["kv_compression"] == shown
 
 
-def test_last_event_of_a_responses_stream_has_the_report(server):
-    body = request_of("/v1/responses") | {"stream": True, "kv_compression_ratio": 4}
-    last = events(server.client.post("/v1/responses", json=body))[-1]
-    assert last["type"] == "response.completed"
-    assert set(last["response"]["kv_compression"]) == REPORT_FIELDS
+def find_report(event: dict) -> dict | None:
+    return event.get("response", event).get("kv_compression")
+
+
+def test_a_rendered_request_keeps_its_ratio(server):
+    body = request_of("/v1/completions") | {"kv_compression_ratio": 4}
+    (rendered,) = server.client.post("/v1/completions/render", json=body).json()
+    answer = server.client.post("/inference/v1/generate", json=rendered).json()
+    assert answer["kv_compression"]["requested_ratio"] == 4.0
+    assert answer["kv_compression"]["low_tokens"] > 0
+
+
+def test_beam_search_is_not_compressed(server):
+    body = request_of("/v1/completions") | {"use_beam_search": True, "n": 2}
+    answer = server.client.post("/v1/completions", json=body)
+    assert answer.status_code == 200
+    assert "kv_compression" not in answer.text
+    for route in ("/v1/completions", "/v1/chat/completions"):
+        body = request_of(route) | {"use_beam_search": True, "kv_compression_ratio": 4}
+        error = server.client.post(route, json=body).json()["error"]
+        assert error["code"] == 400
+        assert error["message"].startswith("kv_compression_ratio is 4, but it must be 1 with ")
+
+
+@pytest.mark.parametrize("route", ["/tokenize", "/v1/messages/count_tokens", "/v1/embeddings"])
+def test_a_route_that_does_not_generate_refuses_a_ratio(server, route):
+    body = request_of("/v1/messages") | {"kv_compression_ratio": 4}
+    error = server.client.post(route, json=body).json()["error"]
+    assert error["message"] == f"kv_compression_ratio is not supported by POST {route}."
 
 
 def test_stream_is_not_held_back(server):
@@ -266,9 +321,9 @@ def test_the_schema_names_the_field_and_the_report(server):
     assert set(report["properties"]) == REPORT_FIELDS
     for route in ROUTES:
         operation = schema["paths"][route]["post"]
-        request = operation["requestBody"]["content"]["application/json"]["schema"]["allOf"]
-        assert "$ref" in request[0]
-        (number, _) = request[1]["properties"]["kv_compression_ratio"]["anyOf"]
+        request = operation["requestBody"]["content"]["application/json"]["schema"]
+        *_, request = request.get("allOf", [request])
+        (number, _) = request["properties"]["kv_compression_ratio"]["anyOf"]
         assert number == {"type": "number", "minimum": 1.0, "maximum": pytest.approx(6.1, abs=0.1)}
         answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
         assert answer["properties"]["kv_compression"]["$ref"].endswith("/KVCompressionReport")

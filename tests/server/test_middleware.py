@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from mikv_vllm.server.middleware import RatioMiddleware
-from mikv_vllm.server.reports import collect_reports, current_group
+from mikv_vllm.server.middleware import GENERATE_ROUTES, RatioMiddleware
+from mikv_vllm.server.reports import HttpRequest, collect_reports, current_request
 
 REPORT = {
     "requested_ratio": 4.0,
@@ -28,18 +28,24 @@ REPORT = {
 }
 
 
+DEFAULT = 1.0
+"""The server's default ratio."""
+
+
 async def generate(request: Request):
     """Echo the body; the engine's report arrives in a task of its own."""
     body = await request.body()
 
+    request_of_http = current_request.get()
+    assert request_of_http is not None
+
     async def engine() -> None:
-        group = current_group.get()
-        assert group is not None
-        group.add("0", REPORT)
+        request_of_http.add("0", REPORT | {"requested_ratio": request_of_http.ratio or DEFAULT})
 
     if b'"stream"' not in body:
         await asyncio.create_task(engine())
-        return JSONResponse({"echo": body.decode(), "length": request.headers["content-length"]})
+        echo = {"echo": body.decode(), "length": request.headers["content-length"]}
+        return JSONResponse(echo | {"ratio": request_of_http.ratio, "usage": {"total_tokens": 3}})
 
     async def stream():
         yield 'data: {"choices":[{"finish_reason":null}]}\n\n'
@@ -51,7 +57,7 @@ async def generate(request: Request):
 
 
 async def other(request: Request):
-    assert current_group.get() is None
+    assert current_request.get() is None
     return PlainTextResponse(await request.body())
 
 
@@ -63,12 +69,16 @@ async def failing(request: Request):
     return JSONResponse({"error": "no"}, status_code=500)
 
 
+TAKING_ROUTES = [path for path in GENERATE_ROUTES if path != "/v1/responses"]
+
+
 @pytest.fixture
 def client():
     app = Starlette(
         routes=[
-            Route("/v1/completions", generate, methods=["POST"]),
-            Route("/v1/chat/completions", generate, methods=["POST"]),
+            *(Route(path, generate, methods=["POST"]) for path in TAKING_ROUTES),
+            Route("/v1/completions/render", generate, methods=["POST"]),
+            Route("/v1/audio/transcriptions", generate, methods=["POST"]),
             Route("/v1/responses", failing, methods=["POST"]),
             Route("/v1/responses/r", stored, methods=["GET"]),
             Route("/v1/other", other, methods=["POST"]),
@@ -80,22 +90,91 @@ def client():
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
+RATIO = "kv_compression_ratio"
+
+
 def post(client: httpx.AsyncClient, path: str, **kwargs) -> httpx.Response:
-    async def call() -> httpx.Response:
-        async with client:
-            return await client.post(path, **kwargs)
-
-    return asyncio.run(call())
+    return asyncio.run(client.post(path, **kwargs))
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_ratio_reaches_the_route_and_the_report_comes_back(client, path):
-    response = post(client, path, json={"prompt": "a", "kv_compression_ratio": 4})
+@pytest.mark.parametrize("path", TAKING_ROUTES)
+@pytest.mark.parametrize(
+    ("fields", "headers"),
+    [
+        ({"kv_compression_ratio": 4}, {}),
+        ({"vllm_xargs": {"kv_compression_ratio": 4}}, {}),
+        ({"sampling_params": {"extra_args": {"kv_compression_ratio": 4}}}, {}),
+        ({}, {"X-KV-Compression-Ratio": "4"}),
+    ],
+)
+def test_ratio_is_taken_and_the_report_comes_back(client, path, fields, headers):
+    response = post(client, path, json={"prompt": "a"} | fields, headers=headers)
     body = response.json()
-    assert body["kv_compression"] == REPORT
-    assert json.loads(body["echo"])["vllm_xargs"] == {"kv_compression_ratio": 4.0}
+    assert body["ratio"] == 4.0
+    assert body["kv_compression"] == body["usage"]["kv_compression"] == REPORT
+    assert json.loads(response.headers["X-KV-Compression"]) == REPORT
+    assert "kv_compression_ratio" not in body["echo"]
     assert int(body["length"]) == len(body["echo"])
     assert int(response.headers["content-length"]) == len(response.content)
+
+
+def test_request_without_a_ratio_is_untouched_and_has_no_report(client):
+    response = post(client, "/v1/completions", content=b'{"prompt":  "a"}')
+    body = response.json()
+    assert body["echo"] == '{"prompt":  "a"}'
+    assert "kv_compression" not in response.text
+    assert "X-KV-Compression" not in response.headers
+
+
+def test_request_without_a_ratio_has_a_report_if_the_server_compresses(client, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.DEFAULT", 4.0)
+    assert post(client, "/v1/completions", json={}).json()["kv_compression"] == REPORT
+
+
+def test_ratio_1_has_a_report(client):
+    report = post(client, "/v1/completions", json={"kv_compression_ratio": 1}).json()
+    assert report["kv_compression"]["requested_ratio"] == 1.0
+
+
+def test_beam_search_is_not_compressed_and_has_no_report(client, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.DEFAULT", 4.0)
+    for fields in ({}, {"kv_compression_ratio": 1}):
+        body = post(client, "/v1/completions", json={"use_beam_search": True} | fields).json()
+        assert body["ratio"] == 1.0
+        assert "kv_compression" not in body
+    refused = post(client, "/v1/completions", json={"use_beam_search": True, RATIO: 4}).json()
+    assert refused["error"]["message"] == f"{RATIO} is 4, but it must be 1 with use_beam_search."
+
+
+def test_a_rendered_request_contains_the_ratio(client):
+    body = post(client, "/v1/completions/render", json={}, headers={"X-KV-Compression-Ratio": "4"})
+    assert json.loads(body.json()["echo"]) == {"vllm_xargs": {RATIO: 4.0}}
+
+
+def test_a_form_takes_the_header_alone(client):
+    form, path = {"files": {"file": b"sound"}}, "/v1/audio/transcriptions"
+    taken = post(client, path, **form, headers={"X-KV-Compression-Ratio": "4"}).json()
+    refused = post(client, path, **form, data={RATIO: "4"}).json()
+    assert taken["ratio"] == 4.0
+    assert refused["error"]["message"] == (
+        f"{RATIO} is not a field of a form; set x-kv-compression-ratio."
+    )
+
+
+def test_header_and_body_have_to_agree(client):
+    headers = {"X-KV-Compression-Ratio": "4"}
+    response = post(client, "/v1/completions", json={RATIO: 3}, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == (
+        f"x-kv-compression-ratio is 4, but {RATIO} is 3; give one of them."
+    )
+
+
+def test_wrong_ratio_is_400_in_the_shape_of_anthropic(client):
+    response = post(client, "/v1/messages", json={RATIO: 9})
+    assert response.status_code == 400
+    assert response.json()["type"] == "error"
+    assert response.json()["error"]["message"].startswith(f"{RATIO} is 9, which is out of range")
 
 
 def test_chunked_request_body_is_put_together(client):
@@ -104,8 +183,7 @@ def test_chunked_request_body_is_put_together(client):
             yield piece
 
     body = post(client, "/v1/completions", content=pieces()).json()
-    assert json.loads(body["echo"]) == {"vllm_xargs": {"kv_compression_ratio": 2.0}}
-    assert int(body["length"]) == len(body["echo"])
+    assert (body["echo"], body["length"], body["ratio"]) == ("{}", "2", 2.0)
 
 
 def test_invalid_json_reaches_the_route_unchanged(client):
@@ -123,15 +201,29 @@ def test_wrong_ratio_is_400_in_the_shape_of_openai(client, value):
 
 
 def test_stream_ends_with_the_report(client):
-    response = post(client, "/v1/completions", json={"stream": True})
+    response = post(client, "/v1/completions", json={"stream": True, RATIO: 4})
     *_, last, done, rest = response.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     assert json.loads(last.removeprefix("data: "))["kv_compression"] == REPORT
 
 
 def test_other_routes_are_left_alone(client):
-    content = b'{"kv_compression_ratio": "nonsense"}'
+    content = b'{"text": "kv_compression_ratio"}'
     assert post(client, "/v1/other", content=content).content == content
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b'{"kv_compression_ratio": 4}', {}),
+        (b'{"vllm_xargs": {"kv_compression_ratio": 4}}', {}),
+        (b"{}", {"X-KV-Compression-Ratio": "4"}),
+    ],
+)
+def test_a_ratio_that_a_route_cannot_apply_is_refused(client, content, headers):
+    response = post(client, "/v1/other", content=content, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == f"{RATIO} is not supported by POST /v1/other."
 
 
 def test_error_response_is_left_alone(client):
@@ -194,6 +286,21 @@ def test_reports_of_several_choices_are_summed():
         "uncompressed_kv_bytes": 7000,
         "low_format": "K6433V3",
     }
+
+
+@pytest.mark.parametrize(("is_stored", "ratio"), [(False, 4.0), (True, 4.0), (True, None)])
+def test_over_http_only_a_stored_answer_carries_a_report(is_stored, ratio):
+    processor = Processor()
+    collect_reports(processor, over_http=True)
+    request = HttpRequest(ratio, ratio is not None, is_stored)
+    token = current_request.set(request)
+    processor.add_request(SimpleNamespace(request_id="r"), "prompt")
+    current_request.reset(token)
+    report = REPORT | {"requested_ratio": ratio or 1.0}
+    processor.process_outputs([finished("r", report)])
+    carried = is_stored and ratio is not None
+    assert processor.processed == [{"kv_compression": report} if carried else None]
+    assert request.total() == (None if ratio is None else report)
 
 
 def test_outputs_without_a_report_pass():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mikv_vllm.server.response_body import EventStream, rewrite_json
+from mikv_vllm.server.response_body import EventStream, header_value, rewrite_json
 
 REPORT = {"requested_ratio": 4.0, "achieved_ratio": 3.9, "kv_tokens": 10}
 
@@ -31,9 +31,21 @@ def run(events: list[bytes], report: dict | None = REPORT) -> tuple[list[bytes],
     return [stream.feed(data) for data in events], stream
 
 
+def rewritten(body: str, report: dict | None) -> dict:
+    new, shown = rewrite_json(body.encode(), report)
+    assert shown == REPORT
+    assert json.loads(header_value(shown)) == REPORT
+    return json.loads(new)
+
+
+def test_report_is_in_the_usage_too():
+    body = '{"usage": {"total_tokens": 3}}'
+    assert rewritten(body, REPORT)["usage"] == {"total_tokens": 3, "kv_compression": REPORT}
+
+
 def test_report_moves_from_the_carrier_to_the_top_level():
     body = json.dumps({"id": "a", "kv_transfer_params": {"kv_compression": {"kv_tokens": 1}}})
-    assert json.loads(rewrite_json(body.encode(), REPORT)) == {
+    assert rewritten(body, REPORT) == {
         "id": "a",
         "kv_transfer_params": None,
         "kv_compression": REPORT,
@@ -42,7 +54,7 @@ def test_report_moves_from_the_carrier_to_the_top_level():
 
 def test_report_of_the_carrier_is_used_if_no_other_is_given():
     body = json.dumps({"kv_transfer_params": {"kv_compression": REPORT, "other": 1}})
-    assert json.loads(rewrite_json(body.encode(), None)) == {
+    assert rewritten(body, None) == {
         "kv_transfer_params": {"other": 1},
         "kv_compression": REPORT,
     }
@@ -50,7 +62,7 @@ def test_report_of_the_carrier_is_used_if_no_other_is_given():
 
 @pytest.mark.parametrize("body", [b'{"id":  "a"}', b"[1]", b"not JSON", b""])
 def test_json_body_without_a_report_is_unchanged(body):
-    assert rewrite_json(body, None) is body
+    assert rewrite_json(body, None) == (body, None)
 
 
 def test_tokens_are_not_delayed():
@@ -69,6 +81,7 @@ def test_report_is_only_in_the_usage_event():
     out, _ = run([token("a", "stop"), USAGE, DONE])
     events = contents(b"".join(out))
     assert [e.get("kv_compression") == REPORT for e in events] == [False, True]
+    assert events[1]["usage"] == {"total_tokens": 3, "kv_compression": REPORT}
 
 
 def test_report_is_only_in_the_end_of_the_last_choice():
@@ -117,3 +130,12 @@ def test_responses_stream_has_the_report_in_its_last_event(kind):
     assert out[1].startswith(head)
     content = json.loads(out[1].partition(b"data: ")[2])
     assert content["response"]["kv_compression"] == content["kv_compression"] == REPORT
+
+
+def test_messages_stream_has_the_report_in_the_event_with_the_usage():
+    delta = b"event: message_delta\n" + event(type="message_delta", usage={"output_tokens": 3})
+    stop = b"event: message_stop\n" + event(type="message_stop")
+    out, _ = run([b"event: message_start\n" + event(type="message_start"), delta, stop])
+    assert out[2] == stop
+    content = json.loads(out[1].partition(b"data: ")[2])
+    assert content["usage"] == {"output_tokens": 3, "kv_compression": REPORT}

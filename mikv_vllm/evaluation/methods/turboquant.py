@@ -49,14 +49,22 @@ class TurboQuant(CacheMethod):
 
     def store(self, cache: HeadCache) -> Stored:
         token_bytes = 2 * (cache.head_dim * self.bits / 8 + NATIVE_BYTES)
-        keys, values = self._round(cache.keys), self._round(cache.values)
+        keys, values = (round_rotated(x, self.bits) for x in (cache.keys, cache.values))
         return Stored(keys, values, cache.num_tokens * token_bytes)
 
-    def _round(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantize keys or values ``[tokens, head_dim]`` and back."""
-        size = x.shape[1] ** 0.5
-        norm = x.norm(dim=1, keepdim=True).half().float().clamp(min=1e-6)
-        levels = lloyd_max(self.bits)
-        normal = rotate(x) / norm * size
-        nearest = torch.bucketize(normal, (levels[1:] + levels[:-1]) / 2)
-        return rotate(levels[nearest] * norm / size)
+
+def round_rotated(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rotate keys or values ``[tokens, head_dim]``, quantize them, and rotate them back."""
+    return rotate(round_normal(rotate(x), bits))
+
+
+def round_normal(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Quantize vectors ``[tokens, channels]`` and back, as if each was normally distributed.
+
+    The norm of each vector is rounded to fp16.
+    """
+    size = x.shape[1] ** 0.5
+    norm = x.norm(dim=1, keepdim=True).half().float().clamp(min=1e-6)
+    levels = lloyd_max(bits)
+    nearest = torch.bucketize(x / norm * size, (levels[1:] + levels[:-1]) / 2)
+    return levels[nearest] * norm / size
