@@ -5,7 +5,6 @@ The server's default ratio is 1, so a request that does not set a ratio gets vLL
 
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
 
@@ -42,6 +41,18 @@ TOOL = {
 }
 
 
+BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+if __name__ == "__main__":
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args())
+"""
+"""What ``vllm bench serve`` runs. The command itself needs a distribution named ``vllm``."""
+
+
 class Animal(BaseModel):
     """What the model is asked to fill in."""
 
@@ -52,7 +63,7 @@ class Animal(BaseModel):
 def server(tmp_path_factory, model_path):
     log = tmp_path_factory.mktemp("server") / "log.txt"
     flags = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(300 << 20)]
-    flags += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    flags += ["--enable-scale-out"]
     with RunningServer(flags, log) as running:
         yield running
 
@@ -82,7 +93,10 @@ def chat(**fields) -> dict:
         ("/v1/responses", {"input": QUESTION, "max_output_tokens": 4}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}),
         ("/invocations", {"messages": MESSAGES, "max_tokens": 4}),
-        ("/inference/v1/generate", {"token_ids": [900] * 600, "sampling_params": {}}),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [900] * 600, "sampling_params": {"max_tokens": 4}},
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -120,8 +134,8 @@ def test_openai_streams(client):
     *_, last = client.chat.completions.create(**chat(), stream=True, **options)
     check(last.usage.kv_compression)
     with client.chat.completions.stream(**chat(), **options) as stream:
-        final = stream.get_final_completion()
-    check(final.usage.kv_compression)
+        *_, last = [event.chunk for event in stream if event.type == "chunk"]
+    check(last.usage.kv_compression)
     with pytest.raises(openai.BadRequestError, match=SAID):
         client.chat.completions.create(**chat(), stream=True, extra_body=WRONG)
 
@@ -179,16 +193,10 @@ def test_langchain(server):
         model(WRONG).invoke(QUESTION)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_litellm(server, stream):
+def test_litellm(server):
     fields = {"model": f"hosted_vllm/{MODEL}", "messages": MESSAGES, "max_tokens": 8}
-    fields |= {"api_base": f"{server.url}/v1", "api_key": "none", "stream": stream}
-    if stream:
-        fields["stream_options"] = {"include_usage": True}
-    answer = litellm.completion(**fields, extra_body=RATIO)
-    if stream:
-        *_, answer = answer
-    check(dict(answer.usage.kv_compression))
+    fields |= {"api_base": f"{server.url}/v1", "api_key": "none"}
+    check(dict(litellm.completion(**fields, extra_body=RATIO).usage.kv_compression))
     with pytest.raises(litellm.BadRequestError, match=SAID):
         litellm.completion(**fields, extra_body=WRONG)
 
@@ -213,7 +221,7 @@ def run(command: list[str], cwd) -> subprocess.CompletedProcess:
 
 def test_vllm_bench_serve(server, model_path, tmp_path):
     before = compressed_so_far(server)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+    command = [sys.executable, "-c", BENCH_SERVE]
     command += ["--base-url", server.url, "--model", MODEL, "--tokenizer", str(model_path)]
     command += ["--dataset-name", "random", "--random-input-len", "600", "--random-output-len", "4"]
     command += ["--num-prompts", "2", "--extra-body"]
@@ -222,19 +230,6 @@ def test_vllm_bench_serve(server, model_path, tmp_path):
     assert compressed_so_far(server) > before
     refused = run([*command, json.dumps(WRONG)], tmp_path)
     assert "Bad Request" in refused.stdout + refused.stderr
-
-
-def test_guidellm(server, model_path, tmp_path):
-    if shutil.which("guidellm") is None:
-        pytest.skip("guidellm is not on the PATH")
-    before = compressed_so_far(server)
-    command = ["guidellm", "benchmark", "run", "--target", server.url, "--model", MODEL]
-    command += ["--processor", str(model_path), "--data", "prompt_tokens=600,output_tokens=4"]
-    command += ["--profile", "synchronous", "--max-requests", "2"]
-    command += ["--backend-kwargs", json.dumps({"extras": {"body": RATIO}})]
-    result = run(command, tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert compressed_so_far(server) > before
 
 
 def test_a_header_is_enough_for_any_client(server):

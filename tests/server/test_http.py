@@ -24,6 +24,7 @@ FLAGS = [
     *("--api-key", KEY),
     *("--kv-compression-ratio", "2.0"),
     "--enable-prompt-tokens-details",
+    "--enable-scale-out",
 ]
 REPORT_FIELDS = {
     "requested_ratio",

@@ -17,6 +17,7 @@ def server(tmp_path_factory, model_path):
         yield running
 
 
+@pytest.mark.slow
 def test_mixed_requests_in_a_small_pool_leave_no_pages_allocated(server):
     soak = Soak(server.url, server.process.pid)
     outcome = asyncio.run(soak.run(seed=1, count=80, concurrency=24, seconds=240))
