@@ -31,11 +31,12 @@ SAID = "kv_compression_ratio is 99, which is out of range"
 TOOL = {
     "type": "function",
     "function": {
-        "name": "jump",
+        "name": "weather",
         "parameters": {
             "type": "object",
-            "properties": {"over": {"type": "string", "enum": ["dog", "cat"]}},
-            "required": ["over"],
+            "properties": {"city": {"type": "string", "enum": ["Paris", "Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
         },
     },
 }
@@ -63,7 +64,7 @@ class Animal(BaseModel):
 def server(tmp_path_factory, model_path):
     log = tmp_path_factory.mktemp("server") / "log.txt"
     flags = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(300 << 20)]
-    flags += ["--enable-scale-out"]
+    flags += ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with RunningServer(flags, log) as running:
         yield running
 
@@ -148,12 +149,13 @@ def test_openai_responses(client):
 
 
 def test_openai_tools_and_parse(client):
-    choice = {"type": "function", "function": {"name": "jump"}}
-    fields = chat(tools=[TOOL], tool_choice=choice, max_tokens=32)
+    choice = {"type": "function", "function": {"name": "weather"}}
+    messages = [{"role": "user", "content": "What is the weather like in Paris?"}]
+    fields = chat(messages=messages, tools=[TOOL], tool_choice=choice, max_tokens=64)
     answer = client.chat.completions.create(**fields, extra_body=RATIO)
     (call,) = answer.choices[0].message.tool_calls
-    assert json.loads(call.function.arguments)["over"] in ("dog", "cat")
-    check(answer.usage.kv_compression)
+    assert call.function.name == "weather"
+    assert answer.usage.kv_compression["requested_ratio"] == 4.0
     fields = chat(response_format=Animal, max_tokens=32)
     answer = client.chat.completions.parse(**fields, extra_body=RATIO)
     assert isinstance(answer.choices[0].message.parsed, Animal)
