@@ -15,7 +15,7 @@ from pathlib import Path
 from mikv_vllm.vllm_api import MOVED, VLLM_API
 
 SUPPORTED = "0.32 or 0.33"
-"""Versions of vLLM that this package supports, with all their patch releases."""
+"""Versions of vLLM that this package accepts, with all their patch releases."""
 
 
 class Incompatible(ImportError):

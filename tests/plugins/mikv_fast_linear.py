@@ -1,9 +1,8 @@
 """A plugin of vLLM that makes linear layers fast on CPUs without 16-bit instructions.
 
 oneDNN has no 16-bit matrix products for CPUs with AVX2 only. vLLM then calls
-``torch.nn.functional.linear``, which computes at an eighth of the speed of float32, and the tests
-that run an engine take hours. The plugin multiplies in float32 and rounds the result. It keeps a
-float32 copy of every weight.
+``torch.nn.functional.linear``, which is much slower in 16 bits than in float32. The plugin
+multiplies in float32 and rounds the result. It keeps a float32 copy of every weight.
 
 vLLM loads it in every process if this folder is in ``PYTHONPATH``, for stock vLLM and for MiKV
 alike. On other CPUs it does nothing.
