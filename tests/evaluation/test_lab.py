@@ -91,7 +91,7 @@ def test_windows_are_the_same_every_time(model, task):
     [
         (["--ratios", "9"], "--ratios: 9 is out of range; give ratios above 1, up to 6.1"),
         (["--ratios", "1"], "--ratios: 1 is out of range"),
-        (["--methods", "magic"], "--methods: unknown names magic; choose from per-token, "),
+        (["--methods", "magic"], "--methods: unknown names magic; choose from "),
         (["--prompt", "90000"], "8 windows of 90000 + 256 tokens do not fit into a text of "),
         (["--tasks", "copying", "--prompt", "50"], "a prompt of 50 tokens cannot hold"),
         (

@@ -22,6 +22,7 @@ TWO = ["--data-parallel-size", "2"]
 def bodies() -> list[dict]:
     texts = [f"{number} is a number. " * 120 for number in ("One", "Two", "Three", "Four")]
     common = {"model": MODEL, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    common |= {"ignore_eos": True}  # reports count tokens: every answer has 24
     return [
         common | {"prompt": text, "kv_compression_ratio": ratio}
         for text in texts
