@@ -73,6 +73,12 @@ class BlockCache:
         self._kept: dict[int, Block] = {}
         self._next_hashes: dict[BlockHash, BlockHash | None] = {}
         self._serial = count()
+        self.least_computed = 1
+        """Newest tokens of a request that are not searched for, because a step computes them.
+
+        With speculative decoding at least 2: vLLM fills the first step of a request with
+        placeholders of drafts if it computes one token only.
+        """
         self.num_kept = 0
         """Blocks that can be found and that no request holds."""
 
@@ -82,12 +88,14 @@ class BlockCache:
         return request.block_hashes[index] if index < len(request.block_hashes) else None
 
     def find(self, request: Request, planner: BlockPlanner) -> Hit:
-        """The blocks that hold the longest beginning of a request, all tokens but one at most.
+        """The blocks that hold the longest beginning of a request.
+
+        At least :attr:`least_computed` tokens are not found.
 
         Blocks of ``planner`` or richer ones.
         """
         sealed: list[Block] = []
-        start, most = 0, request.num_tokens - 1
+        start, most = 0, request.num_tokens - self.least_computed
         while block := self.find_block(request, start, most, planner):
             sealed.append(block)
             start += block.capacity
@@ -176,7 +184,7 @@ class BlockCache:
 
     def _common_tokens(self, request: Request, first_token: int, tail: KeptTail) -> int:
         """Tokens of ``tail`` with which a request continues at ``first_token``."""
-        most = min(len(tail.tokens), request.num_tokens - 1 - first_token)
+        most = min(len(tail.tokens), request.num_tokens - self.least_computed - first_token)
         tokens = request.all_token_ids[first_token : first_token + most]
         same = takewhile(lambda pair: pair[0] == pair[1], zip(tokens, tail.tokens, strict=False))
         common = sum(1 for _ in same)

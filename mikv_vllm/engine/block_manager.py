@@ -106,6 +106,12 @@ class TieredBlockManager(FullAttentionManager):
         self.store.release(request_id)
         return super().pop_blocks_for_free(request_id)
 
+    def remove_tokens(self, request_id: str, count: int) -> tuple[int, ...]:
+        """Remove the newest tokens of a tail; see :meth:`TierStore.remove_tokens`."""
+        freed = self.store.remove_tokens(request_id, count)
+        self._take_over(request_id)
+        return freed
+
     def compress(self, request: Request, num_tokens: int) -> CompressStep | None:
         """Move a native request into blocks; see :meth:`TierStore.compress`."""
         native = self.req_to_blocks[request.request_id]

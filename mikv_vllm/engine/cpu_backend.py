@@ -28,7 +28,6 @@ from mikv_vllm.engine.tiered_metadata import (
     token_selection,
 )
 from mikv_vllm.engine.worker_context import context
-from mikv_vllm.kernels.batch import TOKEN
 from mikv_vllm.kernels.cpu import DecodeBatch, LayerOps
 
 
@@ -103,7 +102,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         if len(split.rows):
             decode = DecodeBatch.of(*split.decode)
             # vLLM's slots of these tokens are in pages that the request has released.
-            batch.slot_mapping[torch.from_numpy(decode.rows[:, TOKEN])] = -1
+            batch.slot_mapping[torch.from_numpy(split.tokens)] = -1
         extended = []
         for chunk in split.extended:
             batch.slot_mapping[chunk.tokens] = -1

@@ -23,7 +23,8 @@ def request_report(request: Request, store: TierStore, heads: int) -> dict[str, 
         totals.count(geometry, block)
         if block.users > 1:
             shared.count(geometry, block)
-    tokens = tiered.num_tokens if tiered else request.num_computed_tokens
+    computed = min(request.num_computed_tokens, request.num_tokens - 1)  # without unused drafts
+    tokens = tiered.num_tokens if tiered else computed
     uncompressed = tokens * geometry.token_bytes * heads
     page_bytes = geometry.page_bytes * heads
     stored = totals.pages * page_bytes if tiered else uncompressed

@@ -4,7 +4,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,23 +13,15 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from mikv_vllm.config import (
-    ADDITIONAL_CONFIG_KEY,
-    RATIO_FIELD,
-    REPORT_FIELD,
-    CompressionConfig,
-    RatioError,
-    parse_ratio,
-)
+from mikv_vllm.config import ADDITIONAL_CONFIG_KEY, REPORT_FIELD, CompressionConfig
 from mikv_vllm.engine.block_manager import tiered_manager
 from mikv_vllm.engine.reports import request_report
+from mikv_vllm.engine.requested_ratio import requested_ratio
 from mikv_vllm.engine.statistics import tier_stats
 from mikv_vllm.engine.step_plan import TieredSchedulerOutput, TierStats
 from mikv_vllm.engine.step_planner import StepPlanner
 from mikv_vllm.engine.vllm_hooks import append_tokens_first, follow_other_group
 from mikv_vllm.tiers.plan import largest_ratio
-
-logger = init_logger(__name__)
 
 
 class TieredScheduler(Scheduler):
@@ -63,6 +54,7 @@ class TieredScheduler(Scheduler):
                 follow_other_group(manager, self.store.dirty, config.window)
         if len(managers) == 1:
             append_tokens_first(self.kv_cache_manager, self.store)
+        self.store.cache.least_computed = 2 if self.num_spec_tokens else 1
         spec, ranks = self.manager.kv_cache_spec, self.parallel_config.tensor_parallel_size
         self._heads = spec.num_layers * spec.num_kv_heads * ranks
         self._has_one_group = len(managers) == 1
@@ -75,30 +67,17 @@ class TieredScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        ratio = self._requested_ratio(request)
+        ratio = requested_ratio(request, self.compression.ratio, self.largest_ratio)
         if ratio > 1.0:
             self.store.admit(request.request_id, ratio)
         if request.sampling_params and request.sampling_params.stop:
             self._with_stop_strings.add(request.request_id)
 
-    def _requested_ratio(self, request: Request) -> float:
-        # A resumable request gets more prompt tokens later; they need native pages.
-        if request.sampling_params is None or request.resumable:
-            return 1.0
-        value = (request.sampling_params.extra_args or {}).get(RATIO_FIELD)
-        if value is None:
-            return self.compression.ratio
-        try:
-            return parse_ratio(value, self.largest_ratio)
-        except RatioError as error:
-            # The front ends answer this with an error; here it would stop the engine.
-            logger.warning("request %s stays uncompressed: %s", request.request_id, error)
-            return 1.0
-
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         request_id = request.request_id
+        self.planner.drafts.verify(request)
         report, self._stats = self._report(request), None
         self.store.keep(request)
         self.store.remember(request)
@@ -118,6 +97,9 @@ class TieredScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         by_client = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id in scheduler_output.scheduled_spec_decode_tokens:
+            if request := self.requests.get(request_id):
+                self.planner.drafts.verify(request)
         if self._with_stop_strings:
             for outputs in by_client.values():
                 for output in outputs.outputs:
@@ -180,8 +162,10 @@ class TieredScheduler(Scheduler):
         return self.planner.cut_chunk(request, num_computed_tokens, num_new_tokens)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self.planner.drafts.allow(self.running)
         output = super().schedule(throttle_prefills)
-        plan = self.planner.plan(self.requests, output.num_scheduled_tokens)
+        drafts = output.scheduled_spec_decode_tokens
+        plan = self.planner.plan(self.requests, output.num_scheduled_tokens, drafts)
         self._stats = tier_stats(self.store, self.running, self._heads)
         values = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
         return TieredSchedulerOutput(**values, plan=replace(plan, stats=self._stats))

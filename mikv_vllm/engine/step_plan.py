@@ -53,7 +53,8 @@ class CompressStep:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Tokens join the last block of a compressed request: one, or those of a prompt chunk."""
+    """Tokens join the last block of a compressed request: one and its drafts, or those of a prompt
+    chunk."""
 
     before: TierSizes
     append: TailStep
@@ -62,6 +63,17 @@ class DecodeStep:
     low_format: LowFormat
     begins: bool
     """Whether the block is new, with the header of the block before it."""
+
+
+@dataclass(frozen=True)
+class VerifiedDrafts:
+    """What became of the drafts of a compressed request's last step."""
+
+    accepted: int
+    rejected: int
+    """They leave the high tier; they were its newest tokens."""
+    freed_positions: tuple[int, ...] = ()
+    """Positions of pages that the tail no longer touches without them."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,8 @@ class StepPlan:
     """Steps that add or change pages. In other compressed requests of the batch, the new token
     joins the last high record."""
     extend: dict[str, ExtendStep] = field(default_factory=dict)
+    verified: dict[str, VerifiedDrafts] = field(default_factory=dict)
+    """Requests whose last step had drafts."""
     adopt: dict[str, tuple[BlockTable, ...]] = field(default_factory=dict)
     """Requests that begin with blocks of the prefix cache."""
     copy: tuple[tuple[int, int], ...] = ()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.block_manager import TieredBlockManager
+from mikv_vllm.engine.drafts import Drafts
 from mikv_vllm.engine.step_plan import (
     CompressStep,
     DecodeStep,
@@ -31,23 +32,32 @@ class StepPlanner:
         self._store = manager.store
         self._settings = manager.store.settings
         self._max_model_len = max_model_len
+        self.drafts = Drafts(manager)
         self._scoring: set[str] = set()
         """Native requests that have scores."""
 
     def forget(self, request_id: str) -> None:
         """Forget a request that ended or was preempted."""
         self._scoring.discard(request_id)
+        self.drafts.forget(request_id)
 
     def plan(
-        self, requests: Mapping[str, Request], num_scheduled_tokens: Mapping[str, int]
+        self,
+        requests: Mapping[str, Request],
+        num_scheduled_tokens: Mapping[str, int],
+        drafts: Mapping[str, list[int]],
     ) -> StepPlan:
-        """Plan a step that vLLM has scheduled. The plan has no statistics yet."""
+        """Plan a step that vLLM has scheduled. The plan has no statistics yet.
+
+        Args:
+            drafts: the scheduled ones.
+        """
         store = self._store
         decode: dict[str, DecodeStep] = {}
         extend: dict[str, ExtendStep] = {}
         for request_id, changes in store.drain_steps().items():
             num_new = num_scheduled_tokens[request_id]
-            if num_new == 1:
+            if num_new == 1 or request_id in drafts:
                 (decode[request_id],) = changes
             else:
                 first = requests[request_id].num_computed_tokens - num_new
@@ -74,6 +84,7 @@ class StepPlanner:
             compress=compress,
             decode=decode,
             extend=extend,
+            verified=self.drafts.begin_step(drafts),
             adopt=store.drain_adopted(),
             copy=store.drain_copies(),
             zero=store.dirty.drain(),
@@ -87,7 +98,8 @@ class StepPlanner:
         only.
         """
         request_id = request.request_id
-        if num_new_tokens <= 1 or request_id not in self._store.ratios:
+        is_decode = num_new_tokens <= 1 or request.spec_token_ids
+        if is_decode or request_id not in self._store.ratios:
             return num_new_tokens
         limit, window = self._manager.native_limit(request_id), self._settings.window
         end = self._end(request, num_computed_tokens)

@@ -1,6 +1,7 @@
 """The blocks of all compressed requests: who holds which pages, and what changes in a step."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -128,6 +129,23 @@ class TierStore:
             self._unsealed.setdefault(request_id, len(tiered.blocks) - 1)
         page_ids = tuple(page.block_id for page in new)
         return DecodeStep(growth.before, step, page_ids, tail.low_format, growth.begins)
+
+    def remove_tokens(self, request_id: str, count: int) -> tuple[int, ...]:
+        """Remove the newest ``count`` tokens of a tail, which are high.
+
+        Returns:
+            Positions of the pages that the tail no longer touches. They are returned to the pool.
+        """
+        tiered = self.requests[request_id]
+        tail = tiered.tail
+        self.totals.count(self.geometry, tail, -1)
+        sizes = replace(tail.sizes, high_tokens=tail.sizes.high_tokens - count)
+        touched = tiered.planner.positions(tail.start, sizes)
+        freed = tuple(sorted(tail.pages.keys() - set(touched)))
+        self.pool.free_blocks([tail.pages.pop(position) for position in freed])
+        tiered.resize(sizes)
+        self.totals.count(self.geometry, tail)
+        return freed
 
     # Requests become tiered, and end.
 

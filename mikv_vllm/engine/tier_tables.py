@@ -9,12 +9,14 @@ import numpy as np
 
 from mikv_vllm.engine.step_plan import BlockTable, DecodeStep, ExtendStep
 from mikv_vllm.kernels.batch import (
+    ACCEPTED,
     BLOCKS,
     DEMOTED,
     HIGH,
     LOW,
     LOW_END_LINE,
     PAGES,
+    QUERIES,
     ROW_FIELDS,
     TOKEN,
     row_numbers,
@@ -70,7 +72,8 @@ class TierTables:
         if index:
             self._rows[slot, index - 1, BLOCKS] = 0
         step = TailStep(1, (), (), 0, block.sizes)
-        self._rows[slot, index] = row_numbers(0, block.sizes, step, block.low_format, index + 1)
+        numbers = row_numbers(0, block.sizes, step, block.low_format, index + 1, slot=slot)
+        self._rows[slot, index] = numbers
         self._tables[slot, index, : len(block.pages)] = block.pages
         self._formats[slot].append(block.low_format)
         self._counts[slot] = index + 1
@@ -90,7 +93,10 @@ class TierTables:
             empty = (0,) * step.before.pages
             self._add_block(slot, BlockTable(empty, step.before, step.low_format))
         index = self._counts[slot] - 1
-        numbers = row_numbers(0, step.before, step.append, step.low_format, index + 1)
+        accepted = self._rows[slot, index, ACCEPTED]
+        numbers = row_numbers(
+            0, step.before, step.append, step.low_format, index + 1, accepted, slot
+        )
         known = self._rows[slot, index, HIGH : LOW_END_LINE + 1].tolist()
         assert known == list(numbers[HIGH : LOW_END_LINE + 1]), (
             f"the plan and the worker disagree about {request_id}: {numbers}, {known}"
@@ -141,13 +147,21 @@ class TierTables:
         max_pages = rows[:, PAGES].max(initial=0)
         return rows, self._tables[slots][chosen][:, : _whole(max_pages)]
 
+    def verify(self, request_id: str, accepted: int, rejected: int) -> None:
+        """Set what became of the drafts of a request's last step."""
+        slot = self._slots[request_id]
+        row = self._rows[slot, self._counts[slot] - 1]
+        row[HIGH] -= rejected
+        row[ACCEPTED] = accepted
+
     def end_step(self, slots: np.ndarray) -> None:
-        """Requests have run their step, in which one token joined each."""
+        """Requests have run their step, in which a token and its drafts joined each."""
         last = slots, self._counts[slots] - 1
         rows = self._rows[last]
-        rows[:, HIGH] += 1 - LOW_RECORD_TOKENS * rows[:, DEMOTED]
+        rows[:, HIGH] += rows[:, QUERIES] - LOW_RECORD_TOKENS * rows[:, DEMOTED]
         rows[:, LOW] += rows[:, DEMOTED]
-        rows[:, DEMOTED] = 0
+        rows[:, [DEMOTED, ACCEPTED]] = 0
+        rows[:, QUERIES] = 1
         self._rows[last] = rows
 
     def forget_pages(self, request_id: str, positions: Sequence[int]) -> None:
@@ -163,7 +177,7 @@ class TierTables:
             after = change.append.after
             unchanged = TailStep(1, (), (), 0, after)
             count = self._counts[slot]
-            numbers = row_numbers(0, after, unchanged, change.low_format, count)
+            numbers = row_numbers(0, after, unchanged, change.low_format, count, slot=slot)
             self._rows[slot, count - 1] = numbers
             self.forget_pages(request_id, change.append.freed_positions)
 

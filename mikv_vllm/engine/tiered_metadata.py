@@ -17,6 +17,7 @@ from mikv_vllm.engine.step_plan import (
     ScoreStep,
 )
 from mikv_vllm.engine.worker_context import WorkerContext
+from mikv_vllm.kernels.batch import BLOCKS, QUERIES
 from mikv_vllm.tiers.formats import LowFormat
 from mikv_vllm.tiers.plan import TierSizes
 
@@ -91,7 +92,9 @@ class BatchSplit:
     """The batch of one step, split by the kernels that compute each row."""
 
     rows: np.ndarray
-    """Indices of the compressed rows with one token, int64 ``[rows]``."""
+    """Indices of the compressed rows that decode, int64 ``[rows]``."""
+    tokens: np.ndarray
+    """Their tokens in the batch, drafts included, int64 ``[tokens]``."""
     decode: tuple[np.ndarray, np.ndarray]
     """Rows and tables of their blocks, as the kernels read them."""
     begun: tuple[list[int], list[int]]
@@ -137,9 +140,13 @@ def split_batch(
     begun = tiers.begun(request_id for request_id, step in plan.decode.items() if step.begins)
     tiered = np.flatnonzero(slots >= 0)
     tokens = starts[tiered]
-    assert (starts[tiered + 1] == tokens + 1).all(), "a compressed row has one token"
     decode = tiers.rows(slots[tiered], tokens)
-    return BatchSplit(tiered, decode, begun, extended, scored, np.flatnonzero(native))
+    counts = decode[0][decode[0][:, BLOCKS] > 0, QUERIES]
+    assert (starts[tiered + 1] == tokens + counts).all(), "a row has other tokens than planned"
+    if len(counts) and counts.max() > 1:
+        ends = starts[tiered + 1]
+        tokens = np.concatenate([np.arange(*span) for span in zip(tokens, ends, strict=True)])
+    return BatchSplit(tiered, tokens, decode, begun, extended, scored, np.flatnonzero(native))
 
 
 def changed_blocks(

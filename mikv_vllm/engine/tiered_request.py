@@ -116,6 +116,8 @@ class TieredRequest:
         # A branch that the request could not be compressed at is behind it.
         known = blocks[-1].start + blocks[-1].sizes.num_tokens
         self.branch = branch if branch >= known else 0
+        self.drafts = 0
+        """Drafts that may join in the next step."""
         self._next: tuple[int, list[Growth]] | None = None
         if not blocks[-1].is_full:
             blocks[-1].capacity = self._capacity(blocks[-1].start)
@@ -151,6 +153,7 @@ class TieredRequest:
         """Give the last block these sizes."""
         tail = self.blocks[-1]
         tail.sizes = sizes
+        self._next, self.drafts = None, 0
         self.num_tokens = tail.start + sizes.num_tokens
         # The last token of a block comes with the last demotions: it needs a plan.
         slots = -sizes.high_tokens % HIGH_RECORD_TOKENS
@@ -188,10 +191,27 @@ class TieredRequest:
             self._next = num_tokens, self._grow(num_tokens)  # vLLM asks twice
         return self._next[1]
 
+    def allow_drafts(self, most: int) -> int:
+        """Let up to ``most`` drafts join in the next step, and return how many."""
+        self.drafts = self._grow_drafts(most).step.new_tokens - 1
+        return self.drafts
+
+    def _grow_drafts(self, most: int) -> Growth:
+        """How the tail takes one token and up to ``most`` drafts."""
+        planner, tail = self.planner, self.tail
+        start, capacity, sizes = tail.start, tail.capacity, tail.sizes
+        if tail.is_full:
+            start += capacity
+            capacity, sizes = self._capacity(start), planner.empty(start)
+        step = planner.append_drafts(start, sizes, capacity, most)
+        return Growth(sizes, step, tail.is_full)
+
     def _grow(self, num_tokens: int) -> list[Growth]:
         planner, growths, tail = self.planner, [], self.tail
         start, capacity, sizes = tail.start, tail.capacity, tail.sizes
         count = num_tokens - self.num_tokens
+        if 1 < count <= 1 + self.drafts:
+            return [self._grow_drafts(count - 1)]
         while count:
             begins = sizes.num_tokens == capacity
             if begins:

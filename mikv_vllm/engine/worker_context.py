@@ -32,7 +32,7 @@ class WorkerContext:
 
     _workspace: torch.Tensor | None = None
     _appended: np.ndarray = field(default_factory=lambda: NO_SLOTS)
-    """Slots of the requests that one token joins in this step."""
+    """Slots of the requests that a token and its drafts join in this step."""
 
     def workspace(self, cache: torch.Tensor, num_pages: int) -> torch.Tensor:
         """Return native pages outside of the pool, for one layer at a time.
@@ -61,6 +61,9 @@ class WorkerContext:
         for request_id, score in plan.score.items():
             if score.reset:
                 self.scores[request_id] = {}
+        for request_id, drafts in plan.verified.items():
+            self.tiers.verify(request_id, drafts.accepted, drafts.rejected)
+            self.tiers.forget_pages(request_id, drafts.freed_positions)
         for request_id, blocks in plan.adopt.items():
             self.tiers.add(request_id, blocks)
         for request_id, step in plan.decode.items():

@@ -13,7 +13,7 @@ DecodeRow = tuple[int, Any, TierSizes, TailStep, LowFormat]
 """Row of q, k, v and out; block table (page ids, a list or an integer array); sizes before the
 step; the step; low format."""
 
-ROW_FIELDS = 9
+ROW_FIELDS = 12
 (
     TOKEN,
     PAGES,
@@ -24,12 +24,19 @@ ROW_FIELDS = 9
     KEY_CODE,
     VALUE_BITS,
     BLOCKS,
+    QUERIES,
+    ACCEPTED,
+    SLOT,
 ) = range(ROW_FIELDS)
 """Fields of a row: row of q, k, v and out; pages of the stream; high tokens and low records before
-the step; low end, in lines; demoted low records; key code; value bits; blocks of the request.
+the step; low end, in lines; demoted low records; key code; value bits; blocks of the request; its
+new tokens; drafts of its last step that were accepted; index of its draft weights.
 
-A row is one block. The blocks of a request are consecutive rows with the same token. The new token
-joins the last one. The others are only read, and their number of blocks is 0.
+A row is one block. The blocks of a request are consecutive rows with the same token. The new tokens
+join the last one. The others are only read, and their number of blocks is 0.
+
+The new tokens of a request are consecutive rows of q, k, v and out. All but the first one are
+drafts: each attends to the tokens before it, and changes no score until it is accepted.
 """
 
 
@@ -39,6 +46,8 @@ def row_numbers(
     step: TailStep,
     low_format: LowFormat,
     blocks: int = 1,
+    accepted: int = 0,
+    slot: int = 0,
 ) -> tuple[int, ...]:
     """Return the :data:`ROW_FIELDS` fields of a row."""
     return (
@@ -51,6 +60,9 @@ def row_numbers(
         low_format.key_code,
         low_format.value_bits,
         blocks,
+        step.new_tokens,
+        accepted,
+        slot,
     )
 
 

@@ -104,11 +104,15 @@ class LayerOps(Protocol[Batch_contra]):
         In each request: demote and append the new token in its tail, compute attention over all its
         blocks, and update the scores of the high tokens of the tail.
 
+        A request may have drafts, further new tokens whose acceptance is not known yet. They are
+        appended after the new token, and each attends to the tokens up to itself. Their attention
+        weights join the scores in the next step of the request, if it says that they were accepted.
+
         Args:
             cache: in and out, tiered pages.
             batch: the rows.
             q: ``[tokens, heads, head_dim]``.
-            k, v: ``[tokens, kv_heads, head_dim]``, of the new tokens.
+            k, v: ``[tokens, kv_heads, head_dim]``, of the new tokens and drafts.
             out: out, shaped like ``q``. Only the rows of the batch are written.
         """
 

@@ -12,9 +12,6 @@ NATIVE_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 UNSUPPORTED = {
     **dict.fromkeys(
-        ("speculative_config", "spec_method", "spec_model", "spec_tokens"), "speculative decoding"
-    ),
-    **dict.fromkeys(
         ("kv_transfer_config", "kv_offloading_size"), "KV connectors move native pages only"
     ),
     **dict.fromkeys(("enable_dbo", "ubatch_size"), "the batch of a step cannot be split"),
@@ -22,6 +19,8 @@ UNSUPPORTED = {
     "diffusion_config": "diffusion models rewrite cached tokens",
 }
 """Unsupported engine arguments, and the reason."""
+DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
+"""Methods of speculative decoding whose drafts are computed without attention."""
 PARTIAL_ATTENTION = ("sliding_attention", "chunked_attention", "linear_attention")
 """Layer types of transformers that do not attend to the whole context."""
 
@@ -118,8 +117,7 @@ def check(vllm_config: "VllmConfig") -> None:
             "--disable-hybrid-kv-cache-manager",
             "the sliding-window layers of this model would share pages with compressed layers",
         )
-    if vllm_config.speculative_config is not None:
-        raise _unsupported("--speculative-config", "the model enables speculative decoding")
+    _check_speculation(vllm_config)
     if vllm_config.kv_transfer_config is not None:
         raise _unsupported("--kv-transfer-config", "KV connectors move native pages only")
     cache_dtype = vllm_config.cache_config.cache_dtype
@@ -131,6 +129,21 @@ def check(vllm_config: "VllmConfig") -> None:
     if dtype not in NATIVE_CACHE_DTYPES:
         raise _unsupported(
             f"--dtype {dtype}", "the native tier is 16-bit", "use bfloat16 or float16"
+        )
+
+
+def _check_speculation(vllm_config: "VllmConfig") -> None:
+    """Refuse methods of speculative decoding that MiKV does not support."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if vllm_config.device_config.device_type == "cuda":
+        raise _unsupported("--speculative-config", "its GPU kernels verify no drafts yet")
+    if speculative.method not in DRAFTS_WITHOUT_MODEL:
+        raise _unsupported(
+            f"--speculative-config with the method {speculative.method}",
+            "the caches of draft models",
+            f"use one of the methods {', '.join(DRAFTS_WITHOUT_MODEL)}",
         )
 
 

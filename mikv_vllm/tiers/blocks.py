@@ -167,6 +167,26 @@ class BlockPlanner:
             return TailStep(1, (), (), 0, replace(sizes, high_tokens=sizes.high_tokens + 1))
         return self.extend(start, sizes, 1)
 
+    def append_drafts(self, start: int, sizes: TierSizes, capacity: int, most: int) -> TailStep:
+        """Plan how a tail takes one token, and drafts after it.
+
+        Every token of an accepted draft has to find the tiers that it would find without drafts.
+        Therefore a draft joins only if it demotes nothing. It does not fill the block either,
+        because a full block is sealed.
+
+        Args:
+            capacity: tokens with which the block is sealed.
+            most: number of drafts. Fewer may join.
+        """
+        first = self.append(start, sizes)
+        after, joined = first.after, 0
+        while joined < most and after.num_tokens + 1 < capacity:
+            step = self.append(start, after)
+            if step.demoted_records:
+                break
+            after, joined = step.after, joined + 1
+        return self._tail_step(start, sizes, after, 1 + joined)
+
     def extend(self, start: int, sizes: TierSizes, count: int) -> TailStep:
         """Plan how a tail takes ``count`` tokens, up to a whole block."""
         num_tokens = sizes.num_tokens + count
@@ -177,6 +197,10 @@ class BlockPlanner:
             limit = max(self._limit(start, num_tokens), self.num_allocated(start, sizes))
             least = max(self.least_high(num_tokens), self.recent + 1)
             after = self._choose(start, num_tokens, sizes.low_records, limit, least)
+        return self._tail_step(start, sizes, after, count)
+
+    def _tail_step(self, start: int, sizes: TierSizes, after: TierSizes, count: int) -> TailStep:
+        """The step in which ``count`` tokens change a tail from ``sizes`` to ``after``."""
         demoted = after.low_records - sizes.low_records
         old, new = set(self.positions(start, sizes)), set(self.positions(start, after))
         new_positions, freed_positions = tuple(sorted(new - old)), tuple(sorted(old - new))

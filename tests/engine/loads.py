@@ -57,6 +57,7 @@ REQUEST = st.fixed_dictionaries(
 REQUESTS = st.lists(REQUEST, min_size=1, max_size=10)
 NUM_PAGES = st.integers(52, 120)
 DEPTH = st.sampled_from([1, 2])
+DRAFTS = st.integers(1, 9)
 
 
 def inherit(requests: list[dict]) -> list[dict]:
@@ -83,10 +84,17 @@ def make_prompt(request: dict, index: int, history: list[int]) -> list[int]:
     return history[: most - 80] + prompt[-80:] if history else prompt[:most]
 
 
-def run_load(vllm_configs: Configs, name: str, requests: list, num_pages: int, depth: int) -> None:
+def run_load(
+    vllm_configs: Configs,
+    name: str,
+    requests: list,
+    num_pages: int,
+    depth: int = 1,
+    drafts: int = 0,
+) -> None:
     """Run requests, and check every step and what is left in the end."""
     scheduler = make_scheduler(vllm_configs[name], CONFIGS[name], num_pages, depth > 1)
-    simulation = Simulation(scheduler, depth)
+    simulation = Simulation(scheduler, depth, drafts)
     requests, lengths = inherit(requests), {}
     for now in range(requests[-1]["arrival"] + 61):
         for i, request in enumerate(requests):
@@ -110,5 +118,7 @@ def run_load(vllm_configs: Configs, name: str, requests: list, num_pages: int, d
     assert simulation.pool.get_num_free_blocks() == num_pages, "pages are held by nobody"
     context, manager, store = simulation.context, scheduler.manager, scheduler.store
     left = (store.requests, store.ratios, manager.req_to_blocks, manager.hits)
-    left += (store.branches, scheduler.planner._scoring, scheduler._with_stop_strings)
+    planner = scheduler.planner
+    left += (store.branches, planner._scoring, planner.drafts._in_flight, planner.drafts._verified)
+    left += (scheduler._with_stop_strings,)
     assert not any((*left, context.tiers, context.scores)), "an idle engine remembers requests"

@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -104,6 +104,11 @@ def make_scheduler(
     )
 
 
+def sampled_at(position: int) -> int:
+    """The token that every request samples at this position."""
+    return position % 997
+
+
 @dataclass
 class Content:
     """What the pages of one block hold."""
@@ -118,11 +123,19 @@ class Content:
 
 
 class Simulation:
-    """Runs requests through a scheduler, with ``depth`` steps in flight at most."""
+    """Runs requests through a scheduler, with ``depth`` steps in flight at most.
 
-    def __init__(self, scheduler: TieredScheduler, depth: int = 1) -> None:
+    Args:
+        drafts: drafts of a request in a step; some of them are wrong.
+    """
+
+    def __init__(self, scheduler: TieredScheduler, depth: int = 1, drafts: int = 0) -> None:
         self.scheduler = scheduler
         self.depth = depth
+        self.drafts = scheduler.num_spec_tokens = drafts
+        scheduler.store.cache.least_computed = 2 if drafts else 1
+        self.accepted = self.rejected = 0
+        """Drafts of compressed requests."""
         self.pool = scheduler.kv_cache_manager.block_pool
         self.context = WorkerContext()
         self.memory: dict[int, object] = {}
@@ -188,6 +201,16 @@ class Simulation:
             for one in outputs.outputs:
                 if one.kv_transfer_params:
                     self.reports[one.request_id] = one.kv_transfer_params["kv_compression"]
+        if self.drafts:
+            running = [request.request_id for request in self.scheduler.running]
+            drafts = [self._draft(request_id) for request_id in running]
+            self.scheduler.update_draft_token_ids(DraftTokenIds(running, drafts))
+
+    def _draft(self, request_id: str) -> list[int]:
+        """What follows the tokens of a request, with mistakes."""
+        first = len(self.tokens[request_id])
+        positions = range(first, first + self.drafts)
+        return [sampled_at(p) + (p % 11 in (4, 5)) for p in positions]
 
     def run(self, most_steps: int = 5000) -> None:
         """Step until nothing is left."""
@@ -203,6 +226,8 @@ class Simulation:
     # What the workers would do.
 
     def _execute(self, output: TieredSchedulerOutput) -> ModelRunnerOutput:
+        for request_id, verified in output.plan.verified.items():
+            self._verify(request_id, verified)
         self._copy_pages(output.plan)
         self.context.begin_step(output)
         for new in output.scheduled_new_reqs:
@@ -229,6 +254,10 @@ class Simulation:
             assert page not in self._tiered_pages() - in_this_step, "a tiered page was zeroed"
             self.memory[page] = {}
         tiers = self.context.tiers
+        drafts, known = output.scheduled_spec_decode_tokens, {}
+        for request_id in scheduled:
+            known[request_id] = len(self.tokens[request_id])
+            self.tokens[request_id] += drafts.get(request_id, ())
         for request_id, blocks in plan.adopt.items():
             assert sum(block.sizes.num_tokens for block in blocks) == computed[request_id]
             self._adopt(request_id, blocks)
@@ -253,26 +282,45 @@ class Simulation:
                     assert step.num_tokens == scheduled[request_id]
                     assert step.first_token == computed[request_id]
                 else:
-                    assert scheduled[request_id] == 1
+                    assert scheduled[request_id] == 1 + len(drafts.get(request_id, ()))
                 changes = step.changes if step else ()
                 if request_id in plan.decode:
                     changes = (plan.decode[request_id],)
-                self._grow(request_id, computed[request_id], scheduled[request_id], changes)
+                new = computed[request_id], scheduled[request_id]
+                self._grow(request_id, *new, changes, is_decode=step is None)
         self.context.end_step()
         for request_id in scheduled:
             if request_id in tiers:
                 self._read_blocks(request_id, computed[request_id] + scheduled[request_id])
         sampled = []
         for request_id, count in scheduled.items():
-            tokens = self.tokens[request_id]
-            done = computed[request_id] + count >= len(tokens)
-            sampled.append([len(tokens) % 997] if done else [])
-            tokens.extend(sampled[-1])
+            tokens, first = self.tokens[request_id], known[request_id]
+            sampled.append([])
+            if computed[request_id] + count < first:
+                continue
+            drafted = tokens[first:]
+            for i in range(len(drafted) + 1):
+                sampled[-1].append(sampled_at(first + i))
+                if drafted[i : i + 1] != sampled[-1][-1:]:
+                    break
+            tokens[first:] = sampled[-1]
+            if drafted:
+                del self._prefixes(request_id, 0)[first + len(sampled[-1]) - 1 :]
         return ModelRunnerOutput(
             req_ids=list(scheduled),
             req_id_to_index={r: i for i, r in enumerate(scheduled)},
             sampled_token_ids=sampled,
         )
+
+    def _verify(self, request_id: str, verified) -> None:
+        """The rejected drafts of the step before leave the tail."""
+        self.accepted += verified.accepted
+        self.rejected += verified.rejected
+        content = self._content(self.context.tiers.blocks(request_id)[-1])
+        if verified.rejected:
+            assert verified.rejected <= content.surely_high, "a draft was demoted"
+            content.tokens = content.tokens[: -verified.rejected]
+            content.surely_high -= verified.rejected
 
     def _copy_pages(self, plan) -> None:
         sources = {target: source for source, target in plan.copy}
@@ -345,12 +393,11 @@ class Simulation:
                 self._check_private(page, request_id, sharers[page])
                 self.memory[page] = content
 
-    def _grow(self, request_id: str, first: int, count: int, changes) -> None:
+    def _grow(self, request_id: str, first: int, count: int, changes, is_decode: bool) -> None:
         blocks = self.context.tiers.blocks(request_id)
         if not changes:
             self._append(blocks[-1], request_id, first, count)
             return
-        is_decode = count == 1
         tables = [list(block.pages) for block in blocks]
         if is_decode and changes[0].begins:
             tables.pop()  # of the new block
@@ -372,21 +419,23 @@ class Simulation:
                 assert table[position] in {0, page}, "a page was replaced"
                 table[position] = page
                 self.memory[page] = content
-            self._append_tokens(content, request_id, first, joining, change.append)
+            self._append_tokens(content, request_id, first, joining, change.append, is_decode)
             first += joining
 
     def _append(self, block, request_id: str, first: int, count: int) -> None:
         for page in filter(None, block.pages):
             self._check_private(page, request_id)
-        self._append_tokens(self._content(block), request_id, first, count, None)
+        self._append_tokens(self._content(block), request_id, first, count, None, True)
 
-    def _append_tokens(self, content, request_id: str, first: int, count: int, step) -> None:
+    def _append_tokens(
+        self, content, request_id: str, first: int, count: int, step, is_decode: bool
+    ) -> None:
         tokens = tuple(self._prefixes(request_id, first + count)[first : first + count])
         content.tokens += tokens
         assert len(content.tokens) <= self.block_tokens, "a sealed block was written"
         if step and step.demoted_records:
-            # A decode step demotes before the new token joins.
-            recent = self.recent + 1 if count == 1 else self.recent
+            # A decode step demotes before the new token and its drafts join.
+            recent = self.recent + count if is_decode else self.recent
             content.surely_high = min(step.after.high_tokens, recent)
         else:
             content.surely_high += count

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from .loads import CONFIGS, DEPTH, NUM_PAGES, REQUESTS, Configs, run_load
+from .loads import CONFIGS, DEPTH, DRAFTS, NUM_PAGES, REQUESTS, Configs, run_load
 from .simulation import Simulation, make_scheduler
 
 
@@ -21,6 +21,31 @@ def vllm_configs(tmp_path_factory):
 @given(requests=REQUESTS, num_pages=NUM_PAGES, depth=DEPTH)
 def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
     run_load(vllm_configs, name, requests, num_pages, depth)
+
+
+@pytest.mark.parametrize("name", ["window", "h2o"])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(requests=REQUESTS, num_pages=NUM_PAGES, drafts=DRAFTS)
+def test_pages_add_up_with_drafts(vllm_configs, name, requests, num_pages, drafts):
+    run_load(vllm_configs, name, requests, num_pages, drafts=drafts)
+
+
+def test_drafts_change_neither_tiers_nor_reports(vllm_configs):
+    """Sizes are those of the same tokens without drafts, and most drafts are used."""
+    reports = []
+    for drafts in (0, 3):
+        scheduler = make_scheduler(vllm_configs["window"], CONFIGS["window"], 120)
+        simulation = Simulation(scheduler, drafts=drafts)
+        simulation.add("r", [1] * 300, 1000, 4.0)
+        simulation.run()
+        reports.append(simulation.reports["r"])
+    assert reports[0] == reports[1]
+    assert simulation.accepted > 400
+    assert simulation.rejected > 50
 
 
 def test_more_requests_run_at_once_compressed(vllm_configs):

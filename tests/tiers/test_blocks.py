@@ -1,5 +1,7 @@
 """Sizes of tiered blocks: pure functions of counts."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,6 +77,35 @@ def test_a_tail_grows_to_the_sealed_sizes(geometry, recent, codec, ratio, page, 
         assert 32 * step.demoted_records <= max(0, candidates)
         sizes = after
     assert sizes == planner.form(start).sizes
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=RATIO,
+    first=st.integers(1, 511),
+    is_short=st.booleans(),
+    drafts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1),
+)
+def test_accepted_drafts_leave_the_sizes_of_single_tokens(geometry, ratio, first, is_short, drafts):
+    planner = BlockPlanner(geometry, ratio, RECENT)
+    whole = planner.block_tokens
+    capacity = min(whole, first + 100) if is_short else whole
+    sizes = single = planner.tail(0, min(first, whole - 1))
+    for drafted, wanted in drafts:
+        if sizes.num_tokens == capacity:
+            break
+        step = planner.append_drafts(0, sizes, capacity, drafted)
+        assert 1 <= step.new_tokens <= 1 + drafted
+        # Drafts demote nothing, and a draft does not fill the block.
+        assert step.demoted_records == planner.append(0, sizes).demoted_records
+        assert step.after.num_tokens < capacity or step.new_tokens == 1
+        accepted = min(wanted, step.new_tokens - 1)
+        for _ in range(1 + accepted):
+            single = planner.append(0, single).after
+        rejected = step.new_tokens - 1 - accepted
+        sizes = replace(step.after, high_tokens=step.after.high_tokens - rejected)
+        assert sizes == single
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

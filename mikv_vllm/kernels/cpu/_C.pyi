@@ -43,6 +43,10 @@ class Layer:
         v_stride: int,
         out: int,
         out_stride: int,
+        drafts: int,
+        slot_stride: int,
+        draft_head_stride: int,
+        draft_stride: int,
         /,
     ) -> None: ...
     def score(

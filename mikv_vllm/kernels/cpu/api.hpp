@@ -35,7 +35,11 @@ struct Row {
     int32_t high_tokens, low_records, low_end_line;  // before the step
     int32_t demoted_records;
     int32_t key_code, value_bits;  // see LowLayout
-    int32_t blocks;  // of the request, if this is its tail, which the new token joins; else 0
+    int32_t blocks;  // of the request, if this is its tail, which the new tokens join; else 0
+    int32_t
+        queries;  // new tokens of the request: rows token, token + 1, ..; all but one are drafts
+    int32_t accepted;  // drafts of its last step that were accepted
+    int32_t slot;      // of its draft weights
 
     bool is_tail() const { return blocks > 0; }
 };
@@ -56,6 +60,17 @@ struct Rows {
 
 struct DecodeTensors {
     Rows q, k, v, out;
+};
+
+// Attention weights of drafts on the high tokens of their tails, summed over the query heads of a
+// KV head: [slots, kv_heads, drafts, high tokens]. They join the scores once the drafts are
+// accepted.
+struct DraftWeights {
+    float* base;
+    int64_t slot_stride, head_stride, draft_stride;  // in numbers
+    float* at(int slot, int head, int draft) const {
+        return base + slot * slot_stride + head * head_stride + draft * draft_stride;
+    }
 };
 
 // A native request to compress in one layer.
@@ -93,7 +108,8 @@ struct Extension {
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
-    void (*decode)(const Layer&, const Cache&, const Batch&, const DecodeTensors&);
+    void (*decode)(const Layer&, const Cache&, const Batch&, const DecodeTensors&,
+                   const DraftWeights&);
     // Adds to scores [num_kv_heads, score_stride].
     void (*score)(const Layer&, const Cache&, const int32_t* table, int num_tokens, Rows queries,
                   int num_queries, float* scores, int64_t score_stride);

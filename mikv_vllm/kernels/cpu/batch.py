@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mikv_vllm.kernels.batch import DecodeRow, describe_rows
+from mikv_vllm.kernels.batch import (
+    ACCEPTED,
+    BLOCKS,
+    HIGH,
+    QUERIES,
+    SLOT,
+    DecodeRow,
+    describe_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -17,17 +25,26 @@ class DecodeBatch:
         tables: int32 ``[rows, max_pages]``, page ids.
         addresses: address of ``rows``, number of rows, address of ``tables``, and pages per row of
             ``tables``.
+        drafts: slots, drafts of a request, and high tokens of a tail that draft weights need; None
+            if no request has drafts or had accepted ones.
     """
 
     rows: np.ndarray
     tables: np.ndarray
     addresses: tuple[int, int, int, int]
+    drafts: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, rows: np.ndarray, tables: np.ndarray) -> "DecodeBatch":
         """Return a batch of the results of :func:`~mikv_vllm.kernels.batch.describe_rows`."""
+        rows, tables = np.ascontiguousarray(rows), np.ascontiguousarray(tables)
         addresses = (rows.ctypes.data, len(rows), tables.ctypes.data, tables.shape[1])
-        return cls(rows, tables, addresses)
+        tails = rows[rows[:, BLOCKS] > 0]
+        drafts = int(np.maximum(tails[:, QUERIES] - 1, tails[:, ACCEPTED]).max(initial=0))
+        if not drafts:
+            return cls(rows, tables, addresses)
+        high = int((tails[:, HIGH] + tails[:, QUERIES]).max())
+        return cls(rows, tables, addresses, (int(tails[:, SLOT].max()) + 1, drafts, high))
 
     @classmethod
     def build(cls, rows: Iterable[DecodeRow]) -> "DecodeBatch":

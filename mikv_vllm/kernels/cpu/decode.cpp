@@ -1,5 +1,6 @@
 // The fused decode step of one layer: changes the tiers of each request, computes attention, and
-// updates the importance scores.
+// updates the importance scores. A request with drafts has several queries, which attend to the
+// same tiers, each to one high token more than the one before.
 #include <omp.h>
 
 #include <utility>
@@ -18,15 +19,23 @@ constexpr int kLeastPartTokens = 512;       // smaller parts cost more to merge 
 // The rows of one request.
 struct Request {
     const Row *begin, *end;
-    int64_t num_tokens;  // after the step
+    int64_t num_tokens;  // after the first new token
 
     const Row& last() const { return end[-1]; }
 };
 
-// One request and one KV head of a step.
+// One new token of a request: 0, or the number of a draft.
+struct Query {
+    int request, draft;
+};
+
+// One query and one KV head of a step.
 struct Item {
     const Request* request;
-    int head;
+    int head, draft;
+
+    int token() const { return request->last().token + draft; }
+    int64_t num_tokens() const { return request->num_tokens + draft; }
 };
 
 // One block of an item.
@@ -41,25 +50,30 @@ struct Step {
     const Cache& cache;
     const Batch& batch;
     const DecodeTensors& tensors;
+    const DraftWeights& drafts;
     const Request* requests;
+    const Query* queries;
     HighLayout high;
     int parts;
     int stride;  // of the weights of high tokens
 
     Item item(int index) const {
-        return {requests + index / layer.num_kv_heads, index % layer.num_kv_heads};
+        const Query& query = queries[index / layer.num_kv_heads];
+        return {requests + query.request, index % layer.num_kv_heads, query.draft};
     }
 
-    static Sizes sizes_after(const Row& row) {
-        return {row.high_tokens - kLowRecordTokens * row.demoted_records + row.is_tail(),
+    // With the new tokens up to `draft`.
+    static Sizes sizes_after(const Row& row, int draft) {
+        const int joined = row.is_tail() ? 1 + draft : 0;
+        return {row.high_tokens - kLowRecordTokens * row.demoted_records + joined,
                 row.low_records + row.demoted_records, row.low_end_line};
     }
 
-    Block block(const Row& row, int head) const {
+    Block block(const Row& row, int head, int draft) const {
         const int32_t* table =
             batch.tables + static_cast<int64_t>(&row - batch.rows) * batch.max_pages;
         return {Stream(cache, layer, head, table),
-                LowLayout(layer.head_dim, row.key_code, row.value_bits), sizes_after(row)};
+                LowLayout(layer.head_dim, row.key_code, row.value_bits), sizes_after(row, draft)};
     }
 
     size_t weights_bytes() const {
@@ -77,26 +91,44 @@ struct Step {
         return {out, top, top + query_heads, top + 2 * query_heads};
     }
 
-    void change(const Item& item, ChangeScratch& scratch) const {
-        const Row& row = item.request->last();
+    // Changes the tail of a request for one KV head, for all its new tokens.
+    void change(const Request& request, int head, ChangeScratch& scratch) const {
+        const Row& row = request.last();
         if (!row.is_tail()) return;
-        const Block block = this->block(row, item.head);
+        const Block block = this->block(row, head, 0);
         Sizes sizes{row.high_tokens, row.low_records, row.low_end_line};
+        score_accepted(row, head, block.stream);
         for (int i = 0; i < row.demoted_records; ++i) {
             demote(layer, block.stream, high, block.low, sizes, scratch);
         }
-        const int64_t at = static_cast<int64_t>(item.head) * layer.head_dim;
-        append(layer, block.stream, high, sizes, tensors.k.at(row.token) + at,
-               tensors.v.at(row.token) + at, 0.0f, scratch.source);
+        const int64_t at = static_cast<int64_t>(head) * layer.head_dim;
+        for (int token = row.token; token < row.token + row.queries; ++token) {
+            append(layer, block.stream, high, sizes, tensors.k.at(token) + at,
+                   tensors.v.at(token) + at, 0.0f, scratch.source);
+        }
+    }
+
+    // Adds the weights of accepted drafts to the scores, one decode step for each.
+    void score_accepted(const Row& row, int head, const Stream& stream) const {
+        for (int draft = 0; draft < row.accepted; ++draft) {
+            const float* weights = drafts.at(row.slot, head, draft);
+            const int high_tokens = row.high_tokens - row.accepted + draft + 1;
+            for (int at = 0; at < high_records(high_tokens); ++at) {
+                int rest;
+                float* scores = reinterpret_cast<float*>(stream.at(high.score_line(at), &rest));
+                const F weight = load(weights + at * kHighRecordTokens);
+                store(scores, fma(load(scores), splat(layer.decay), weight));
+            }
+        }
     }
 
     // The part of a block, of which `before` tokens of the request are in earlier blocks. Parts
     // have equal shares of the tokens of the request.
-    Part range(const Request& request, const Block& block, int64_t before, int part) const {
+    Part range(const Item& item, const Block& block, int64_t before, int part) const {
         const Sizes& sizes = block.sizes;
         const int64_t tokens = sizes.num_tokens();
         const auto bound = [&](int p) {
-            const int64_t token = request.num_tokens * p / parts - before;
+            const int64_t token = item.num_tokens() * p / parts - before;
             return token < 0 ? 0 : token > tokens ? tokens : token;
         };
         const int64_t begin = bound(part), end = bound(part + 1);
@@ -123,11 +155,11 @@ struct Step {
         const int head = item.head * layer.queries_per_kv_head() + first;
         const float* sinks = layer.sinks && part == 0 ? layer.sinks + head : nullptr;
         Attention<D, G> attention(layer, high, *reinterpret_cast<AttendState<D, G>*>(scratch));
-        attention.start(tensors.q.at(request.last().token) + head * D, sinks);
+        attention.start(tensors.q.at(item.token()) + head * D, sinks);
         int64_t before = 0;
         for (const Row* row = request.begin; row < request.end; ++row) {
-            const Block block = this->block(*row, item.head);
-            const Part range = this->range(request, block, before, part);
+            const Block block = this->block(*row, item.head, item.draft);
+            const Part range = this->range(item, block, before, part);
             before += block.sizes.num_tokens();
             if (range.empty() && !row->is_tail()) continue;
             float read_top[G];
@@ -170,7 +202,8 @@ struct Step {
         }
     }
 
-    // Merges the parts, writes the output and adds the normalized weights to the scores.
+    // Merges the parts, writes the output and adds the normalized weights to the scores. Those of a
+    // draft are stored until it is accepted.
     void finish(const Item& item, const float* weights, uint8_t* partials) const {
         const int query_heads = layer.queries_per_kv_head(), d = layer.head_dim;
         for (int g = 0; g < query_heads; ++g) {
@@ -184,7 +217,7 @@ struct Step {
                 total += x.total[g] * __builtin_exp2f(x.top[g] - top);
             }
             const int64_t head = item.head * query_heads + g;
-            uint16_t* out = tensors.out.at(item.request->last().token) + head * d;
+            uint16_t* out = tensors.out.at(item.token()) + head * d;
             alignas(64) float merged[kMaxHeadDim];
             for (int p = 0; p < parts; ++p) {
                 const Partial x = partial(partials, p);
@@ -200,16 +233,18 @@ struct Step {
         }
         const Row& row = item.request->last();
         if (!row.is_tail()) return;
-        const Block block = this->block(row, item.head);
-        const int64_t before = item.request->num_tokens - block.sizes.num_tokens();
+        const Block block = this->block(row, item.head, item.draft);
+        const int64_t before = item.num_tokens() - block.sizes.num_tokens();
         for (int p = 0; p < parts; ++p) {
             const Partial x = partial(partials, p);
-            const Part range = this->range(*item.request, block, before, p);
+            const Part range = this->range(item, block, before, p);
             for (int at = range.high_record_begin; at < range.high_record_end; ++at) {
                 int rest;
                 float* scores =
-                    reinterpret_cast<float*>(block.stream.at(high.score_line(at), &rest));
-                F score = mul(load(scores), splat(layer.decay));
+                    item.draft
+                        ? drafts.at(row.slot, item.head, item.draft - 1) + at * kHighRecordTokens
+                        : reinterpret_cast<float*>(block.stream.at(high.score_line(at), &rest));
+                F score = item.draft ? splat(0.0f) : mul(load(scores), splat(layer.decay));
                 for (int g = 0; g < query_heads; ++g) {
                     const F w = load(weights + g * stride + at * kHighRecordTokens);
                     score = fma(w, splat(x.high_top[g]), score);
@@ -235,21 +270,30 @@ size_t attend_bytes(int head_dim) {
 }  // namespace
 
 void decode(const Layer& layer, const Cache& cache, const Batch& batch,
-            const DecodeTensors& tensors) {
+            const DecodeTensors& tensors, const DraftWeights& drafts) {
     std::vector<Request> requests;
+    std::vector<Query> queries;
     requests.reserve(batch.num_rows);
+    queries.reserve(batch.num_rows);
     int max_high = 0;
     int64_t max_tokens = 0;
     for (const Row *row = batch.rows, *end = row + batch.num_rows; row < end; ++row) {
         if (row == batch.rows || row[-1].token != row->token) requests.push_back({row, row, 0});
         Request& request = requests.back();
         request.end = row + 1;
-        request.num_tokens += Step::sizes_after(*row).num_tokens();
-        max_high = row->high_tokens > max_high ? row->high_tokens : max_high;
+        request.num_tokens += Step::sizes_after(*row, 0).num_tokens();
+        const int joining = row->is_tail() ? row->queries : 1;
+        const int high = row->high_tokens + joining;
+        max_high = high > max_high ? high : max_high;
+        const int index = static_cast<int>(requests.size()) - 1;
+        if (row->is_tail() || row + 1 == end || row[1].token != row->token) {
+            for (int draft = 0; draft < joining; ++draft) queries.push_back({index, draft});
+        }
         max_tokens = request.num_tokens > max_tokens ? request.num_tokens : max_tokens;
     }
     const int threads = omp_get_max_threads();
-    const int items = static_cast<int>(requests.size()) * layer.num_kv_heads;
+    const int tails = static_cast<int>(requests.size()) * layer.num_kv_heads;
+    const int items = static_cast<int>(queries.size()) * layer.num_kv_heads;
     // A small number of items is split into parts, so that all threads finish at about the same
     // time.
     int parts = 1;
@@ -258,17 +302,20 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
         const int most = 1 + static_cast<int>(max_tokens / kLeastPartTokens);
         parts = parts < most ? parts : most;
     }
-    const Step step{layer,           cache,
-                    batch,           tensors,
-                    requests.data(), HighLayout(layer.head_dim, layer.high_bits),
-                    parts,           high_records(max_high + 1) * kHighRecordTokens};
+    // The new tokens of all queries of a request have to be appended before it attends.
+    const bool in_phases = parts > 1 || items > tails;
+    const Step step{layer,          cache,
+                    batch,          tensors,
+                    drafts,         requests.data(),
+                    queries.data(), HighLayout(layer.head_dim, layer.high_bits),
+                    parts,          high_records(max_high) * kHighRecordTokens};
 
     const size_t item_bytes = step.weights_bytes() + parts * step.partial_bytes();
     const size_t change_bytes = ChangeScratch::bytes(max_high);
     const size_t thread_bytes = (change_bytes + attend_bytes(layer.head_dim) +
                                  step.read_weights_bytes() + item_bytes + 4095) /
                                 4096 * 4096;
-    const size_t shared_bytes = parts > 1 ? items * item_bytes : 0;
+    const size_t shared_bytes = in_phases ? items * item_bytes : 0;
     uint8_t* memory = scratch_memory(threads * thread_bytes + shared_bytes);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -278,11 +325,11 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
         uint8_t* scratch = arena.take<uint8_t>(attend_bytes(layer.head_dim));
         float* read_weights = arena.take<float>(kHeadsAtOnce * step.stride);
         uint8_t* own = arena.take<uint8_t>(item_bytes);
-        if (parts == 1) {
+        if (!in_phases) {
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < items; ++i) {
                 const Item item = step.item(i);
-                step.change(item, *change);
+                step.change(*item.request, item.head, *change);
                 float* weights = reinterpret_cast<float*>(own);
                 uint8_t* partials = own + step.weights_bytes();
                 step.attend(item, 0, weights, read_weights, step.partial(partials, 0), scratch);
@@ -291,7 +338,9 @@ void decode(const Layer& layer, const Cache& cache, const Batch& batch,
         } else {
             uint8_t* shared = memory + threads * thread_bytes;
 #pragma omp for schedule(dynamic, 1)
-            for (int i = 0; i < items; ++i) step.change(step.item(i), *change);
+            for (int i = 0; i < tails; ++i) {
+                step.change(requests[i / layer.num_kv_heads], i % layer.num_kv_heads, *change);
+            }
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < items * parts; ++i) {
                 uint8_t* mine = shared + static_cast<size_t>(i / parts) * item_bytes;

@@ -5,7 +5,7 @@
 
 namespace mikv::MIKV_ISA {
 
-void decode(const Layer&, const Cache&, const Batch&, const DecodeTensors&);
+void decode(const Layer&, const Cache&, const Batch&, const DecodeTensors&, const DraftWeights&);
 void score(const Layer&, const Cache&, const int32_t* table, int num_tokens, Rows queries,
            int num_queries, float* scores, int64_t score_stride);
 void compress(const Layer&, const Cache&, const Compression&);

@@ -34,6 +34,11 @@ def _size_arguments(sizes: TierSizes, low_format: LowFormat) -> tuple[int, int, 
     )
 
 
+def _whole(number: int, multiple: int) -> int:
+    """The least multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
 class LayerOps(layer_ops.LayerOps[DecodeBatch]):
     """The operations of :class:`~mikv_vllm.kernels.layer_ops.LayerOps` in C++.
 
@@ -91,6 +96,8 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
             index[0].data_ptr(),
             index[1].data_ptr(),
         )
+        self._num_kv_heads = num_kv_heads
+        self._draft_weights = torch.zeros(0, num_kv_heads, 0, 0)
 
     def score(
         self,
@@ -160,7 +167,29 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
             v.stride(0),
             out.data_ptr(),
             out.stride(0),
+            *self._draft_place(batch.drafts),
         )
+
+    def _draft_place(self, least: tuple[int, int, int] | None) -> tuple[int, int, int, int]:
+        """Address and strides of the draft weights, float32 ``[slots, kv_heads, drafts, high]``.
+
+        Weights of a draft are kept until the next step of its request, which knows whether the
+        draft was accepted.
+
+        Args:
+            least: slots, drafts and high tokens to make room for.
+        """
+        if least is None:
+            return 0, 0, 0, 0
+        known = self._draft_weights
+        slots, _, drafts, high = known.shape
+        if slots < least[0] or drafts < least[1] or high < least[2]:
+            slots, drafts = max(slots, _whole(least[0], 8)), max(drafts, least[1])
+            high = max(high, _whole(least[2], 256))
+            self._draft_weights = torch.zeros(slots, self._num_kv_heads, drafts, high)
+            self._draft_weights[: len(known), :, : known.shape[2], : known.shape[3]] = known
+        weights = self._draft_weights
+        return weights.data_ptr(), weights.stride(0), weights.stride(1), weights.stride(2)
 
     def restore(
         self,

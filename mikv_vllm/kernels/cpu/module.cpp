@@ -124,12 +124,14 @@ class LayerHandle {
     void decode(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t batch_rows,
                 int num_rows, uintptr_t tables, int max_pages, uintptr_t q, int64_t q_stride,
                 uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride, uintptr_t out,
-                int64_t out_stride) const {
+                int64_t out_stride, uintptr_t drafts, int64_t slot_stride,
+                int64_t draft_head_stride, int64_t draft_stride) const {
         nb::gil_scoped_release unlocked;
         active->decode(
             layer_, {pointer<uint8_t>(cache), page_stride, head_stride},
             {pointer<const Row>(batch_rows), num_rows, pointer<const int32_t>(tables), max_pages},
-            {rows(q, q_stride), rows(k, k_stride), rows(v, v_stride), rows(out, out_stride)});
+            {rows(q, q_stride), rows(k, k_stride), rows(v, v_stride), rows(out, out_stride)},
+            {pointer<float>(drafts), slot_stride, draft_head_stride, draft_stride});
     }
 
     void score(uintptr_t cache, int64_t page_stride, int64_t head_stride, uintptr_t table,
