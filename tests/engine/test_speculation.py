@@ -1,11 +1,9 @@
-"""Speculative decoding over tiers: the tokens, tiers and reports of the same requests without it."""
+"""Speculative decoding over tiers: tokens, tiers and reports are those without it."""
 
 import pytest
 from vllm import SamplingParams
 
-from mikv_vllm.config import CompressionConfig
-
-from .conftest import idle_stats, ratio, start, stop
+from .conftest import ENGINE, idle_stats, ratio, stop
 from .test_requests import first_gap, report
 
 pytestmark = pytest.mark.engine
@@ -23,7 +21,10 @@ RATIOS = (1.0, 2.0, 4.0)
 @pytest.fixture(scope="module")
 def speculating(model_path):
     """An engine that drafts what followed the last tokens earlier in the request."""
-    llm = start(model_path, CompressionConfig(), speculative_config=NGRAMS, disable_log_stats=False)
+    from mikv_vllm import LLM
+
+    settings = ENGINE | {"kv_cache_memory_bytes": 512 << 20, "disable_log_stats": False}
+    llm = LLM(str(model_path), speculative_config=NGRAMS, **settings)
     yield llm
     stop(llm)
 
@@ -124,4 +125,4 @@ def test_a_stop_string_ends_an_answer_within_drafts(speculating, windows):
     (stopped,) = speculating.generate(prompt, params, use_tqdm=False)
     assert stopped.outputs[0].finish_reason == "stop"
     assert stopped.outputs[0].text == text[: text.index(params.stop[0])]
-    assert report(stopped)["achieved_ratio"] > 3.5
+    assert report(stopped)["achieved_ratio"] > 3.0
