@@ -7,6 +7,7 @@ Parts:
   sharing      peak pages of requests that share a beginning, at ratio 1 and compressed
   quality      KL divergence to the uncompressed cache, by ratio
   conversation quality of a turn that goes on from the blocks of earlier turns
+  speculation  tokens and milliseconds of a step with and without drafts
 
 The parts decode and first-token keep three engines alive at the same time and measure them in turn.
 """
@@ -22,7 +23,15 @@ from benchmarks.engines import BLOCK_SIZE, MAX_MODEL_LEN, engines
 from benchmarks.pool import GIB, pool_bytes
 from mikv_vllm.server.memory import available_bytes
 
-PARTS = ("decode", "first-token", "concurrency", "sharing", "quality", "conversation")
+PARTS = (
+    "decode",
+    "first-token",
+    "concurrency",
+    "sharing",
+    "quality",
+    "conversation",
+    "speculation",
+)
 EXTRA_ROUNDS = 2
 """Rounds of the first-token part in addition to ``--rounds``."""
 ENGINES = ("stock", "stock fp8", "mikv")
@@ -143,6 +152,10 @@ def main() -> None:
         from benchmarks import conversation
 
         result["conversation"] = conversation.measure()
+    if "speculation" in args.parts:
+        from benchmarks import speculation
+
+        result["speculation"] = speculation.measure()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

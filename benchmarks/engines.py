@@ -13,6 +13,13 @@ from mikv_vllm.models import embedded_model
 
 BLOCK_SIZE = 32
 """Tokens per page in all engines. This is MiKV's default on a CPU."""
+NGRAMS = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_max": 4,
+    "prompt_lookup_min": 2,
+}
+"""Speculative decoding that drafts what followed the last tokens earlier in the sequence."""
 MAX_MODEL_LEN = 8192
 """Tokens of the longest request."""
 
@@ -23,7 +30,7 @@ class Contender:
 
     name: str
     engine: str
-    """``stock``, ``stock fp8`` or ``mikv``."""
+    """``stock``, ``stock fp8`` or ``mikv``; with `` drafts`` behind it, one that speculates."""
     ratio: float | None = None
     """Requested ratio; None for stock vLLM."""
 
@@ -42,7 +49,7 @@ def engines(names: set[str], pool_bytes: int, **settings) -> Iterator[dict[str, 
     """Start engines, and stop them at the end of the ``with`` block.
 
     Args:
-        names: ``stock``, ``stock fp8`` or ``mikv``.
+        names: as :attr:`Contender.engine`.
         pool_bytes: bytes of the pool of each engine.
         **settings: arguments of ``vllm.LLM`` for all engines.
     """
@@ -61,11 +68,12 @@ def engines(names: set[str], pool_bytes: int, **settings) -> Iterator[dict[str, 
     try:
         for name in sorted(names):
             print(f"starting {name} …", flush=True)
-            if name == "mikv":
-                started[name] = TieredLLM(**common)
+            more = {"speculative_config": NGRAMS} if name.endswith(" drafts") else {}
+            if name.startswith("mikv"):
+                started[name] = TieredLLM(**common, **more)
             else:
                 cache = "fp8" if name == "stock fp8" else "auto"
-                started[name] = LLM(**common, kv_cache_dtype=cache)
+                started[name] = LLM(**common, **more, kv_cache_dtype=cache)
         yield started
     finally:
         for llm in started.values():

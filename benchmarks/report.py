@@ -11,11 +11,14 @@ TITLES = {
     "sharing": "Requests that share a beginning",
     "quality": "Quality",
     "conversation": "Fourth turn of a conversation",
+    "speculation": "Speculative decoding of text that repeats itself",
 }
 HEADINGS = {
     "of_stock": "relative to stock",
     "ms_per_step": "ms per step",
     "tokens_per_s": "tokens per s",
+    "tokens_per_step": "tokens per step",
+    "ms_per_token": "ms per token",
     "achieved_ratio": "achieved ratio",
     "first_token_s": "first token, s",
     "prompt": "prompt, tokens",

@@ -12,8 +12,6 @@ from mikv_vllm.server.refusals import Refusal
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ('--speculative-config {"method":"ngram"}', "--speculative-config"),
-        ("--spec-method ngram", "--spec-method"),
         ('--kv-transfer-config {"kv_connector":"X","kv_role":"kv_both"}', "--kv-transfer-config"),
         ("--kv-offloading-size 4", "--kv-offloading-size"),
         ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8"),
@@ -126,7 +124,7 @@ def config(
         ({"head_dim": 100}, "head size is 100"),
         ({"dtype": "torch.float32"}, "--dtype float32"),
         ({"cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
-        ({"speculative": object()}, "--speculative-config"),
+        ({"speculative": SimpleNamespace(method="eagle")}, r"the method eagle .* ngram, suffix"),
         ({"transfer": object()}, "--kv-transfer-config"),
     ],
 )
@@ -148,6 +146,14 @@ def test_model_is_refused_in_one_sentence(differs, said):
 )
 def test_model_with_full_attention_passes(differs):
     refusals.check(config(**differs))
+
+
+def test_speculation_is_refused_on_gpus(monkeypatch):
+    monkeypatch.setattr(refusals, "_check_gpu", lambda: None)
+    ngrams = SimpleNamespace(method="ngram")
+    refusals.check(config(speculative=ngrams))
+    with pytest.raises(Refusal, match=r"--speculative-config .* GPU kernels"):
+        refusals.check(config(speculative=ngrams, device="cuda"))
 
 
 def test_gpu_that_the_kernels_are_not_made_for_is_refused():
