@@ -99,6 +99,20 @@ def test_a_cached_prefix_gives_the_same_start_of_an_answer(engine, windows):
     assert first_gap(first.outputs[0], second.outputs[0]) <= 0.5
 
 
+def test_a_batch_of_smaller_blocks_after_a_request_of_larger_ones(engine, windows):
+    """Blocks at ratio 1.5 have twice the pages of blocks at ratio 4."""
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=5, extra_args=ratio(4.0))
+    one_by_one = [
+        engine.generate([prompt(windows, 700, i)], params, use_tqdm=False)[0] for i in range(3)
+    ]
+    engine.reset_prefix_cache()
+    larger = SamplingParams(temperature=0, max_tokens=4, extra_args=ratio(1.5))
+    engine.generate([prompt(windows, 1400, 3)], larger, use_tqdm=False)
+    together = engine.generate([prompt(windows, 700, i) for i in range(3)], params, use_tqdm=False)
+    for alone, other in zip(one_by_one, together, strict=True):
+        assert first_gap(alone.outputs[0], other.outputs[0]) <= 0.5
+
+
 def test_mixed_batch_with_several_samples_and_logprobs(engine, windows):
     requests = [(1.0, 1), (4.0, 2), (2.0, 1), (5.0, 2), (1.0, 2), (3.0, 1)]
     outputs = engine.generate(
