@@ -66,8 +66,8 @@ class StepPlanner:
         compress: dict[str, CompressStep] = {}
         for request_id in [r for r in store.ratios if r not in store.requests]:
             num_new = num_scheduled_tokens.get(request_id, 0)
-            if not num_new:
-                continue
+            if not num_new or request_id in drafts:
+                continue  # rejected drafts must neither score nor be compressed
             request = requests[request_id]
             if scoring := self._score(request, num_new):
                 score[request_id] = scoring
@@ -98,7 +98,8 @@ class StepPlanner:
         only.
         """
         request_id = request.request_id
-        is_decode = num_new_tokens <= 1 or request.spec_token_ids
+        # vLLM adds drafts, or placeholders of them, to the last token that it computes.
+        is_decode = num_computed_tokens + 1 >= request.num_tokens
         if is_decode or request_id not in self._store.ratios:
             return num_new_tokens
         limit, window = self._manager.native_limit(request_id), self._settings.window
