@@ -228,6 +228,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "SchedulerOutput.finished_req_ids": None,
         "SchedulerOutput.num_scheduled_tokens": None,
         "SchedulerOutput.preempted_req_ids": None,
+        "SchedulerOutput.scheduled_spec_decode_tokens": None,
     },
     "v1/core/sched/scheduler.py": {
         "Scheduler.__init__": (
@@ -244,6 +245,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "Scheduler.kv_cache_manager": None,
         "Scheduler.make_stats": "self",
         "Scheduler.max_model_len": None,
+        "Scheduler.num_spec_tokens": None,
         "Scheduler.parallel_config": None,
         "Scheduler.requests": None,
         "Scheduler.running": None,

@@ -83,7 +83,9 @@ MUTATIONS = {
     hash_without_sizes: "poorer block",
     roll_back_one_token_too_many: "may be low",
     roll_back_one_token_too_few: "other tokens",
-    lost_pages_are_served: "mixed|overwritten|other tokens|no tail was copied|others hold|holders",
+    lost_pages_are_served: (
+        "mixed|overwritten|other tokens|no tail was copied|others hold|holders|tail is shared"
+    ),
     share_tails: "tail is shared|others hold|in the prefix cache was written",
 }
 """What the simulation says to each of them."""

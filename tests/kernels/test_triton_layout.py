@@ -12,7 +12,10 @@ from mikv_vllm.kernels.triton.layout import Layout, LowLines
 from mikv_vllm.tiers import formats
 from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat, TierGeometry
 
-NOT_ON_DEVICE = {"NATIVE_BYTES", "VALUE_GROUP", "KEYS_PER_TOKEN_BIT", "PAGES"}
+NOT_ON_DEVICE = {
+    *("NATIVE_BYTES", "VALUE_GROUP", "KEYS_PER_TOKEN_BIT", "PAGES"),
+    *("QUERIES", "ACCEPTED", "SLOT"),  # of drafts
+}
 """Constants that no kernel names. ``Layout`` and ``LowLines`` depend on the first three."""
 FORMATS = [
     *(low for ladder in formats.LADDERS.values() for low in ladder),
