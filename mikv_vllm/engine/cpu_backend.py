@@ -102,7 +102,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         if len(split.rows):
             decode = DecodeBatch.of(*split.decode)
             # vLLM's slots of these tokens are in pages that the request has released.
-            batch.slot_mapping[torch.from_numpy(split.tokens)] = -1
+            batch.slot_mapping[token_selection(split.rows, starts)] = -1
         extended = []
         for chunk in split.extended:
             batch.slot_mapping[chunk.tokens] = -1

@@ -19,6 +19,7 @@ from mikv_vllm.kernels.batch import (
     QUERIES,
     ROW_FIELDS,
     TOKEN,
+    round_up,
     row_numbers,
 )
 from mikv_vllm.tiers.blocks import TailStep
@@ -27,10 +28,6 @@ from mikv_vllm.tiers.plan import TierSizes
 
 WIDTH = 16
 """Tables grow by this number of pages, which keeps the data behind them aligned on a GPU."""
-
-
-def _whole(num_pages: int) -> int:
-    return -(-num_pages // WIDTH) * WIDTH
 
 
 class TierTables:
@@ -145,7 +142,7 @@ class TierTables:
         rows = self._rows[slots][chosen]
         rows[:, TOKEN] = np.repeat(tokens, counts)
         max_pages = rows[:, PAGES].max(initial=0)
-        return rows, self._tables[slots][chosen][:, : _whole(max_pages)]
+        return rows, self._tables[slots][chosen][:, : round_up(max_pages, WIDTH)]
 
     def verify(self, request_id: str, accepted: int, rejected: int) -> None:
         """Set what became of the drafts of a request's last step."""
@@ -191,7 +188,7 @@ class TierTables:
         if num_blocks > most_blocks:
             most_blocks = 2 * num_blocks
         if num_pages > most_pages:
-            most_pages = _whole(num_pages)
+            most_pages = round_up(num_pages, WIDTH)
         counts, rows, tables = self._counts, self._rows, self._tables
         self._counts = np.zeros(num_slots, np.int32)
         self._rows = np.zeros((num_slots, most_blocks, ROW_FIELDS), np.int32)

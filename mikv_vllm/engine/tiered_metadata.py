@@ -93,8 +93,6 @@ class BatchSplit:
 
     rows: np.ndarray
     """Indices of the compressed rows that decode, int64 ``[rows]``."""
-    tokens: np.ndarray
-    """Their tokens in the batch, drafts included, int64 ``[tokens]``."""
     decode: tuple[np.ndarray, np.ndarray]
     """Rows and tables of their blocks, as the kernels read them."""
     begun: tuple[list[int], list[int]]
@@ -143,10 +141,7 @@ def split_batch(
     decode = tiers.rows(slots[tiered], tokens)
     counts = decode[0][decode[0][:, BLOCKS] > 0, QUERIES]
     assert (starts[tiered + 1] == tokens + counts).all(), "a row has other tokens than planned"
-    if len(counts) and counts.max() > 1:
-        ends = starts[tiered + 1]
-        tokens = np.concatenate([np.arange(*span) for span in zip(tokens, ends, strict=True)])
-    return BatchSplit(tiered, tokens, decode, begun, extended, scored, np.flatnonzero(native))
+    return BatchSplit(tiered, decode, begun, extended, scored, np.flatnonzero(native))
 
 
 def changed_blocks(

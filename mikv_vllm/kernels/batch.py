@@ -40,6 +40,11 @@ drafts: each attends to the tokens before it, and changes no score until it is a
 """
 
 
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
 def row_numbers(
     token: int,
     before: TierSizes,

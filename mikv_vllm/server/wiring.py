@@ -24,9 +24,6 @@ CPU_BLOCK_SIZE = 32
 BLOCK_SIZE_MULTIPLE = {"cpu": 32, "cuda": 16}
 """The attention kernels of a device support native pages whose tokens are a multiple of this."""
 
-SPECULATION = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
-"""Engine arguments that enable speculative decoding."""
-
 PLUGIN = "mikv"
 """Name of MiKV's entry point, an endpoint plugin of vLLM."""
 
@@ -75,13 +72,6 @@ def wire(
         "worker_cls": WORKER_CLS[device_type],
         "additional_config": additional_config | config.to_additional_config(),
     }
-    if any(engine_args.get(name) for name in SPECULATION):
-        if engine_args.get("async_scheduling"):
-            raise Refusal(
-                "--async-scheduling is not supported by MiKV with speculative decoding, because a "
-                "step begins with the drafts that the step before accepted; leave it out."
-            )
-        wired["async_scheduling"] = False
     if embedded and engine_args.get("enforce_eager") is None:
         wired["enforce_eager"] = True
     if device_type == "cpu":

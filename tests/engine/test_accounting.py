@@ -6,6 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from .loads import CONFIGS, DEPTH, DRAFTS, NUM_PAGES, REQUESTS, Configs, run_load
 from .simulation import Simulation, make_scheduler
 
+EXAMPLES = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
 
 @pytest.fixture(scope="module")
 def vllm_configs(tmp_path_factory):
@@ -13,22 +19,14 @@ def vllm_configs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@EXAMPLES
 @given(requests=REQUESTS, num_pages=NUM_PAGES, depth=DEPTH)
 def test_pages_add_up(vllm_configs, name, requests, num_pages, depth):
     run_load(vllm_configs, name, requests, num_pages, depth)
 
 
 @pytest.mark.parametrize("name", ["window", "h2o"])
-@settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@EXAMPLES
 @given(requests=REQUESTS, num_pages=NUM_PAGES, drafts=DRAFTS)
 def test_pages_add_up_with_drafts(vllm_configs, name, requests, num_pages, drafts):
     run_load(vllm_configs, name, requests, num_pages, drafts=drafts)

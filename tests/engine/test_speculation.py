@@ -3,18 +3,13 @@
 import pytest
 from vllm import SamplingParams
 
+from benchmarks.engines import NGRAMS
+
 from .conftest import ENGINE, idle_stats, ratio, stop
 from .test_requests import first_gap, report
 
 pytestmark = pytest.mark.engine
 
-DRAFTS = 4
-NGRAMS = {
-    "method": "ngram",
-    "num_speculative_tokens": DRAFTS,
-    "prompt_lookup_max": 4,
-    "prompt_lookup_min": 2,
-}
 RATIOS = (1.0, 2.0, 4.0)
 
 

@@ -41,15 +41,6 @@ def test_ray_is_refused_where_vllm_does_not_run_on_it(flag):
         wire({flag: "ray"}, CompressionConfig(), "cpu")
 
 
-@pytest.mark.parametrize("flag", ["speculative_config", "spec_method"])
-def test_speculation_runs_one_step_after_the_other(flag):
-    given = {flag: "ngram", "async_scheduling": None}
-    assert wire(given, CompressionConfig(), "cpu")["async_scheduling"] is False
-    assert "async_scheduling" not in wire({}, CompressionConfig(), "cpu")
-    with pytest.raises(Refusal, match="--async-scheduling"):
-        wire(given | {"async_scheduling": True}, CompressionConfig(), "cpu")
-
-
 def test_page_size_is_ours_unless_given():
     assert wire({}, CompressionConfig(), "cpu")["block_size"] == CPU_BLOCK_SIZE
     assert "block_size" not in wire({"block_size": 128}, CompressionConfig(), "cpu")

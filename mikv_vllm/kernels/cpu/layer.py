@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from mikv_vllm.kernels import layer_ops
+from mikv_vllm.kernels.batch import round_up
 from mikv_vllm.kernels.cpu._C import Layer
 from mikv_vllm.kernels.cpu.batch import DecodeBatch
 from mikv_vllm.tiers.blocks import TailStep
@@ -32,11 +33,6 @@ def _size_arguments(sizes: TierSizes, low_format: LowFormat) -> tuple[int, int, 
         low_format.key_code,
         low_format.value_bits,
     )
-
-
-def _whole(number: int, multiple: int) -> int:
-    """The least multiple that is not below ``number``."""
-    return -(-number // multiple) * multiple
 
 
 class LayerOps(layer_ops.LayerOps[DecodeBatch]):
@@ -184,8 +180,8 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
         known = self._draft_weights
         slots, _, drafts, high = known.shape
         if slots < least[0] or drafts < least[1] or high < least[2]:
-            slots, drafts = max(slots, _whole(least[0], 8)), max(drafts, least[1])
-            high = max(high, _whole(least[2], 256))
+            slots, drafts = max(slots, round_up(least[0], 8)), max(drafts, least[1])
+            high = max(high, round_up(least[2], 256))
             self._draft_weights = torch.zeros(slots, self._num_kv_heads, drafts, high)
             self._draft_weights[: len(known), :, : known.shape[2], : known.shape[3]] = known
         weights = self._draft_weights
