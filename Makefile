@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 WORKERS ?= 2
+RELEASE ?= 0.33.0
 EXTRAS ?= cpu,bench,dev
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -16,13 +17,14 @@ CXX_SOURCES := $(wildcard mikv_vllm/kernels/cpu/*.cpp mikv_vllm/kernels/cpu/*.hp
 SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all peer-tests bench lint format clean
+.PHONY: help serve test test-all peer-tests release-tests bench lint format clean
 
 help:
 	@echo "make serve    the embedded model on http://localhost:8000 (ARGS=\"…flags of mikv-serve…\")"
 	@echo "make test     the tests, WORKERS=2 at a time (ARGS=\"…flags of pytest…\")"
 	@echo "make test-all   also the tests marked as slow"
 	@echo "make peer-tests  vLLM's own tests of its scheduler, with MiKV's scheduler"
+	@echo "make release-tests  tests on vLLM $(RELEASE) (RELEASE=…), over the installed compiled parts"
 	@echo "make bench    benchmarks against stock vLLM, into benchmarks/results"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make format   ruff and clang-format, in place"
@@ -39,6 +41,9 @@ test-all: $(INSTALLED)
 
 peer-tests: $(INSTALLED)
 	$(BIN)/python scripts/peer_tests $(ARGS)
+
+release-tests: $(INSTALLED)
+	$(BIN)/python scripts/release_tests.py $(RELEASE) $(ARGS)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)

@@ -11,8 +11,10 @@ PROMPT = 1536
 """Tokens of the prompt of the fourth turn."""
 CONTINUATION = 128
 WINDOWS = 4
-KEYS = 12
+KEYS = 40
 """Conversations with a pass key."""
+AT_ONCE = 12
+"""Requests that run at once."""
 
 
 def measure() -> list[dict]:
@@ -25,7 +27,7 @@ def measure() -> list[dict]:
         A row for each ratio.
     """
     rows = []
-    settings = {"dtype": "float16", "logits_processors": [ForcedDecoding], "max_num_seqs": KEYS}
+    settings = {"dtype": "float16", "logits_processors": [ForcedDecoding], "max_num_seqs": AT_ONCE}
     with engines({"mikv"}, 2 << 30, **settings) as llms:
         llm = llms["mikv"]
         tokenizer = llm.get_tokenizer()

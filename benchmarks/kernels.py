@@ -137,7 +137,7 @@ class Decode:
         pages = -(-(geometry.high_bytes(high_tokens + 1) + low_records * record) // page)
         before = TierSizes(pages, high_tokens, low_records, pages * page)
         after = TierSizes(pages, high_tokens + 1, low_records, pages * page)
-        read, append = TailStep(0, (), (), 0, before), TailStep(1, (), (), 0, after)
+        read, append = TailStep(0, (), False, 0, before), TailStep(1, (), False, 0, after)
         rows = requests * blocks
         order = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
         self.batch = cpu.DecodeBatch.build(

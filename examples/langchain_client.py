@@ -1,4 +1,4 @@
-"""LangChain: ``extra_body`` carries the ratio."""
+"""LangChain: ``extra_body`` carries the ratio, ``token_usage`` the report."""
 
 import os
 
@@ -13,4 +13,6 @@ if __name__ == "__main__":
         max_tokens=32,
         extra_body={"kv_compression_ratio": 4.0},
     )
-    print(chat.invoke("What is the capital of France?").content)
+    answer = chat.invoke("What is the capital of France?")
+    print(answer.content)
+    print(answer.response_metadata["token_usage"]["kv_compression"])

@@ -1,4 +1,4 @@
-"""LiteLLM: ``extra_body`` carries the ratio."""
+"""LiteLLM: ``extra_body`` carries the ratio, ``usage`` the report."""
 
 import os
 
@@ -16,3 +16,4 @@ if __name__ == "__main__":
         extra_body={"kv_compression_ratio": 4.0},
     )
     print(answer.choices[0].message.content)
+    print(answer.usage.kv_compression)

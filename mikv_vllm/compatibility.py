@@ -58,14 +58,25 @@ def version(folder: Path) -> str:
 def changes(folder: Path) -> Iterator[str]:
     """Yield the entries that the vLLM in ``folder`` lacks or defines with other parameters."""
     for file, names in VLLM_API.items():
-        found: dict[str, ast.AST] = {}
-        for path in (folder / file, folder / MOVED.get(file, file)):
-            if path.exists():
-                found |= definitions(ast.parse(path.read_text()))
+        found = definitions_in(folder, file)
         for name, parameters in names.items():
             node = found.get(name)
             if node is None or not _takes(node, parameters):
                 yield f"{file}: {name}"
+
+
+def definitions_in(folder: Path, file: str) -> dict[str, ast.AST]:
+    """Return the definitions of a listed file, wherever the vLLM in ``folder`` has them.
+
+    Args:
+        folder: folder of the package ``vllm``.
+        file: a key of :data:`mikv_vllm.vllm_api.VLLM_API`. It need not exist.
+    """
+    found: dict[str, ast.AST] = {}
+    for path in (folder / file, folder / MOVED.get(file, file)):
+        if path.exists():
+            found |= definitions(ast.parse(path.read_text()))
+    return found
 
 
 def definitions(module: ast.Module) -> dict[str, ast.AST]:

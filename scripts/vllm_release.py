@@ -20,8 +20,8 @@ from pathlib import Path
 
 from vllm_source import unpacked
 
-from mikv_vllm.compatibility import changes, definitions, version
-from mikv_vllm.vllm_api import MOVED, VLLM_API
+from mikv_vllm.compatibility import changes, definitions, definitions_in, version
+from mikv_vllm.vllm_api import VLLM_API
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -32,12 +32,10 @@ def defined(path: Path) -> dict[str, ast.AST]:
     return definitions(ast.parse(path.read_text())) if path.exists() else {}
 
 
-def find(folder: Path, file: str, name: str) -> ast.AST | None:
-    """Return the definition of an API."""
-    for candidate in (file, MOVED.get(file, file)):
-        if node := defined(folder / candidate).get(name):
-            return node
-    return None
+@cache
+def listed(folder: Path, file: str) -> dict[str, ast.AST]:
+    """Return the definitions of a listed file, wherever a release has them."""
+    return definitions_in(folder, file)
 
 
 def other_places(folder: Path, name: str) -> list[str]:
@@ -86,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     differing = 0
     for file, names in VLLM_API.items():
         for name in names:
-            before, after = find(old, file, name), find(new, file, name)
+            before, after = listed(old, file).get(name), listed(new, file).get(name)
             if before is None or after is None or isinstance(before, ast.ClassDef):
                 continue
             if count := changed_lines(before, after):

@@ -23,7 +23,8 @@ PACKAGE = Path(compatibility.__file__).parent
 @pytest.fixture
 def copied(tmp_path):
     """A copy of the files of vLLM that are in the list, for tests to change."""
-    for file in (*VLLM_API, "_version.py"):
+    files = (*VLLM_API, *MOVED.values(), "_version.py")
+    for file in (file for file in files if (VLLM / file).exists()):
         (tmp_path / "vllm" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(VLLM / file, tmp_path / "vllm" / file)
     return tmp_path / "vllm"
@@ -65,7 +66,7 @@ def test_a_changed_api_is_named_in_one_sentence(copied, file, old, new, named):
     with pytest.raises(compatibility.Incompatible) as error:
         compatibility.check(copied)
     assert named in str(error.value)
-    assert "this is vLLM 9.0.32.0" in str(error.value)
+    assert f"this is vLLM 9.{compatibility.version(VLLM)}" in str(error.value)
     assert f"install vLLM {compatibility.SUPPORTED}" in str(error.value)
 
 
@@ -83,6 +84,7 @@ def test_only_a_parameter_without_a_default_is_a_change(copied, parameter, is_ch
     assert found == ["v1/core/sched/scheduler.py: Scheduler.schedule"] * is_change
 
 
+@pytest.mark.skipif(not (VLLM / min(MOVED)).exists(), reason="this vLLM has moved them")
 def test_files_that_vllm_moved_in_0_33_are_found(copied):
     for old, new in MOVED.items():
         (copied / new).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def test_every_listed_api_is_used():
 def test_every_listed_function_has_parameters():
     without = []
     for file, names in VLLM_API.items():
-        found = compatibility.definitions(ast.parse((VLLM / file).read_text()))
+        found = compatibility.definitions_in(VLLM, file)
         for name, parameters in names.items():
             node = found[name]
             if parameters is None and isinstance(node, Function):

@@ -21,8 +21,8 @@ EXPECTED = {
     "tools_and_json.py": ["tool call: weather ", "JSON: {'city': '"],
     "ratio_by_request.py": ["requested  achieved  tokens  bytes", "      4.0 "],
     "quality_check.py": ["| 4"],
-    "langchain_client.py": ["Paris"],
-    "litellm_client.py": ["Paris"],
+    "langchain_client.py": ["'requested_ratio': 4.0"],
+    "litellm_client.py": ["'requested_ratio': 4.0"],
 }
 """What each script prints, beside other things; all of them but ``offline.py`` need a server."""
 

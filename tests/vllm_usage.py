@@ -59,6 +59,8 @@ def imported(sources: Sources, package: str) -> Iterator[Api]:
     """Each name that the package imports from vLLM.
 
     It is in the file that the import names and, where that is another, in the file that defines it.
+    Of a name that is imported in several ways, for several versions of vLLM, the last one counts,
+    whose file may not exist in this version.
     Of a module that is imported as a whole, these are the names that are used.
     """
     for module in sources.walk(package):
@@ -68,7 +70,8 @@ def imported(sources: Sources, package: str) -> Iterator[Api]:
             whole = sources.module(f"{source}.{name}" if name else source)
             if whole is None:
                 where = sources.module(source)
-                yield (sources.file(where) if where else f"no module {source}", str(name))
+                absent = source.removeprefix("vllm.").replace(".", "/") + ".py"
+                yield (sources.file(where) if where else absent, str(name))
                 if where and (found := sources.find(where, str(name))):
                     yield sources.file(found[0]), found[1]
                 continue

@@ -96,6 +96,8 @@ class Prompt:
                 pages = -(-geometry.high_bytes(sizes.num_tokens + 1) // geometry.page_bytes)
                 end = pages * geometry.page_bytes
                 stored = TierSizes(pages, sizes.num_tokens, 0, end)
+            elif sizes.num_tokens < planner.block_tokens:
+                stored = planner.lengthen(sizes, sizes.pages + 1)  # room for the new token
             blocks.append(BlockForm(planner.form(start).low_format, stored))
         return blocks
 
@@ -165,7 +167,7 @@ class Compressed:
                 sizes.low_records + demoted,
                 sizes.low_end_bytes,
             )
-            step = TailStep(int(is_tail), (), (), demoted, after)
+            step = TailStep(int(is_tail), (), False, demoted, after)
             table = range(first_page, first_page + sizes.pages)
             yield request, table, sizes, step, block.low_format
             first_page += sizes.pages

@@ -150,6 +150,8 @@ def compile_job(job: Job) -> Needs:
     options = dict(kernel.options)
     if job.kernel == "attend":
         options["num_warps"] = job.layout.warps
+    if job.kernel == "write_low":
+        options |= job.layout.write_options
     compiled = triton.compile(
         ASTSource(fn=kernel.jit, signature=signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", job.target, 32),

@@ -83,11 +83,12 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
     planner = BlockPlanner(geometry, RATIO, RECENT)
     *sealed, tail = planner.blocks(CONTEXT - 1)
+    tail = planner.lengthen(tail, tail.pages + 1)  # room for the new token
     starts = planner.starts(CONTEXT - 1)
     rows: list[DecodeRow] = []
     for row in range(requests):
         for start, sizes in zip(starts, sealed, strict=False):
-            read, low_format = TailStep(0, (), (), 0, sizes), planner.form(start).low_format
+            read, low_format = TailStep(0, (), False, 0, sizes), planner.form(start).low_format
             rows.append((row, range(sizes.pages), sizes, read, low_format))
         demoted = int(demoting and row == 0)
         after = replace(
@@ -95,7 +96,8 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
             high_tokens=tail.high_tokens + 1 - LOW_RECORD_TOKENS * demoted,
             low_records=tail.low_records + demoted,
         )
-        step, low_format = TailStep(1, (), (), demoted, after), planner.form(starts[-1]).low_format
+        step = TailStep(1, (), False, demoted, after)
+        low_format = planner.form(starts[-1]).low_format
         rows.append((row, range(tail.pages), tail, step, low_format))
     batch = DecodeBatch.build(rows, "cpu")
     shape = (max(sizes.pages for sizes in (*sealed, tail)), KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)

@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.request import Request
 
 from mikv_vllm.engine.tiered_request import Block, TieredRequest
-from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens
+from mikv_vllm.tiers.blocks import BlockForm, BlockPlanner, block_tokens
 
 MOST_TAILS = 8
 """Tails that are kept for the same beginning."""
@@ -31,6 +31,8 @@ class KeptTail:
     """The tail of a request that ended, and the tokens in it."""
 
     block: Block
+    form: BlockForm
+    """What it would become."""
     tokens: tuple[int, ...]
     hashes: tuple[BlockHash, ...]
     """vLLM's hashes of the whole hash blocks in it."""
@@ -53,13 +55,13 @@ class Hit:
         """The blocks of a request that begins with them; its tail has no pages yet."""
         if self.tail is None:
             return list(self.sealed)
-        return [*self.sealed, replace(self.tail, pages={}, users=0, tag=None)]
+        return [*self.sealed, replace(self.tail, pages=[], users=0, tag=None)]
 
     @property
     def pages(self) -> list[KVCacheBlock]:
         """Pages of all blocks."""
         blocks = [*self.sealed, self.tail] if self.tail else self.sealed
-        return [page for block in blocks for page in block.page_list]
+        return [page for block in blocks for page in block.pages]
 
 
 class BlockCache:
@@ -131,8 +133,7 @@ class BlockCache:
         best: tuple[int, KeptTail] | None = None
         kept = [tail for tail in self._tails.get(key, ()) if tail.block.is_cached] if key else []
         for tail in kept:
-            block = tail.block
-            if (block.low_format, block.sizes.pages) != (form.low_format, form.sizes.pages):
+            if tail.form != form:
                 continue
             common = self._common_tokens(request, start, tail)
             if len(tail.tokens) - common > tail.droppable or not common:
@@ -145,8 +146,7 @@ class BlockCache:
         sizes = tail.block.sizes
         dropped = len(tail.tokens) - common
         sizes = replace(sizes, high_tokens=sizes.high_tokens - dropped)
-        pages = {i: tail.block.pages[i] for i in planner.positions(start, sizes)}
-        return replace(tail.block, sizes=sizes, pages=pages), tail.droppable - dropped
+        return replace(tail.block, sizes=sizes), tail.droppable - dropped
 
     def find_branch(self, request: Request, hit: Hit, window: int) -> int:
         """Tokens after which a request differs from earlier ones, where a block should be sealed.
@@ -231,14 +231,15 @@ class BlockCache:
         if key is None or droppable < 0 or start >= num_tokens:
             return
         sizes = replace(tail.sizes, high_tokens=tail.sizes.high_tokens - dropped)
-        block = replace(tail, sizes=sizes, pages=dict(tail.pages), users=0)
+        block = replace(tail, sizes=sizes, pages=list(tail.pages), users=0)
         self._tag(block)
         size = self._pool.hash_block_size
         hashes = request.block_hashes[start // size : num_tokens // size]
         tokens = tuple(request.all_token_ids[start:num_tokens])
         self.keep(block)
         kept = [one for one in self._tails.pop(key, ()) if one.block.is_cached]
-        kept.append(KeptTail(block, tokens, tuple(hashes), droppable))
+        form = tiered.planner.form(start)
+        kept.append(KeptTail(block, form, tokens, tuple(hashes), droppable))
         for one in kept[:-MOST_TAILS]:
             self.hold(one.block)
         self._tails[key] = kept[-MOST_TAILS:]
@@ -260,11 +261,11 @@ class BlockCache:
         """Count a block that its last request releases, if it can be found."""
         if block.is_cached:
             self.num_kept += 1
-            self._kept |= {page.block_id: block for page in block.pages.values()}
+            self._kept |= {page.block_id: block for page in block.pages}
 
     def hold(self, block: Block) -> None:
         """Stop counting a block: a request holds it, or it cannot be found any more."""
-        pages = [page.block_id for page in block.pages.values()]
+        pages = [page.block_id for page in block.pages]
         if self._kept.get(pages[0]) is block:
             self.num_kept -= 1
             for page in pages:
@@ -288,7 +289,7 @@ class BlockCache:
 
     def _tag(self, block: Block) -> None:
         block.tag = b"tiered block " + next(self._serial).to_bytes(8, "big")
-        for page in block.pages.values():
+        for page in block.pages:
             page.set_block_hash(block.tag)
 
 
@@ -297,7 +298,6 @@ def is_richer(block: Block, planner: BlockPlanner) -> bool:
     own = planner.tail(block.start, block.capacity)
     return (
         block.low_format.token_bits >= planner.form(block.start).low_format.token_bits
-        and block.sizes.pages >= own.pages
         and block.sizes.high_tokens >= own.high_tokens
     )
 

@@ -47,14 +47,17 @@ class TieredBlockManager(FullAttentionManager):
         store = self.store
         if tiered := store.requests.get(request_id):
             return tiered.pages_to_grow(num_tokens)
+        # A request that is admitted leaves the running ones their next pages.
+        is_admission = kwargs.get("apply_admission_cap", False)
+        reserved = store.next_pages() if is_admission else 0
         if hit := self.hits.get(request_id):
-            return store.pages_to_adopt(request_id, hit, num_tokens)
-        if kwargs.get("apply_admission_cap") and request_id in store.ratios:
+            return reserved + store.pages_to_adopt(request_id, hit, num_tokens)
+        if is_admission and request_id in store.ratios:
             # The whole prompt has to fit, but at most this much of it at once.
             pages = store.pages_needed(request_id, num_tokens)
             most = max(self.native_limit(request_id), pages * self.block_size)
             num_tokens = min(num_tokens, most)
-        return super().get_num_blocks_to_allocate(
+        return reserved + super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
 
@@ -106,12 +109,6 @@ class TieredBlockManager(FullAttentionManager):
         self.store.release(request_id)
         return super().pop_blocks_for_free(request_id)
 
-    def remove_tokens(self, request_id: str, count: int) -> tuple[int, ...]:
-        """Remove the newest tokens of a tail; see :meth:`TierStore.remove_tokens`."""
-        freed = self.store.remove_tokens(request_id, count)
-        self._take_over(request_id)
-        return freed
-
     def compress(self, request: Request, num_tokens: int) -> CompressStep | None:
         """Move a native request into blocks; see :meth:`TierStore.compress`."""
         native = self.req_to_blocks[request.request_id]
@@ -123,7 +120,7 @@ class TieredBlockManager(FullAttentionManager):
     def _take_over(self, request_id: str) -> None:
         """Let vLLM see the pages of a compressed request."""
         blocks = self.store.requests[request_id].all_blocks()
-        self.req_to_blocks[request_id] = [page for block in blocks for page in block.page_list]
+        self.req_to_blocks[request_id] = [page for block in blocks for page in block.pages]
 
 
 def tiered_manager(

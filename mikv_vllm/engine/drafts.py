@@ -9,20 +9,19 @@ from collections.abc import Iterable, Mapping
 
 from vllm.v1.request import Request
 
-from mikv_vllm.engine.block_manager import TieredBlockManager
 from mikv_vllm.engine.step_plan import VerifiedDrafts
+from mikv_vllm.engine.tier_store import TierStore
 
 
 class Drafts:
     """Decides which drafts join, and removes rejected ones.
 
     Args:
-        manager: of the cache group that has tiers.
+        store: blocks of the compressed requests.
     """
 
-    def __init__(self, manager: TieredBlockManager) -> None:
-        self._manager = manager
-        self._store = manager.store
+    def __init__(self, store: TierStore) -> None:
+        self._store = store
         self._in_flight: dict[str, int] = {}
         """Drafts in the last step of a request, until its tokens are known."""
         self._verified: dict[str, VerifiedDrafts] = {}
@@ -71,8 +70,9 @@ class Drafts:
         num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         rejected = min(drafts, self._store.requests[request_id].num_tokens - num_tokens)
         assert rejected >= 0, f"{request_id} has lost {-rejected} tokens"
-        freed = self._manager.remove_tokens(request_id, rejected) if rejected else ()
-        self._verified[request_id] = VerifiedDrafts(drafts - rejected, rejected, freed)
+        if rejected:
+            self._store.remove_tokens(request_id, rejected)
+        self._verified[request_id] = VerifiedDrafts(drafts - rejected, rejected)
 
     def forget(self, request_id: str) -> None:
         """Forget a request that ended or was preempted."""

@@ -69,7 +69,8 @@ class TieredScheduler(Scheduler):
         super().add_request(request)
         ratio = requested_ratio(request, self.compression.ratio, self.largest_ratio)
         if ratio > 1.0:
-            self.store.admit(request.request_id, ratio)
+            longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            self.store.admit(request.request_id, ratio, longest)
         if request.sampling_params and request.sampling_params.stop:
             self._with_stop_strings.add(request.request_id)
 
@@ -159,6 +160,8 @@ class TieredScheduler(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        if num_new_tokens == 1:
+            return 1  # most decode steps: nothing to cut
         return self.planner.cut_chunk(request, num_computed_tokens, num_new_tokens)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

@@ -28,7 +28,7 @@ class BlockTable:
     """A block of a request, as kernels read it."""
 
     pages: tuple[int, ...]
-    """Page ids by position in the stream; 0 where the block has no page."""
+    """Page ids, in the order of the stream."""
     sizes: TierSizes
     low_format: LowFormat
 
@@ -57,6 +57,7 @@ class DecodeStep:
     chunk."""
 
     before: TierSizes
+    """In the stream as long as it is afterwards."""
     append: TailStep
     new_pages: tuple[int, ...]
     """Page ids, one for each of ``append.new_positions``."""
@@ -72,8 +73,6 @@ class VerifiedDrafts:
     accepted: int
     rejected: int
     """They leave the high tier; they were its newest tokens."""
-    freed_positions: tuple[int, ...] = ()
-    """Positions of pages that the tail no longer touches without them."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +140,16 @@ class StepPlan:
     score: dict[str, ScoreStep] = field(default_factory=dict)
     compress: dict[str, CompressStep] = field(default_factory=dict)
     decode: dict[str, DecodeStep] = field(default_factory=dict)
-    """Steps that add or change pages. In other compressed requests of the batch, the new token
-    joins the last high record."""
+    """Steps that demote, or add pages. In other compressed requests of the batch, the new token
+    joins the high tier, and nothing else changes."""
     extend: dict[str, ExtendStep] = field(default_factory=dict)
     verified: dict[str, VerifiedDrafts] = field(default_factory=dict)
     """Requests whose last step had drafts."""
     adopt: dict[str, tuple[BlockTable, ...]] = field(default_factory=dict)
     """Requests that begin with blocks of the prefix cache."""
     copy: tuple[tuple[int, int], ...] = ()
-    """Pages to copy before anything else is done in this step: from, to."""
+    """Pages to copy before anything else is done in this step: from, to. Those of tails that
+    requests begin with, and pages of both tiers of tails that grow."""
     zero: tuple[int, ...] = ()
     """Pages that are set to zero at the beginning of the step."""
     stats: TierStats = field(default_factory=TierStats)

@@ -32,7 +32,7 @@ class StepPlanner:
         self._store = manager.store
         self._settings = manager.store.settings
         self._max_model_len = max_model_len
-        self.drafts = Drafts(manager)
+        self.drafts = Drafts(manager.store)
         self._scoring: set[str] = set()
         """Native requests that have scores."""
 

@@ -14,7 +14,7 @@ from mikv_vllm.engine.eviction import SpentPages
 from mikv_vllm.engine.step_plan import OPERATIONS, BlockTable, CompressStep, DecodeStep
 from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
 from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, pages_needed, planner
-from mikv_vllm.tiers.formats import TierGeometry
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, TierGeometry
 
 BRANCH_PAGES = 4
 """Most pages that a request takes in addition if it seals a short block."""
@@ -41,6 +41,8 @@ class TierStore:
         self.block_tokens = block_tokens(geometry.block_size)
         self.ratios: dict[str, float] = {}
         """Requested ratio of each request that may be compressed."""
+        self._longest: dict[str, int] = {}
+        """Most tokens of each of them."""
         self.branches: dict[str, int] = {}
         """Requests with a branch ahead: tokens after which they seal a block, even a short one."""
         self.requests: dict[str, TieredRequest] = {}
@@ -58,21 +60,27 @@ class TierStore:
         """Requests with full blocks that are not in the prefix cache: index of the first."""
         self._steps: dict[str, list[DecodeStep]] = {}
         self._adopted: dict[str, tuple[BlockTable, ...]] = {}
-        self._copies: list[tuple[int, int]] = []
+        self._copies: dict[int, int] = {}
+        """Pages that begin the step as copies: the page that each one is a copy of."""
         self._released: list[KVCacheBlock] = []
 
     def _evict(self, pages: Iterable[int]) -> None:
         self.operations["evict"] += self.cache.evict(pages)
 
-    def admit(self, request_id: str, ratio: float) -> None:
-        """Allow a request to be compressed."""
+    def admit(self, request_id: str, ratio: float, longest: int) -> None:
+        """Allow a request to be compressed.
+
+        Args:
+            longest: most tokens that it will have.
+        """
         self.ratios[request_id] = ratio
+        self._longest[request_id] = longest
 
     def forget(self, request_id: str) -> None:
         """Undo :meth:`admit`."""
         assert request_id not in self.requests, "its blocks have to be released first"
-        self.ratios.pop(request_id, None)
-        self.branches.pop(request_id, None)
+        for by_request in (self.ratios, self._longest, self.branches):
+            by_request.pop(request_id, None)
 
     def planner(self, request_id: str) -> BlockPlanner:
         """Sizes of the blocks of a request."""
@@ -84,15 +92,20 @@ class TierStore:
         settings, ratio = self.settings, self.ratios[request_id]
         return pages_needed(self.geometry, ratio, settings.recent, num_tokens, settings.ladder)
 
+    def next_pages(self) -> int:
+        """Pages that the compressed requests take soon: the next one of each that still grows."""
+        longest = self._longest
+        return sum(tiered.takes_page(longest[r]) for r, tiered in self.requests.items())
+
     # Tokens join the tail.
 
     def append_token(self, request_id: str, num_tokens: int) -> bool:
-        """Fast path: append one token, the ``num_tokens``-th, to a tail's last high record.
+        """Fast path: append one token, the ``num_tokens``-th, to the high tier of a tail.
 
         Nothing else changes, and the plan omits it.
 
         Returns:
-            Whether the request is compressed and the record has a free slot.
+            Whether the request is compressed, and the tiers do not meet.
         """
         tiered = self.requests.get(request_id)
         if tiered is None or not tiered.free_slots or num_tokens != tiered.num_tokens + 1:
@@ -100,6 +113,9 @@ class TierStore:
         tiered.free_slots -= 1
         tiered.num_tokens = num_tokens
         self.totals.high_tokens += 1
+        # Low tokens are a multiple of a high record's, so they do not shift where records begin.
+        if (num_tokens - tiered.blocks[-1].start) % HIGH_RECORD_TOKENS == 1:
+            self.totals.high_records += 1
         return True
 
     def grow(self, request_id: str, num_tokens: int) -> None:
@@ -118,8 +134,9 @@ class TierStore:
         else:
             self.totals.count(self.geometry, tiered.tail, -1)
         tail = tiered.tail
-        tail.pages.update(zip(step.new_positions, new, strict=True))
-        self._released.extend(tail.pages.pop(position) for position in step.freed_positions)
+        tail.pages = step.insert(tail.pages, new)
+        if step.is_split:
+            self._copy(tail.pages[step.new_positions[0] - 1], new[-1])
         tiered.resize(step.after)
         if step.demoted_records:
             tiered.mark_demotion()
@@ -130,22 +147,17 @@ class TierStore:
         page_ids = tuple(page.block_id for page in new)
         return DecodeStep(growth.before, step, page_ids, tail.low_format, growth.begins)
 
-    def remove_tokens(self, request_id: str, count: int) -> tuple[int, ...]:
-        """Remove the newest ``count`` tokens of a tail, which are high.
+    def _copy(self, source: KVCacheBlock, target: KVCacheBlock) -> None:
+        """Let workers copy a page before the step. They read all sources before they write."""
+        self._copies[target.block_id] = self._copies.get(source.block_id, source.block_id)
 
-        Returns:
-            Positions of the pages that the tail no longer touches. They are returned to the pool.
-        """
+    def remove_tokens(self, request_id: str, count: int) -> None:
+        """Remove the newest ``count`` tokens of a tail, which are high. It keeps its pages."""
         tiered = self.requests[request_id]
         tail = tiered.tail
         self.totals.count(self.geometry, tail, -1)
-        sizes = replace(tail.sizes, high_tokens=tail.sizes.high_tokens - count)
-        touched = tiered.planner.positions(tail.start, sizes)
-        freed = tuple(sorted(tail.pages.keys() - set(touched)))
-        self.pool.free_blocks([tail.pages.pop(position) for position in freed])
-        tiered.resize(sizes)
+        tiered.resize(replace(tail.sizes, high_tokens=tail.sizes.high_tokens - count))
         self.totals.count(self.geometry, tail)
-        return freed
 
     # Requests become tiered, and end.
 
@@ -184,9 +196,10 @@ class TierStore:
         if hit.tail:
             copies = self._allocate(len(hit.tail.pages))
             self.dirty.add(copies)
-            blocks[-1].pages = dict(zip(sorted(hit.tail.pages), copies, strict=True))
-            sources = hit.tail.page_list
-            self._copies += [(s.block_id, t.block_id) for s, t in zip(sources, copies, strict=True)]
+            blocks[-1].pages = copies
+            sources = hit.tail.pages
+            for source, copy in zip(sources, copies, strict=True):
+                self._copy(source, copy)
             self._released += sources
             self.spent.add(sources)
             self.operations["copy"] += 1
@@ -210,7 +223,7 @@ class TierStore:
         """
         plan = self.planner(request.request_id)
         blocks: list[Block] = []
-        positions: list[tuple[int, ...]] = []
+        counts: list[int] = []  # of pages to allocate
         shared, start = set(), 0
         while start < num_tokens:
             found = None
@@ -219,24 +232,24 @@ class TierStore:
             if found:
                 shared.add(len(blocks))
                 blocks.append(found)
-                positions.append(())
+                counts.append(0)
             else:
                 sizes = plan.tail(start, min(self.block_tokens, num_tokens - start))
                 low_format = plan.form(start).low_format
                 blocks.append(Block(start, self.block_tokens, sizes, low_format))
-                positions.append(plan.positions(start, sizes))
+                counts.append(sizes.pages)
             start += blocks[-1].sizes.num_tokens
         reused = [blocks[index] for index in shared]
-        shared_pages = [page for block in reused for page in block.page_list]
-        if len(shared_pages) + sum(map(len, positions)) >= plan.native_pages(num_tokens):
+        shared_pages = [page for block in reused for page in block.pages]
+        if len(shared_pages) + sum(counts) >= plan.native_pages(num_tokens):
             return None
         self.pool.touch(shared_pages)
-        targets = self._allocate_targets(native, blocks, [len(one) for one in positions])
+        targets = self._allocate_targets(native, blocks, counts)
         if targets is None:
             self.pool.free_blocks(shared_pages)
             return None
-        for block, at, pages in zip(blocks, positions, targets, strict=True):
-            block.pages |= dict(zip(at, pages, strict=True))
+        for block, pages in zip(blocks, targets, strict=True):
+            block.pages += pages
         written = [page for pages in targets for page in pages]
         self.dirty.add(written)
         ids = {page.block_id for page in written}
@@ -293,7 +306,10 @@ class TierStore:
 
     def _allocate(self, count: int) -> list[KVCacheBlock]:
         self.spent.evict_first(count)
-        return self.pool.get_new_blocks(count)
+        pages = self.pool.get_new_blocks(count)
+        for page in pages:
+            self._copies.pop(page.block_id, None)  # it was freed again in this step
+        return pages
 
     def _hold(self, request_id: str, tiered: TieredRequest, operation: str) -> None:
         self.requests[request_id] = tiered
@@ -373,8 +389,8 @@ class TierStore:
 
     def drain_copies(self) -> tuple[tuple[int, int], ...]:
         """Drain the pages to copy, from and to."""
-        copies, self._copies = tuple(self._copies), []
-        return copies
+        copies, self._copies = self._copies, {}
+        return tuple((source, target) for target, source in copies.items())
 
     def release_pages(self) -> None:
         """Return the pages that are not needed after this step to the pool."""

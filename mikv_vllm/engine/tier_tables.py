@@ -1,6 +1,6 @@
 """Block tables and sizes of a worker's compressed requests, in arrays.
 
-The plan contains only the requests whose step is more than a new token in the last high record.
+The plan contains only the requests whose step is more than a new token in the high tier.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ from mikv_vllm.kernels.batch import (
     round_up,
     row_numbers,
 )
-from mikv_vllm.tiers.blocks import TailStep
+from mikv_vllm.tiers.blocks import EMPTY, TailStep
 from mikv_vllm.tiers.formats import LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
 from mikv_vllm.tiers.plan import TierSizes
 
@@ -34,8 +34,8 @@ class TierTables:
     """Blocks of each compressed request: tables, sizes and low formats.
 
     A row's numbers are those of the step that comes next or runs now
-    (:mod:`mikv_vllm.kernels.batch`): unless the plan changes them, one token joins the last high
-    record of the last block, and the other blocks are only read.
+    (:mod:`mikv_vllm.kernels.batch`): unless the plan changes them, one token joins the high tier of
+    the last block, and the other blocks are only read.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class TierTables:
         self._reserve(slot, index + 1, len(block.pages))
         if index:
             self._rows[slot, index - 1, BLOCKS] = 0
-        step = TailStep(1, (), (), 0, block.sizes)
+        step = TailStep(1, (), False, 0, block.sizes)
         numbers = row_numbers(0, block.sizes, step, block.low_format, index + 1, slot=slot)
         self._rows[slot, index] = numbers
         self._tables[slot, index, : len(block.pages)] = block.pages
@@ -87,18 +87,21 @@ class TierTables:
         """Set what the request's last block does in the next step, and add its new pages."""
         slot = self._slots[request_id]
         if step.begins:
-            empty = (0,) * step.before.pages
-            self._add_block(slot, BlockTable(empty, step.before, step.low_format))
+            self._add_block(slot, BlockTable((), EMPTY, step.low_format))
         index = self._counts[slot] - 1
         accepted = self._rows[slot, index, ACCEPTED]
         numbers = row_numbers(
             0, step.before, step.append, step.low_format, index + 1, accepted, slot
         )
-        known = self._rows[slot, index, HIGH : LOW_END_LINE + 1].tolist()
-        assert known == list(numbers[HIGH : LOW_END_LINE + 1]), (
+        num_pages, *known = self._rows[slot, index, PAGES : LOW + 1].tolist()
+        assert known == list(numbers[HIGH : LOW + 1]), (
             f"the plan and the worker disagree about {request_id}: {numbers}, {known}"
         )
-        self._tables[slot, index, list(step.append.new_positions)] = step.new_pages
+        if step.new_pages:
+            known = self._tables[slot, index, :num_pages].tolist()
+            pages = step.append.insert(known, step.new_pages)
+            self._reserve(slot, index + 1, len(pages))
+            self._tables[slot, index, : len(pages)] = pages
         self._rows[slot, index] = numbers
 
     def blocks(self, request_id: str) -> list[BlockTable]:
@@ -161,22 +164,16 @@ class TierTables:
         rows[:, QUERIES] = 1
         self._rows[last] = rows
 
-    def forget_pages(self, request_id: str, positions: Sequence[int]) -> None:
-        """Pages of the last block that the request no longer has after its step."""
-        slot = self._slots[request_id]
-        self._tables[slot, self._counts[slot] - 1, list(positions)] = 0
-
     def extend(self, request_id: str, step: ExtendStep) -> None:
         """The request has run a step in which a chunk of its prompt joined."""
         slot = self._slots[request_id]
         for change in step.changes:
             self.change(request_id, change)
             after = change.append.after
-            unchanged = TailStep(1, (), (), 0, after)
+            unchanged = TailStep(1, (), False, 0, after)
             count = self._counts[slot]
             numbers = row_numbers(0, after, unchanged, change.low_format, count, slot=slot)
             self._rows[slot, count - 1] = numbers
-            self.forget_pages(request_id, change.append.freed_positions)
 
     def _reserve(self, slot: int, num_blocks: int, num_pages: int) -> None:
         """Make room for a slot with ``num_blocks`` blocks of ``num_pages`` pages."""

@@ -152,9 +152,7 @@ def changed_blocks(
     previous = blocks[-1].pages
     first_token = step.first_token - blocks[-1].sizes.num_tokens
     for change in step.changes:
-        table = [0] * change.before.pages if change.begins else list(previous)
-        for position, page in zip(change.append.new_positions, change.new_pages, strict=True):
-            table[position] = page
+        table = change.append.insert(() if change.begins else previous, change.new_pages)
         source = previous[0] if change.begins else None
         if change.begins:
             first_token = step.first_token + sum(c.step.append.new_tokens for c in changes)

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from mikv_vllm.engine.step_plan import BlockTable
-from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
+from mikv_vllm.tiers.blocks import EMPTY, BlockPlanner, TailStep
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
 
 
 @dataclass(eq=False)
 class Block:
-    """A tiered block: its sizes, and its pages by position in the stream.
+    """A tiered block: its sizes, and the pages of its stream.
 
     A sealed block can belong to several requests and never changes. A tail belongs to one.
     """
@@ -23,7 +23,7 @@ class Block:
     """Tokens with which it is sealed."""
     sizes: TierSizes
     low_format: LowFormat
-    pages: dict[int, KVCacheBlock] = field(default_factory=dict)
+    pages: list[KVCacheBlock] = field(default_factory=list)
     users: int = 0
     """Requests that hold it."""
     tag: bytes | None = None
@@ -37,19 +37,11 @@ class Block:
     @property
     def is_cached(self) -> bool:
         """Whether no page was taken since the block was put into the prefix cache."""
-        return self.tag is not None and all(
-            page.block_hash == self.tag for page in self.pages.values()
-        )
-
-    @property
-    def page_list(self) -> list[KVCacheBlock]:
-        """Pages by ascending position."""
-        return [self.pages[position] for position in sorted(self.pages)]
+        return self.tag is not None and all(page.block_hash == self.tag for page in self.pages)
 
     def table(self) -> BlockTable:
         """The block as workers read it."""
-        pages = self.pages
-        ids = tuple(pages[i].block_id if i in pages else 0 for i in range(self.sizes.pages))
+        ids = tuple(page.block_id for page in self.pages)
         return BlockTable(ids, self.sizes, self.low_format)
 
 
@@ -83,6 +75,7 @@ class Growth:
     """How the last block of a request changes."""
 
     before: TierSizes
+    """In the stream as long as it is afterwards."""
     step: TailStep
     begins: bool
     """Whether it is a new block."""
@@ -119,6 +112,8 @@ class TieredRequest:
         self.drafts = 0
         """Drafts that may join in the next step."""
         self._next: tuple[int, list[Growth]] | None = None
+        self._last_pages: tuple[int, int] | None = None
+        """Start of the last block, and its pages when the request ends."""
         if not blocks[-1].is_full:
             blocks[-1].capacity = self._capacity(blocks[-1].start)
         self.resize(blocks[-1].sizes)
@@ -156,8 +151,9 @@ class TieredRequest:
         self._next, self.drafts = None, 0
         self.num_tokens = tail.start + sizes.num_tokens
         # The last token of a block comes with the last demotions: it needs a plan.
-        slots = -sizes.high_tokens % HIGH_RECORD_TOKENS
+        slots = self.planner.free_slots(tail.start, sizes)
         self.free_slots = max(0, min(slots, tail.capacity - 1 - sizes.num_tokens))
+        """Tokens that can join the high tier, and nothing else changes."""
 
     def mark_demotion(self) -> None:
         """Remember that only the recent tokens are known to be high now."""
@@ -176,9 +172,19 @@ class TieredRequest:
         """All blocks, the tail with this step's tokens."""
         return [*self.blocks[:-1], self.tail]
 
+    def takes_page(self, longest: int) -> bool:
+        """Whether the request takes another page until it has ``longest`` tokens."""
+        tail, whole = self.blocks[-1], self.planner.block_tokens
+        if longest > tail.start + whole:
+            return True
+        if self._last_pages is None or self._last_pages[0] != tail.start:
+            last = self.planner.tail(tail.start, longest - tail.start).pages
+            self._last_pages = tail.start, last
+        return self._last_pages[1] > len(tail.pages)
+
     def pages_to_grow(self, num_tokens: int) -> int:
         """Pages that :meth:`grow` allocates until there are ``num_tokens`` tokens."""
-        if num_tokens <= self.num_tokens:
+        if num_tokens <= self.num_tokens + self.free_slots:
             return 0
         return sum(len(growth.step.new_positions) for growth in self.grow(num_tokens))
 
@@ -202,9 +208,9 @@ class TieredRequest:
         start, capacity, sizes = tail.start, tail.capacity, tail.sizes
         if tail.is_full:
             start += capacity
-            capacity, sizes = self._capacity(start), planner.empty(start)
+            capacity, sizes = self._capacity(start), EMPTY
         step = planner.append_drafts(start, sizes, capacity, most)
-        return Growth(sizes, step, tail.is_full)
+        return Growth(planner.lengthen(sizes, step.after.pages), step, tail.is_full)
 
     def _grow(self, num_tokens: int) -> list[Growth]:
         planner, growths, tail = self.planner, [], self.tail
@@ -216,9 +222,10 @@ class TieredRequest:
             begins = sizes.num_tokens == capacity
             if begins:
                 start += capacity
-                capacity, sizes = self._capacity(start), planner.empty(start)
+                capacity, sizes = self._capacity(start), EMPTY
             joining = min(count, capacity - sizes.num_tokens)
             step = planner.extend(start, sizes, joining)
-            growths.append(Growth(sizes, step, begins))
+            before = planner.lengthen(sizes, step.after.pages)
+            growths.append(Growth(before, step, begins))
             sizes, count = step.after, count - joining
         return growths

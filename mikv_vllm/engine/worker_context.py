@@ -63,7 +63,6 @@ class WorkerContext:
                 self.scores[request_id] = {}
         for request_id, drafts in plan.verified.items():
             self.tiers.verify(request_id, drafts.accepted, drafts.rejected)
-            self.tiers.forget_pages(request_id, drafts.freed_positions)
         for request_id, blocks in plan.adopt.items():
             self.tiers.add(request_id, blocks)
         for request_id, step in plan.decode.items():
@@ -75,8 +74,6 @@ class WorkerContext:
         """Update the tables after a step. Call it after the model has run."""
         plan = self.plan
         self.tiers.end_step(self._appended)
-        for request_id, decode in plan.decode.items():
-            self.tiers.forget_pages(request_id, decode.append.freed_positions)
         for request_id, step in plan.extend.items():
             self.tiers.extend(request_id, step)
         for request_id, done in plan.compress.items():

@@ -18,7 +18,8 @@ from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFo
 
 KEY_BITS = (
     *((6, 6, 5, 5), (6, 5, 5, 4), (6, 5, 4, 4), (6, 4, 4, 3), (6, 4, 3, 3), (5, 4, 3, 2)),
-    *((5, 3, 3, 2), (5, 3, 2, 2), (4, 3, 2, 2), (4, 2, 2, 2), (3, 2, 2, 2), (2, 2, 2, 2)),
+    *((5, 3, 3, 2), (5, 3, 2, 2), (4, 3, 2, 2), (4, 2, 2, 2), (4, 2, 2, 1), (3, 2, 2, 2)),
+    *((3, 2, 2, 1), (3, 2, 1, 1), (2, 2, 1, 1)),
 )
 """Bits of the quarters of a key that are measured, ranked by cost."""
 VALUE_BITS = (5, 4, 3, 2)
@@ -148,7 +149,7 @@ class Calibration:
         self._of_values: dict[int, list[float]] = {bits: [] for bits in VALUE_BITS}
         self._runs = []
         for window in progress(windows):
-            prefill = model.prefill(window.prompt)
+            prefill = model.prefill(window.prompt, attention=False)
             reference = model.continue_with(prefill, window.inputs, None).log_probs
             run = (prefill, window.inputs, reference)
             self._runs.append(run)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from mikv_vllm.evaluation.arguments import positive
+from mikv_vllm.evaluation.served_tasks import command as served_tasks
 from mikv_vllm.evaluation.tasks import TASKS
 
 DESCRIPTION = """\
@@ -30,13 +32,6 @@ Ratio 1 in --ratios is sent a second time. Its differences do not come from comp
 rounding in different batches. Answers are greedy, one at a time, without the prefix cache.
 """
 """Description of ``mikv-eval compare``."""
-
-
-def positive(text: str) -> int:
-    """Parse a positive integer for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +78,12 @@ def parser() -> argparse.ArgumentParser:
         help="names of methods, as in reports (default: all)",
     )
     curve.add_argument(
-        "--block-size", type=positive, default=32, help="tokens per page (default: %(default)s)"
+        "--block-size",
+        nargs="+",
+        type=positive,
+        default=[32],
+        metavar="TOKENS",
+        help="tokens per page; --served uses the first number (default: 32)",
     )
     curve.add_argument(
         "--served",
@@ -142,6 +142,15 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         default=64,
         help="most tokens of an answer (default: %(default)s)",
+    )
+
+    served_tasks.add_arguments(
+        command(
+            "tasks",
+            run_tasks,
+            "ask a server questions at several ratios, and check the answers",
+            served_tasks.DESCRIPTION,
+        )
     )
     return top
 
@@ -212,7 +221,7 @@ def run_curve(args: argparse.Namespace) -> None:
     if args.served:
         from mikv_vllm.evaluation.served import Served
 
-        served = Served(model_path, args.ratios, args.block_size, args.served)
+        served = Served(model_path, args.ratios, args.block_size[0], args.served)
     text = args.text.read_text() if args.text else None
     args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
@@ -276,6 +285,12 @@ def run_compare(args: argparse.Namespace) -> None:
     answers = list(tqdm(steps, total=len(prompts) * len(args.ratios), unit="answer"))
     print(f"{server.model} at {args.url}, {len(prompts)} prompts\n")
     print(markdown_table(compare.rows(compare.summarize(answers))))
+
+
+def run_tasks(args: argparse.Namespace) -> None:
+    """Ask all questions, then write and print the report."""
+    needs("tqdm")
+    served_tasks.run(args)
 
 
 def needs(*packages: str) -> None:

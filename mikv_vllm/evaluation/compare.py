@@ -14,6 +14,7 @@ from uuid import uuid4
 import openai
 
 from mikv_vllm.config import RATIO_FIELD, REPORT_FIELD
+from mikv_vllm.evaluation.connection import connect, require_report
 from mikv_vllm.evaluation.json_lines import read_texts
 from mikv_vllm.evaluation.windows import topics_text
 
@@ -89,13 +90,8 @@ class Server:
 
     def __init__(self, url: str, api_key: str | None, model: str | None, max_tokens: int) -> None:
         self._url, self._max_tokens = url, max_tokens
-        self._client = openai.OpenAI(
-            base_url=f"{url.rstrip('/')}/v1", api_key=api_key or "none", max_retries=0
-        )
-        try:
-            self.model = model or self._client.models.list().data[0].id
-        except openai.OpenAIError as error:
-            raise ValueError(f"--url: the server at {url} does not answer: {error}") from None
+        self._client, served = connect(url, api_key)
+        self.model = model or next(iter(served))
 
     def ask(self, prompt: str, ratio: float) -> Answer:
         """Return the answer at a ratio.
@@ -129,13 +125,9 @@ class Server:
                 report = (chunk.model_extra or {}).get(REPORT_FIELD, report)
         except openai.OpenAIError as error:
             raise ValueError(f"{self._url}, ratio {ratio:g}: {error}") from None
-        if report is None:
-            raise ValueError(
-                f"--url: the server at {self._url} does not report {REPORT_FIELD}; start it with "
-                "mikv-serve"
-            )
         end = time.perf_counter()
-        return Answer(tokens, log_probs, (first or end) - begin, end - begin, report)
+        times = (first or end) - begin, end - begin
+        return Answer(tokens, log_probs, *times, require_report(report, self._url))
 
 
 def compare(

@@ -97,7 +97,7 @@ def measure(
         reference_done = (task, index, UNCOMPRESSED, "") in done
         if not todo and reference_done:
             continue
-        prefill = model.prefill(window.prompt)
+        prefill = model.prefill(window.prompt, any(method.reads_attention for method in todo))
         tokens = window.inputs
         wanted = torch.tensor(window.continuation)
         reference = model.continue_with(prefill, tokens, None).log_probs[-len(wanted) :]

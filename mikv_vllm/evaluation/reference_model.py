@@ -30,10 +30,11 @@ class _Recording:
     """Queries and attention weights of one prompt, by layer, as in :class:`HeadCache`."""
 
     window: int
+    every_query: bool
     queries: list[torch.Tensor] = field(default_factory=list)
     largest_query: list[torch.Tensor] = field(default_factory=list)
-    attention: list[torch.Tensor] = field(default_factory=list)
     window_attention: list[torch.Tensor] = field(default_factory=list)
+    attention: list[torch.Tensor] = field(default_factory=list)
 
 
 _recording: _Recording | None = None
@@ -64,15 +65,17 @@ def _record(to: _Recording, query: torch.Tensor, key: torch.Tensor, scale: float
     to.largest_query.append(grouped.abs().amax((1, 2)))
     columns = torch.arange(tokens)
     total, last = torch.zeros(kv_heads, tokens), torch.zeros(kv_heads, tokens)
-    for start in range(0, tokens, QUERIES_AT_ONCE):
+    first = 0 if to.every_query else max(tokens - to.window, 0)
+    for start in range(first, tokens, QUERIES_AT_ONCE):
         part = grouped[:, :, start : start + QUERIES_AT_ONCE]
         rows = torch.arange(start, start + part.shape[2])
         logits = part @ key[:, None].mT * (scale or head_dim**-0.5)
         weights = logits.masked_fill(columns > rows[:, None], -torch.inf).softmax(-1)
         total += weights.sum((1, 2))
         last += weights[:, :, rows >= tokens - to.window].sum((1, 2))
-    to.attention.append(total)
     to.window_attention.append(last)
+    if to.every_query:
+        to.attention.append(total)
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -128,20 +131,26 @@ class ReferenceModel:
         self._window = window
 
     @contextmanager
-    def _recorded(self) -> Iterator[_Recording]:
+    def _recorded(self, every_query: bool) -> Iterator[_Recording]:
         """Record the attention of all layers in the ``with`` block."""
         global _recording  # noqa: PLW0603
-        _recording = _Recording(self._window)
+        _recording = _Recording(self._window, every_query)
         try:
             yield _recording
         finally:
             _recording = None
 
     @torch.inference_mode()
-    def prefill(self, prompt: list[int]) -> Prefill:
-        """Compute the cache of a prompt without its last token, which starts the continuation."""
+    def prefill(self, prompt: list[int], attention: bool = True) -> Prefill:
+        """Compute the cache of a prompt without its last token, which starts the continuation.
+
+        Args:
+            prompt: tokens.
+            attention: whether to compute :attr:`HeadCache.attention`. Its time grows with the
+                square of the prompt.
+        """
         cache = transformers.DynamicCache(config=self._model.config)
-        with self._recorded() as seen:
+        with self._recorded(attention) as seen:
             self._model(torch.tensor([prompt[:-1]]), past_key_values=cache, logits_to_keep=1)
         layers = []
         for layer, (keys, values) in enumerate(self._tensors(cache)):
@@ -152,8 +161,8 @@ class ReferenceModel:
                         values[head],
                         seen.queries[layer][head],
                         seen.largest_query[layer][head],
-                        seen.attention[layer][head],
                         seen.window_attention[layer][head],
+                        seen.attention[layer][head] if attention else None,
                     )
                     for head in range(len(keys))
                 ]

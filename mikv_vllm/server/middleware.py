@@ -4,6 +4,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from mikv_vllm.config import RATIO_FIELD, RatioError
 from mikv_vllm.server.reports import HttpRequest, current_request
@@ -18,12 +19,15 @@ from mikv_vllm.server.response_body import EventStream, header_value, rewrite_js
 
 MESSAGES_ROUTE = "/v1/messages"
 RESPONSES_ROUTE = "/v1/responses"
+COHERE_ROUTE = "/cohere/v2/chat"
+"""Exists only with ``VLLM_ENABLE_COHERE_API=1`` and the package ``cohere``."""
 GENERATE_ROUTES = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
     RESPONSES_ROUTE,
     MESSAGES_ROUTE,
+    COHERE_ROUTE,
     "/inference/v1/generate",
     "/invocations",
 )
@@ -35,6 +39,8 @@ RENDER_ROUTES = tuple(
 """Routes that return a request for ``/inference/v1/generate``. The ratio is part of it."""
 AUDIO_ROUTES = ("/v1/audio/transcriptions", "/v1/audio/translations")
 """Routes that receive a form. They accept a ratio in the header and return a report."""
+WEBSOCKET_ROUTES = ("/v1/realtime",)
+"""Routes that generate in messages, which have no field for a ratio. They refuse the header."""
 
 REPORT_HEADER = "x-kv-compression"
 """Header with the report of an answer that is not a stream, as JSON."""
@@ -52,14 +58,25 @@ class RatioMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if scope["method"] == "POST":
+        if scope["type"] == "websocket":
+            await self._websocket(path, scope, receive, send)
+        elif scope["method"] == "POST":
             await self._post(path, scope, receive, send)
         elif scope["method"] == "GET" and path.startswith(f"{RESPONSES_ROUTE}/"):
             await self.app(scope, receive, ReportSender(send, HttpRequest(None, True, False)))
+        else:
+            await self.app(scope, receive, send)
+
+    async def _websocket(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a ratio in the header."""
+        if RATIO_HEADER in Headers(scope=scope):
+            sentence = f"{RATIO_HEADER} is not supported by the websocket {path}."
+            refusal = _bad_request(sentence, path)
+            await WebSocket(scope, receive, send).send_denial_response(refusal)
         else:
             await self.app(scope, receive, send)
 
@@ -168,6 +185,8 @@ def _bad_request(sentence: str, path: str) -> Response:
         from vllm.entrypoints.anthropic.api_router import translate_error_response
 
         return translate_error_response(error)
+    if path == COHERE_ROUTE:
+        return JSONResponse({"message": sentence}, status_code=error.error.code)
     return JSONResponse(error.model_dump(), status_code=error.error.code)
 
 

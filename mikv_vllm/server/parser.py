@@ -5,6 +5,7 @@ from argparse import Namespace
 import yaml
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from mikv_vllm.compatibility import SUPPORTED
 from mikv_vllm.server.options import GROUP, add_options
 from mikv_vllm.server.vllm_modules import make_arg_parser
 
@@ -75,7 +76,7 @@ def make_parser() -> ServeParser:
         description=(
             "Serve a model over OpenAI's API as `vllm serve` does, with a KV cache of two "
             "precisions and a compression ratio per request. Without a model it serves the "
-            "embedded SmolLM2-135M-Instruct."
+            f"embedded SmolLM2-135M-Instruct. It needs vLLM {SUPPORTED}."
         ),
         epilog=EPILOG,
     )

@@ -2,20 +2,25 @@
 
 A compressed request is a list of *sealed blocks*, which never change, and one *tail*. A block
 covers :func:`block_tokens` consecutive tokens, or fewer if it is sealed at a branch. Each block has
-a stream of its own (:mod:`mikv_vllm.tiers.formats`), whose low tier ends at the end of the stream:
-no record ever moves. A tail allocates the pages of its stream that its tiers touch::
+a stream of its own (:mod:`mikv_vllm.tiers.formats`), whose low tier ends at the end of the stream.
+The stream of a tail grows: when the tiers meet and the ratio allows for another page, one is
+inserted between them. A page that both tiers are in is copied, so that each tier has its part::
 
-    position       0      1      2      3
-    tail       | high |      |      | low  |    2 pages allocated: high grows up, low grows down
-    sealed     | high     low           low|    the sizes of BlockPlanner.form()
+    page         0        1        2
+    tail     | high   | hi lo  |           high grows up, low grows down
+    longer   | high   | hi     |     lo |  page 1 was copied, and both copies have room
+    sealed   | high            low      |  the sizes of BlockPlanner.form()
 
-All sizes are pure functions of the ratio, the position of the block in the request, and the number
-of its tokens. The scheduler computes them; nothing here reads a key or a value.
+So no record ever moves within its page. All sizes are pure functions of the ratio, the position of
+the block in the request, and the number of its tokens. The scheduler computes them; nothing here
+reads a key or a value.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 from mikv_vllm.tiers.formats import (
     HIGH_RECORD_TOKENS,
@@ -26,8 +31,15 @@ from mikv_vllm.tiers.formats import (
 )
 from mikv_vllm.tiers.plan import LEAST_HIGH_FRACTION, TierSizes
 
-BLOCK_NATIVE_PAGES = 32
-"""Native pages that the tokens of a sealed block would take; measured in docs/quality.md."""
+Page = TypeVar("Page")
+"""A page of the pool, or its number."""
+EMPTY = TierSizes(pages=0, high_tokens=0, low_records=0, low_end_bytes=0)
+"""Sizes of a tail without tokens."""
+BLOCK_NATIVE_PAGES = 48
+"""Native pages that the tokens of a sealed block would take; measured in
+docs/notes/quality-history.md."""
+LEAST_IMPORTANT = 16
+"""Tokens besides the recent ones that stay in the high tier of a tail, at least."""
 
 
 def block_tokens(block_size: int) -> int:
@@ -50,13 +62,23 @@ class TailStep:
     new_tokens: int
     """Tokens that join: 1 in a decode step."""
     new_positions: tuple[int, ...]
-    """Positions in the stream of the pages to allocate."""
-    freed_positions: tuple[int, ...]
-    """Positions of pages that the tail no longer touches after the step."""
+    """Positions in the longer stream of the pages that are inserted; consecutive."""
+    is_split: bool
+    """Whether the last of them begins as a copy of the page before the first of them."""
     demoted_records: int
     """Times 32 high tokens that become one low record."""
     after: TierSizes
     """Sizes afterwards."""
+
+    def insert(self, pages: Sequence[Page], new: Sequence[Page]) -> list[Page]:
+        """Return the pages of the stream after the step.
+
+        Args:
+            pages: those before it.
+            new: one for each of :attr:`new_positions`.
+        """
+        first = self.new_positions[0] if new else 0
+        return [*pages[:first], *new, *pages[first:]]
 
 
 @dataclass(frozen=True)
@@ -120,23 +142,9 @@ class BlockPlanner:
                 return form
         return self._richest_form(pages + 1)
 
-    def allocated(self, start: int, sizes: TierSizes) -> tuple[int, int]:
-        """Pages at the beginning and at the end of the stream that a block of ``sizes`` touches."""
-        geometry = self.geometry
-        if not sizes.num_tokens:
-            return 0, 0
-        low_bytes = sizes.low_records * geometry.low(self.form(start).low_format).num_bytes
-        high = -(-geometry.high_bytes(sizes.high_tokens) // geometry.page_bytes)
-        low = -(-low_bytes // geometry.page_bytes)
-        return high, min(low, sizes.pages - high)
-
-    def num_allocated(self, start: int, sizes: TierSizes) -> int:
-        """Pages that a block of ``sizes`` takes."""
-        return sum(self.allocated(start, sizes))
-
     def least_high(self, num_tokens: int) -> int:
         """High tokens of a block that demotion leaves: the recent ones and some important ones."""
-        return self.recent + int(LEAST_HIGH_FRACTION / 2 * num_tokens)
+        return self.recent + max(LEAST_IMPORTANT, int(LEAST_HIGH_FRACTION / 2 * num_tokens))
 
     def tail(self, start: int, num_tokens: int) -> TierSizes:
         """Sizes of a block if ``num_tokens`` tokens, at most a whole block, join it at once."""
@@ -144,12 +152,12 @@ class BlockPlanner:
         if num_tokens == self.block_tokens:
             return form.sizes
         limit = self._limit(start, num_tokens)
-        return self._choose(start, num_tokens, 0, limit, self.least_high(num_tokens))
+        return self._choose(start, num_tokens, EMPTY, limit, self.least_high(num_tokens))
 
     def compress(self, num_tokens: int) -> list[TierSizes] | None:
         """Sizes of the blocks of a native request, a tail last; None if no page is saved."""
         blocks = self.blocks(num_tokens)
-        pages = sum(map(self.num_allocated, self.starts(num_tokens), blocks))
+        pages = sum(sizes.pages for sizes in blocks)
         return blocks if pages < self.native_pages(num_tokens) else None
 
     def starts(self, num_tokens: int) -> range:
@@ -164,8 +172,17 @@ class BlockPlanner:
     def append(self, start: int, sizes: TierSizes) -> TailStep:
         """Plan how a tail takes one token."""
         if sizes.num_tokens + 1 < self.block_tokens and sizes.high_tokens % HIGH_RECORD_TOKENS:
-            return TailStep(1, (), (), 0, replace(sizes, high_tokens=sizes.high_tokens + 1))
+            return TailStep(1, (), False, 0, replace(sizes, high_tokens=sizes.high_tokens + 1))
         return self.extend(start, sizes, 1)
+
+    def free_slots(self, start: int, sizes: TierSizes) -> int:
+        """Tokens that can join the high tier of a tail before the tiers meet.
+
+        As long as they do not meet, nothing demotes, and no page is inserted.
+        """
+        low_begin = sizes.low_end_bytes - self._low_bytes(self.form(start), sizes)
+        records = (low_begin - self.geometry.header_bytes) // self.geometry.high.num_bytes
+        return HIGH_RECORD_TOKENS * records - sizes.high_tokens
 
     def append_drafts(self, start: int, sizes: TierSizes, capacity: int, most: int) -> TailStep:
         """Plan how a tail takes one token, and drafts after it.
@@ -194,66 +211,67 @@ class BlockPlanner:
         if num_tokens == self.block_tokens:
             after = self.form(start).sizes
         else:
-            limit = max(self._limit(start, num_tokens), self.num_allocated(start, sizes))
-            least = max(self.least_high(num_tokens), self.recent + 1)
-            after = self._choose(start, num_tokens, sizes.low_records, limit, least)
+            limit = max(self._limit(start, num_tokens), sizes.pages)
+            after = self._choose(start, num_tokens, sizes, limit, self.least_high(num_tokens))
         return self._tail_step(start, sizes, after, count)
 
     def _tail_step(self, start: int, sizes: TierSizes, after: TierSizes, count: int) -> TailStep:
         """The step in which ``count`` tokens change a tail from ``sizes`` to ``after``."""
+        page_bytes = self.geometry.page_bytes
+        high_bytes = self.geometry.high_bytes(sizes.high_tokens) if sizes.pages else 0
+        first = -(-high_bytes // page_bytes)
+        new_positions = tuple(range(first, first + after.pages - sizes.pages))
+        low_begin = sizes.low_end_bytes - self._low_bytes(self.form(start), sizes)
+        has_both = sizes.low_records > 0 and low_begin < first * page_bytes
         demoted = after.low_records - sizes.low_records
-        old, new = set(self.positions(start, sizes)), set(self.positions(start, after))
-        new_positions, freed_positions = tuple(sorted(new - old)), tuple(sorted(old - new))
-        return TailStep(count, new_positions, freed_positions, demoted, after)
+        return TailStep(count, new_positions, bool(new_positions) and has_both, demoted, after)
 
-    def empty(self, start: int) -> TierSizes:
-        """Sizes of a tail without tokens."""
-        return replace(self.form(start).sizes, high_tokens=0, low_records=0)
+    def lengthen(self, sizes: TierSizes, pages: int) -> TierSizes:
+        """Sizes of a block whose stream has ``pages`` pages."""
+        return replace(sizes, pages=pages, low_end_bytes=pages * self.geometry.page_bytes)
 
     def _choose(
-        self, start: int, num_tokens: int, least_low: int, limit: int, least_high: int
+        self, start: int, num_tokens: int, before: TierSizes, limit: int, least_high: int
     ) -> TierSizes:
         """The sizes with the fewest low records that take at most ``limit`` pages.
 
         If there are none, those that take the fewest pages. At least ``least_high`` tokens stay
-        high, or :attr:`recent` and one more if no other sizes fit.
+        high, or :attr:`recent` and :data:`LEAST_IMPORTANT` if no other sizes fit. No record and no
+        page of ``before`` is removed.
         """
-        form = self.form(start)
-        best = None
-        for low in range(least_low, form.sizes.low_records + 1):
+        form, best = self.form(start), None
+        fewest = self.recent + LEAST_IMPORTANT
+        for low in range(before.low_records, form.sizes.low_records + 1):
             high = num_tokens - LOW_RECORD_TOKENS * low
-            if low > least_low and (high <= self.recent or (best and high < least_high)):
+            if low > before.low_records and (high < fewest or (best and high < least_high)):
                 break
             sizes = replace(form.sizes, high_tokens=high, low_records=low)
-            if not self._fits(form, sizes):
-                continue
-            pages = self.num_allocated(start, sizes)
-            if best is None or pages < best[0] or (pages == best[0] > limit):
-                best = pages, sizes
+            num_bytes = self.geometry.high_bytes(high) + self._low_bytes(form, sizes)
+            pages = max(before.pages, -(-num_bytes // self.geometry.page_bytes))
+            if pages <= form.sizes.pages and (best is None or pages < best.pages):
+                best = self.lengthen(sizes, pages)
             if pages <= limit:
                 break
         assert best, f"no sizes for a tail of {num_tokens} tokens"
-        return best[1]
+        return best
 
-    def positions(self, start: int, sizes: TierSizes) -> tuple[int, ...]:
-        """Positions in the stream of the pages that a block of ``sizes`` takes, ascending."""
-        high, low = self.allocated(start, sizes)
-        return (*range(high), *range(sizes.pages - low, sizes.pages))
+    def _low_bytes(self, form: BlockForm, sizes: TierSizes) -> int:
+        return sizes.low_records * self.geometry.low(form.low_format).num_bytes
 
     def _limit(self, start: int, num_tokens: int) -> int:
         """Pages that a tail of ``num_tokens`` tokens should take."""
         return max(1, self.budget(start + num_tokens) - self.budget(start))
 
     def _fits(self, form: BlockForm, sizes: TierSizes) -> bool:
-        low_bytes = sizes.low_records * self.geometry.low(form.low_format).num_bytes
-        return self.geometry.high_bytes(sizes.high_tokens) + low_bytes <= sizes.low_end_bytes
+        high_bytes = self.geometry.high_bytes(sizes.high_tokens)
+        return high_bytes + self._low_bytes(form, sizes) <= sizes.low_end_bytes
 
     def _can_be_filled(self, form: BlockForm) -> bool:
-        """Whether a tail can grow to ``form`` token by token, and never demotes recent tokens.
+        """Whether a tail can grow to ``form`` token by token, and keeps its important tokens.
 
         Before its last demotion, a tail has one high record more and one low record less.
         """
-        sizes, spare = form.sizes, form.sizes.high_tokens - self.recent
+        sizes, spare = form.sizes, form.sizes.high_tokens - self.recent - LEAST_IMPORTANT
         if not sizes.low_records or spare >= LOW_RECORD_TOKENS:
             return True
         full = replace(
@@ -283,7 +301,7 @@ def pages_needed(
     sizes = blocks.compress(num_tokens) if ratio > 1.0 else None
     if sizes is None:
         return blocks.native_pages(num_tokens)
-    return sum(map(blocks.num_allocated, blocks.starts(num_tokens), sizes)) + 1
+    return sum(one.pages for one in sizes) + 1
 
 
 @lru_cache(256)

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from mikv_vllm.tiers.formats import HIGH_OFFSET, SCALE_BIAS, VALUE_GROUP
+from mikv_vllm.tiers.formats import HIGH_OFFSET, SCALE_BIAS, TOKEN_MARGIN, VALUE_GROUP
 
 
 def hadamard_size(head_dim: int) -> int:
@@ -77,6 +77,13 @@ class Quantized:
         return self.steps * (self.integers.float() + self.zeros.float() / self.zero_steps)
 
 
+def grid_start(
+    low: torch.Tensor, high: torch.Tensor, steps: torch.Tensor, top: float | torch.Tensor
+) -> torch.Tensor:
+    """Return the number that integer 0 stands for, in steps, if the grid is centred in a range."""
+    return (low + high) * 0.5 / steps - top / 2
+
+
 def quantize_values(values: torch.Tensor, bits: int) -> Quantized:
     """Rotate values ``[..., 32, head_dim]`` and quantize them per token and value group.
 
@@ -92,9 +99,10 @@ def quantize_per_token(x: torch.Tensor, bits: int) -> Quantized:
     """Quantize ``[..., channels]`` asymmetrically, with one 8-bit scale for the last axis."""
     top = (1 << bits) - 1
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    scales = encode_scale(torch.maximum((high - low) / top, low.abs() / 127))
+    # The second term keeps the zero point in the range of int8.
+    scales = encode_scale(torch.maximum((high - low) / (top + 2 * TOKEN_MARGIN), low.abs() / 127))
     steps = decode_scale(scales)
-    zeros = (low / steps).round().clamp(-128, 127)
+    zeros = grid_start(low, high, steps, top).round().clamp(-128, 127)
     integers = ((x / steps).round() - zeros).clamp(0, top)
     return Quantized(integers.to(torch.uint8), scales, steps, zeros.to(torch.int8))
 

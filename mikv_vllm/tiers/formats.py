@@ -17,7 +17,7 @@ This module does not import torch.
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal, Self
 
 LINE_BYTES = 64
@@ -31,6 +31,14 @@ VALUE_GROUP = 64
 """Value channels that share one scale per token in the low tier."""
 KEY_ZERO_STEPS = 2
 """A key zero point counts in units of its scale divided by this, with codec ``channel``."""
+CHANNEL_MARGIN = 0.125
+"""Steps by which the least and the largest key of a channel may lie outside a low record's grid.
+
+With 0, both would be levels of the grid, and its steps would be larger. With 0.5, the squared error
+is smaller still, but numbers become smaller on average, and the divergence grows again
+(docs/notes/quality-history.md)."""
+TOKEN_MARGIN = 0.25
+"""The same for a token's numbers that share a scale: values, and keys with codec ``balanced``."""
 SCALE_BIAS = 22
 """Exponent bias of an 8-bit scale of the low tier: 5 bits of exponent, 3 of mantissa, no sign."""
 HIGH_OFFSET = 128
@@ -94,9 +102,9 @@ class LowFormat:
 
     def __post_init__(self) -> None:
         falling = sorted(self.key_bits, reverse=True) == list(self.key_bits)
-        if not (falling and set(self.key_bits) <= {2, 3, 4, 5, 6} and len(self.key_bits) == 4):
+        if not (falling and set(self.key_bits) <= {1, 2, 3, 4, 5, 6} and len(self.key_bits) == 4):
             raise ValueError(
-                f"low format {self.name}: the key bits of the four quarters must be from 2 to 6,"
+                f"low format {self.name}: the key bits of the four quarters must be from 1 to 6,"
                 " each at most the one before"
             )
         if len(set(self.key_bits)) > self.key_scales.widths:
@@ -170,7 +178,7 @@ LADDER = tuple(
     LowFormat.parse(name)
     for name in (
         *("K6655V5", "K6544V5", "K6544V4", "K6433V4", "K6433V3"),
-        *("K5332V3", "K4322V3", "K4322V2", "K3222V2"),
+        *("K5332V3", "K4322V3", "K4322V2", "K4221V2", "K3211V2"),
     )
 )
 """Low formats that a ratio can choose, richest first, as `mikv-eval calibrate` chose them for the
@@ -235,6 +243,9 @@ class LowLayout:
     def num_bytes(self) -> int:
         """Bytes of the whole record."""
         return lines(self.value_zeros + LOW_RECORD_TOKENS * self.value_groups)
+
+
+_low_layout = cache(LowLayout)  # its offsets are computed once
 
 
 @dataclass(frozen=True)
@@ -338,7 +349,7 @@ class TierGeometry:
         return HighLayout(self.head_dim, self.high_bits)
 
     def low(self, low_format: LowFormat) -> LowLayout:
-        return LowLayout(self.head_dim, low_format)
+        return _low_layout(self.head_dim, low_format)
 
     def high_bytes(self, num_tokens: int) -> int:
         """Bytes of the header and the high tier with ``num_tokens`` tokens."""

@@ -14,8 +14,19 @@ from typing import Protocol
 
 import torch
 
-from mikv_vllm.tiers.codec import Quantized, decode_scale, quantize_per_token
-from mikv_vllm.tiers.formats import KEY_ZERO_STEPS, LOW_RECORD_TOKENS, Codec, LowFormat
+from mikv_vllm.tiers.codec import (
+    Quantized,
+    decode_scale,
+    grid_start,
+    quantize_per_token,
+)
+from mikv_vllm.tiers.formats import (
+    CHANNEL_MARGIN,
+    KEY_ZERO_STEPS,
+    LOW_RECORD_TOKENS,
+    Codec,
+    LowFormat,
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +95,7 @@ class ChannelKeys:
     """Asymmetric quantization per channel of a low record.
 
     A scale is a multiple, 1 to 255, of the unit of its channel. A zero point is an int8 in units of
-    half the scale, relative to the centre of its channel. With these, the stored range of a record
-    differs from the true one by a few per cent of a step at both ends. The keys at the ends are the
-    ones that attention distinguishes.
+    half the scale, relative to the centre of its channel.
 
     Bits by rank are reverse water-filling in steps (Cover and Thomas, Elements of Information
     Theory, 10.3.3): at equal bits, the costs of channels differ by orders of magnitude.
@@ -117,10 +126,11 @@ class ChannelKeys:
         low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
         # The second term keeps the zero point in the range of int8 if the keys are far from the
         # centre.
-        scale = torch.maximum((high - low) / top, low.abs() * (KEY_ZERO_STEPS / 127))
+        wanted = (high - low) / (top + 2 * CHANNEL_MARGIN)
+        scale = torch.maximum(wanted, low.abs() * (KEY_ZERO_STEPS / 127))
         scales = (scale / unit).ceil().clamp(1, 255)
         steps = scales * unit
-        zeros = (low / steps * KEY_ZERO_STEPS).round().clamp(-128, 127)
+        zeros = (grid_start(low, high, steps, top) * KEY_ZERO_STEPS).round().clamp(-128, 127)
         integers = torch.minimum((x / steps - zeros / KEY_ZERO_STEPS).round().clamp(min=0), top)
         return Quantized(
             integers.to(torch.uint8),

@@ -15,7 +15,7 @@ import torch
 
 from mikv_vllm.tiers.formats import LINE_BYTES
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Bits of an integer -> bits of its planes, low bits first."""
 
 

@@ -83,7 +83,7 @@ def run(folder: Path, ratio: str, files: list[str]) -> dict[str, dict[str, str]]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "peer_plugin", "--tb=no", "-W", "ignore"]
     command += ["-p", "no:cacheprovider", f"--confcutdir={FOLDER}"]
     settings = {
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
         "MIKV_PEER_RATIO": ratio,
         "MIKV_PEER_OUTCOMES": str(outcomes),
         "HF_HUB_OFFLINE": "1",

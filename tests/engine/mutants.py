@@ -1,6 +1,7 @@
 """A worker that can be told to do its work wrong: the tests have to notice."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -9,7 +10,8 @@ from mikv_vllm.kernels.cpu import LayerOps
 from mikv_vllm.tiers.formats import TierGeometry
 
 MUTATIONS = ("zeroed low tier", "shuffled heads", "wrong scale", "zeroed output")
-"""Wrong for every compressed request; "zeroed workspace" is wrong for long prompts alone."""
+"""Wrong for every compressed request. "zeroed workspace" is wrong for long prompts alone, "pages
+not copied" for tails that grow."""
 
 _compress, _decode, _restore = LayerOps.compress, LayerOps.decode, LayerOps.restore
 
@@ -51,9 +53,18 @@ def _zeroed_workspace(self, cache, tiered_table, sizes, low_format, native):
 class MutableWorker(TieredCPUWorker):
     """The real worker, and on request a wrong one."""
 
+    copies_pages = True
+
+    def execute_model(self, scheduler_output):
+        if not self.copies_pages:
+            plan = replace(scheduler_output.plan, copy=())
+            scheduler_output = replace(scheduler_output, plan=plan)
+        return super().execute_model(scheduler_output)
+
     def mutate(self, mutation: str | None) -> None:
         """Do one thing wrong from now on; None for nothing."""
         LayerOps.compress, LayerOps.decode, LayerOps.restore = _compress, _decode, _restore
+        self.copies_pages = mutation != "pages not copied"
         match mutation:
             case "zeroed low tier":
                 LayerOps.compress = _zeroed_low_tier
@@ -66,7 +77,7 @@ class MutableWorker(TieredCPUWorker):
             case "zeroed workspace":
                 LayerOps.restore = _zeroed_workspace
             case _:
-                assert mutation is None, mutation
+                assert mutation in (None, "pages not copied"), mutation
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def share_tails(patch) -> None:
         self.pool.touch(hit.pages)
         blocks = hit.blocks()
         if hit.tail:
-            blocks[-1].pages = dict(hit.tail.pages)
+            blocks[-1].pages = list(hit.tail.pages)
         droppable = hit.droppable if hit.tail else None
         tiered = TieredRequest(
             self.planner(request_id),
@@ -85,6 +85,7 @@ MUTATIONS = {
     roll_back_one_token_too_few: "other tokens",
     lost_pages_are_served: (
         "mixed|overwritten|other tokens|no tail was copied|others hold|holders|tail is shared"
+        "|page was zeroed"
     ),
     share_tails: "tail is shared|others hold|in the prefix cache was written",
 }

@@ -3,11 +3,12 @@
 import pytest
 
 from mikv_vllm.engine.statistics import tier_stats
+from mikv_vllm.tiers.blocks import block_tokens
 
 from .loads import CONFIGS, Configs
 from .simulation import Simulation, make_scheduler
 
-BLOCK = 512
+BLOCK = block_tokens(16)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,9 @@ def test_blocks_of_running_requests_are_sealed_or_tails_and_kept_afterwards(simu
     while simulation.scheduler.has_requests():
         simulation.step()
         if simulation.scheduler.store.requests:
-            assert stats(simulation).blocks == {"sealed": 2, "tail": 1, "kept": 0}
+            assert stats(simulation).blocks == {"sealed": 1, "tail": 1, "kept": 0}
     done = stats(simulation)
-    assert done.blocks == {"sealed": 0, "tail": 0, "kept": 3}
+    assert done.blocks == {"sealed": 0, "tail": 0, "kept": 2}
     assert done.pages["tiered"] == 0
     assert done.pages["free"] == done.pages["total"]
 
@@ -48,13 +49,13 @@ def test_a_later_turn_finds_its_history(simulation):
     assert done.reused_tokens == {"adopt": found, "compress": 0}
     assert (done.operations["reuse"], done.operations["copy"]) == (1, 1)
     # The history's blocks, its tail and the tail of the turn.
-    assert done.blocks["kept"] == 4
+    assert done.blocks["kept"] == 3
     assert simulation.prefix_hits == found
 
 
 def test_requests_that_start_together_share_blocks_when_they_are_compressed(simulation):
     for name in ("a", "b", "c"):
-        simulation.add(name, [*range(600), *name.encode()], 20, 4.0)
+        simulation.add(name, [*range(BLOCK + 88), *name.encode()], 20, 4.0)
     simulation.run()
     assert stats(simulation).reused_tokens == {"adopt": 0, "compress": 2 * BLOCK}
     assert stats(simulation).operations["reuse"] == 2
@@ -70,7 +71,7 @@ def test_blocks_whose_pages_are_allocated_again_are_evicted(simulation):
     simulation.add("native", list(range(5000, 6500)), 20, 1.0)
     simulation.run()
     done = stats(simulation)
-    assert done.operations["evict"] == 3
+    assert done.operations["evict"] == 2
     assert done.blocks["kept"] == 0
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from mikv_vllm.evaluation.quality import QualityRun
+from mikv_vllm.evaluation.tasks import split_turns
 from mikv_vllm.evaluation.windows import Window
 
 from .conftest import idle_stats
@@ -70,6 +71,35 @@ def test_a_document_in_shared_blocks_is_as_good(engine, windows):
         wrong, found = third_question(engine, windows)
     assert found == 896
     assert right < 2 * MOST_DIVERGENCE[4.0] < wrong
+
+
+def test_a_tail_that_grows_without_its_copies_is_noticed(engine, windows):
+    """The prompts' tails have one page for both tiers, and the answers need another page."""
+    engine.reset_prefix_cache()
+    quality = QualityRun(engine, windows[:2])
+    right = quality.measure(4.0).divergence
+    with mutated(engine, "pages not copied"):
+        wrong = quality.measure(4.0).divergence
+    quality.close()
+    print(right, wrong)
+    assert right < 2 * MOST_DIVERGENCE[4.0] < wrong
+
+
+def test_a_conversation_that_goes_on_from_its_tail_is_as_good(engine, windows):
+    """A turn copies the kept tail. In the same step the tail takes a page between its tiers."""
+    engine.reset_prefix_cache()
+    turns = [split_turns(window.prompt) for window in windows[:2]]
+    parts = [
+        Window(first, window.continuation, tuple(later))
+        for window, (first, *later) in zip(windows, turns, strict=False)
+    ]
+    quality = QualityRun(engine, parts)
+    before = idle_stats(engine)["operations"]["copy"]
+    divergence = quality.measure(3.0).divergence
+    assert idle_stats(engine)["operations"]["copy"] > before
+    quality.close()
+    print(divergence)
+    assert divergence < 2 * MOST_DIVERGENCE[3.0]
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,18 @@ def expected(engine, windows):
     return {value: answers(engine, windows, value) for value in RATIOS}
 
 
+def logprob_differences(one, other) -> list[float]:
+    """Of the log-probabilities of the tokens that both answers share before they part."""
+    differences = []
+    for mine, yours, ours, theirs in zip(
+        one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=True
+    ):
+        if mine != yours:
+            break
+        differences.append(abs(ours[mine].logprob - theirs[mine].logprob))
+    return differences
+
+
 def counters(llm) -> dict[str, int]:
     return {
         metric.name: metric.value
@@ -65,20 +77,26 @@ def test_tokens_and_reports_are_those_without_drafts(speculating, windows, expec
     found = answers(speculating, windows, value)
     after = counters(speculating)
     parted = 0
+    differences = []
     for ours, theirs in zip(found, expected[value], strict=True):
         assert report(ours) == report(theirs)
         one, other = theirs.outputs[0], ours.outputs[0]
-        if list(one.token_ids) != list(other.token_ids):
-            parted += 1
-            # Steps with several tokens round differently: a near tie may tip over.
-            assert first_gap(one, other) <= 0.25
+        # Steps with several tokens round differently: a near tie may tip over. How many do
+        # depends on the CPU's instructions.
+        parted += list(one.token_ids) != list(other.token_ids)
+        assert first_gap(one, other) <= 0.25
+        differences += logprob_differences(one, other)
     accepted, drafts = (
         after[name] - before.get(name, 0)
         for name in ("vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens")
     )
-    print(f"ratio {value}: {accepted} of {drafts} drafts accepted, {parted} answers parted")
+    difference = sum(differences) / len(differences)
+    print(
+        f"ratio {value}: {accepted} of {drafts} drafts accepted, {parted} answers parted, "
+        f"{len(differences)} tokens compared, mean difference {difference:.4f}"
+    )
     assert accepted > 300
-    assert parted <= 2
+    assert difference < 0.02
 
 
 @pytest.mark.usefixtures("all_pages_free")

@@ -89,7 +89,7 @@ def test_windows_are_the_same_every_time(model, task):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ratios", "9"], "--ratios: 9 is out of range; give ratios above 1, up to 6.1"),
+        (["--ratios", "9"], "--ratios: 9 is out of range; give ratios above 1, up to 6.7"),
         (["--ratios", "1"], "--ratios: 1 is out of range"),
         (["--methods", "magic"], "--methods: unknown names magic; choose from "),
         (["--prompt", "90000"], "8 windows of 90000 + 256 tokens do not fit into a text of "),

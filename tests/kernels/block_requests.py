@@ -71,7 +71,7 @@ class BlockStep:
                 after = TierSizes(
                     sizes.pages, high + is_tail - 32 * demoted, low + demoted, sizes.low_end_bytes
                 )
-                step = TailStep(int(is_tail), (), (), demoted, after)
+                step = TailStep(int(is_tail), (), False, demoted, after)
                 self.rows.append((self.token(index, size), table, sizes, step, low_format))
                 self.blocks[-1].append((table, sizes, step, low_format))
         self.q = torch.randn(size, shape.heads, shape.head_dim).to(shape.dtype)

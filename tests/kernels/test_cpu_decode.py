@@ -14,6 +14,7 @@ from .tiered_cache import (
     Shape,
     expected_attention,
     filled,
+    insert_pages,
     last_queries,
     live_bytes,
     new_pages,
@@ -91,6 +92,8 @@ CASES = [
     ),
     (Shape(256, queries_per_kv_head=3, kv_heads=1), LowFormat.parse("B5V2"), {"sinks": True}),
     (Shape(), LowFormat((6, 4, 3, 3), 3), {}),
+    (Shape(), LowFormat((3, 2, 1, 1), 2), {}),
+    (Shape(80, queries_per_kv_head=4, dtype=torch.float16), LowFormat((3, 2, 2, 1), 2), {}),
     (Shape(64, queries_per_kv_head=1, block_size=16), LowFormat((6, 5, 5, 4), 4), {}),
     (
         Shape(64, queries_per_kv_head=8, kv_heads=1, dtype=torch.float16),
@@ -142,7 +145,7 @@ def test_rows_of_different_sizes(shape, low_format, kwargs, threads):
             before.pages, high + 1 - 32 * demoted, low + demoted, before.low_end_bytes
         )
         befores.append(before)
-        steps.append(TailStep(1, (), (), demoted, after))
+        steps.append(TailStep(1, (), False, demoted, after))
         formats.append(fmt)
         table = [free.pop() for _ in range(before.pages)]
         tables.append(table)
@@ -158,7 +161,7 @@ def test_a_long_row_is_split_between_threads(threads):
     table = torch.randperm(len(pages)).tolist()
     filled(shape, low_format, before, pages, table, seed=3)
     after = TierSizes(before.pages, 601, 100, before.low_end_bytes)
-    step = TailStep(1, (), (), 0, after)
+    step = TailStep(1, (), False, 0, after)
     run_step(shape, [low_format], [before], [step], pages, [table], 1, layer(shape), {})
 
 
@@ -169,13 +172,16 @@ def test_many_steps_as_the_planner_plans_them(ratio, poison):
     planner = BlockPlanner(shape.geometry, ratio, RECENT)
     sizes, low_format = planner.tail(0, 300), planner.form(0).low_format
     pages = new_pages(shape, 60, poison)
-    table = torch.randperm(len(pages)).tolist()
+    free = torch.randperm(len(pages)).tolist()
+    table = [free.pop() for _ in range(sizes.pages)]
     filled(shape, low_format, sizes, pages, table, seed=1)
     ops = layer(shape)
     seen = set()
     for i in range(180):
         step = planner.append(0, sizes)
         seen |= {step.demoted_records > 0}
+        insert_pages(pages, table, free, step)
+        sizes = planner.lengthen(sizes, step.after.pages)
         if step.demoted_records or i % 10 == 0:
             run_step(shape, [low_format], [sizes], [step], pages, [table], i, ops, {})
         else:
@@ -212,7 +218,7 @@ def outlier_error(seed):
     q[:, :, 5] *= torch.tensor([0.1, 1.0, 3.0])
     q = q.to(shape.dtype)
     after = TierSizes(sizes.pages, 33, 30, sizes.low_end_bytes)
-    batch = cpu.DecodeBatch.build([(0, table, sizes, TailStep(1, (), (), 0, after), low_format)])
+    batch = cpu.DecodeBatch.build([(0, table, sizes, TailStep(1, (), False, 0, after), low_format)])
     out = torch.empty_like(q)
     ops.decode(pages, batch, q, keys[:1], values[:1], out)
     tiers = read_tiers(pages, table, 0, shape, low_format, after)

@@ -50,11 +50,11 @@ class Requests:
             self.blocks, self.tables, counts, demotes, strict=True
         ):
             for sizes, table in zip(blocks[:-1], tables, strict=False):
-                rows.append((token, table, sizes, TailStep(0, (), (), 0, sizes), LOW))
+                rows.append((token, table, sizes, TailStep(0, (), False, 0, sizes), LOW))
             tail = blocks[-1]
             high = tail.high_tokens + count - 32 * demoted
             after = TierSizes(tail.pages, high, tail.low_records + demoted, tail.low_end_bytes)
-            step = TailStep(count, (), (), demoted, after)
+            step = TailStep(count, (), False, demoted, after)
             rows.append((token, tables[-1], tail, step, LOW))
             blocks[-1] = after
             token += count

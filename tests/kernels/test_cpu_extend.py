@@ -17,6 +17,7 @@ CASES = [
     (Shape(64, block_size=32, queries_per_kv_head=1), LowFormat((5, 3, 3, 2), 3), 4.5, 500, 333, 1),
     (Shape(80, block_size=32, dtype=torch.float16), LowFormat((6, 5, 5, 4), 4), 3.0, 300, 17, 2),
     (Shape(128, high_bits=16), LowFormat((4, 2, 2, 2), 4), 4.0, 400, 100, 3),
+    (Shape(128, block_size=16), LowFormat((3, 2, 2, 1), 2), 5.0, 350, 64, None),
     (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 3, 2, 2), 2), 5.0, 350, 64, None),
     (Shape(96, block_size=32), LowFormat.parse("B3V3"), 4.0, 300, 40, None),
 ]
@@ -27,6 +28,7 @@ def compressed(shape, low_format, ratio, first, more):
     planner = BlockPlanner(shape.geometry, ratio, RECENT, (low_format,))
     sizes = planner.tail(0, first)
     step = planner.extend(0, sizes, more)
+    sizes = planner.lengthen(sizes, step.after.pages)
     pages = new_pages(shape, sizes.pages + 3, poison=None)
     table = torch.randperm(len(pages))[: sizes.pages].tolist()
     filled(shape, low_format, sizes, pages, table, seed=first, recent=RECENT)

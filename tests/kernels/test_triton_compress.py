@@ -41,6 +41,8 @@ def table_tensor(table, device):
         (Shape(96, block_size=32), LowFormat((6, 4, 3, 3), 2), 33, 3),
         (Shape(128, block_size=128), LowFormat((4, 2, 2, 2), 2), 64, 3),
         (Shape(128, high_bits=16), LowFormat((2, 2, 2, 2), 4), 20, 2),
+        (Shape(), LowFormat((3, 2, 1, 1), 2), 35, 2),
+        (Shape(80, block_size=32), LowFormat((3, 2, 2, 1), 2), 19, 2),
         (Shape(256, kv_heads=1, block_size=16), LowFormat((6, 6, 3, 2), 3), 17, 2),
         (
             Shape(256, kv_heads=1, high_bits=16, dtype=torch.float16),

@@ -12,6 +12,7 @@ from .tiered_cache import (
     Shape,
     expected_attention,
     filled,
+    insert_pages,
     live_bytes,
     new_pages,
     oracle_step,
@@ -112,7 +113,7 @@ def several_rows(shape, low_format, seed):
             before.pages, high + 1 - 32 * demoted, records + demoted, before.low_end_bytes
         )
         befores.append(before)
-        steps.append(TailStep(1, (), (), demoted, after))
+        steps.append(TailStep(1, (), False, demoted, after))
         formats.append(fmt)
         tables.append([free.pop() for _ in range(before.pages)])
         filled(shape, fmt, before, pages, tables[-1], seed=i, recent=RECENT)
@@ -151,6 +152,8 @@ def several_rows(shape, low_format, seed):
             {"softcap": 3.0},
         ),
         (Shape(256, kv_heads=1, block_size=16), LowFormat((4, 2, 2, 2), 2), {}),
+        (Shape(), LowFormat((3, 2, 1, 1), 2), {}),
+        (Shape(96, block_size=32), LowFormat((3, 2, 2, 1), 2), {}),
         (Shape(), LowFormat.parse("B3V3"), {}),
         (
             Shape(80, queries_per_kv_head=4, block_size=32, dtype=torch.float16),
@@ -185,7 +188,7 @@ def test_a_long_row_is_split(device):
     table = torch.randperm(len(pages)).tolist()
     filled(shape, low_format, before, pages, table, seed=3)
     after = TierSizes(before.pages, 201, 40, before.low_end_bytes)
-    step = TailStep(1, (), (), 0, after)
+    step = TailStep(1, (), False, 0, after)
     step = Step(shape, [low_format], [before], [step], pages, [table], 1)
     step.run(layer(shape, device), kernels.DecodeBatch.build(step.rows(), device), device)
 
@@ -195,12 +198,15 @@ def test_many_steps_as_the_planner_plans_them(device):
     planner = BlockPlanner(shape.geometry, 4.0, RECENT)
     sizes, low_format = planner.tail(0, 480), planner.form(0).low_format
     pages = new_pages(shape, 50)
-    table = torch.randperm(len(pages)).tolist()
+    free = torch.randperm(len(pages)).tolist()
+    table = [free.pop() for _ in range(sizes.pages)]
     filled(shape, low_format, sizes, pages, table, seed=1)
     ops = layer(shape, device, programs=4)
     seen = set()
     for i in range(24):
         plan = planner.append(0, sizes)
+        insert_pages(pages, table, free, plan)
+        sizes = planner.lengthen(sizes, plan.after.pages)
         step = Step(shape, [low_format], [sizes], [plan], pages, [table], seed=i)
         check = bool(plan.demoted_records or i % 8 == 0)
         step.run(ops, kernels.DecodeBatch.build(step.rows(), device), device, check=check)
@@ -255,10 +261,11 @@ def test_a_captured_step_follows_the_tiers_sizes():
     planner = BlockPlanner(shape.geometry, 4.0, RECENT)
     sizes, low_format = planner.tail(0, 300), planner.form(0).low_format
     pages = new_pages(shape, 40, poison=None)
-    table = torch.randperm(len(pages)).tolist()
+    free = torch.randperm(len(pages)).tolist()
+    table = [free.pop() for _ in range(sizes.pages)]
     filled(shape, low_format, sizes, pages, table, seed=1)
     on_gpu, ops = pages.cuda(), layer(shape, "cuda")
-    batch = empty_batch(4, len(table), [low_format], 160, "cuda")
+    batch = empty_batch(4, len(pages), [low_format], 160, "cuda")
     q = torch.zeros(3, shape.heads, shape.head_dim, dtype=shape.dtype, device="cuda")
     k, v = (torch.zeros_like(q[:, : shape.kv_heads]) for _ in range(2))
     out = torch.zeros(q.shape, device="cuda")
@@ -268,6 +275,9 @@ def test_a_captured_step_follows_the_tiers_sizes():
         ops.decode(on_gpu, batch, q, k, v, out)
     for i in range(100):
         plan = planner.append(0, sizes)
+        insert_pages(pages, table, free, plan)
+        on_gpu.copy_(pages)
+        sizes = planner.lengthen(sizes, plan.after.pages)
         step = Step(shape, [low_format], [sizes], [plan], pages, [table], seed=i)
         fill_batch(batch, step.rows())
         for static, part in zip((q, k, v), step.qkv, strict=True):

@@ -7,7 +7,15 @@ from mikv_vllm.tiers import records, reference
 from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import LowFormat
 
-from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, sizes_of, tokens
+from .tiered_cache import (
+    Shape,
+    assert_same_tiers,
+    filled,
+    insert_pages,
+    new_pages,
+    sizes_of,
+    tokens,
+)
 from .triton_layer import RECENT, layer
 
 CASES = [
@@ -18,6 +26,7 @@ CASES = [
     (Shape(112, kv_heads=1), LowFormat((6, 6, 4, 3), 3), 30, 2),
     (Shape(128, block_size=128), LowFormat((4, 2, 2, 2), 2), 64, 5),
     (Shape(128, high_bits=16), LowFormat((2, 2, 2, 2), 4), 20, 2),
+    (Shape(96, block_size=32), LowFormat((3, 2, 1, 1), 2), 35, 2),
     (Shape(256, kv_heads=1, block_size=16), LowFormat((6, 6, 3, 2), 3), 17, 2),
     (Shape(64, high_bits=16), LowFormat((6, 4, 3, 3), 4), 130, 0),
     (Shape(), LowFormat.parse("B3V3"), 40, 4),
@@ -80,7 +89,8 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
     planner = BlockPlanner(shape.geometry, ratio, RECENT, (low_format,))
     sizes = planner.tail(0, first)
     step = planner.extend(0, sizes, more)
-    pages, table = compressed(shape, low_format, sizes)
+    sizes = planner.lengthen(sizes, step.after.pages)
+    pages, table, _ = compressed(shape, low_format, sizes)
     check_extend(
         layer(shape, device), shape, low_format, sizes, step, pages, table, more, keep, device
     )
@@ -90,21 +100,24 @@ def test_a_prompt_chunk_by_chunk(device):
     shape = Shape(64, kv_heads=1, block_size=16)
     planner = BlockPlanner(shape.geometry, 4.0, RECENT)
     sizes, low_format = planner.tail(0, 100), planner.form(0).low_format
-    pages, table = compressed(shape, low_format, sizes)
+    pages, table, free = compressed(shape, low_format, sizes, spare=20)
     ops = layer(shape, device)
     for more in (60, 1, 33, 16, 150, 40):
         step = planner.extend(0, sizes, more)
+        insert_pages(pages, table, free, step)
+        sizes = planner.lengthen(sizes, step.after.pages)
         check_extend(ops, shape, low_format, sizes, step, pages, table, more, 1.0, device)
         sizes = step.after
     assert sizes.num_tokens == 400
 
 
-def compressed(shape, low_format, sizes):
-    """Pages with a compressed block, and its block table."""
-    pages = new_pages(shape, sizes.pages + 3, poison=None)
-    table = torch.randperm(len(pages))[: sizes.pages].tolist()
+def compressed(shape, low_format, sizes, spare=3):
+    """Pages with a compressed block, its block table, and the other pages."""
+    pages = new_pages(shape, sizes.pages + spare, poison=None)
+    free = torch.randperm(len(pages)).tolist()
+    table = [free.pop() for _ in range(sizes.pages)]
     filled(shape, low_format, sizes, pages, table, seed=sizes.pages, recent=RECENT)
-    return pages, table
+    return pages, table, free
 
 
 def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, device):

@@ -19,18 +19,19 @@ NOT_ON_DEVICE = {
 """Constants that no kernel names. ``Layout`` and ``LowLines`` depend on the first three."""
 FORMATS = [
     *(low for ladder in formats.LADDERS.values() for low in ladder),
-    *map(LowFormat.parse, ("K6666V2", "K5432V3", "K2222V5", "B6V2")),
+    *map(LowFormat.parse, ("K6666V2", "K5432V3", "K2222V5", "K3211V2", "B6V2")),
 ]
 
 
-def integers(module):
-    """The integers that a module defines, by name."""
-    return {name: n for name, n in vars(module).items() if name.isupper() and type(n) is int}
+def numbers(module):
+    """The numbers that a module defines, by name."""
+    found = vars(module).items()
+    return {name: n for name, n in found if name.isupper() and type(n) in (int, float)}
 
 
 def test_constants():
     device = {n: c.value for n, c in vars(constants).items() if isinstance(c, tl.constexpr)}
-    expected = integers(formats) | integers(batch) | {"LINE_WORDS": LINE_BYTES // 4}
+    expected = numbers(formats) | numbers(batch) | {"LINE_WORDS": LINE_BYTES // 4}
     assert device == {name: expected[name] for name in device}
     assert expected.keys() - device.keys() == NOT_ON_DEVICE
 

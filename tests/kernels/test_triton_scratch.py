@@ -61,14 +61,15 @@ def test_scratch_is_little_more_than_one_layer_of_the_longest_request(scratch):
         ops.restore(cache, table, block, low, native)
         tail = planner.tail(0, 1)
         extended = planner.extend(0, tail, planner.block_tokens - 1)
+        tail = planner.lengthen(tail, extended.after.pages)
         ops.extend(cache, table, tail, extended, low, chunk, chunk, scores, RECENT, 1.0)
         # One of the longest requests and many short ones.
         rows = []
         for request, num_tokens in enumerate([TOKENS] + (ROWS - 1) * [1024 + 256]):
             *sealed, tail = planner.blocks(num_tokens - 1)
-            step = TailStep(1, (), (), 0, tail)
+            step = TailStep(1, (), False, 0, tail)
             for sizes in sealed:
-                read = TailStep(0, (), (), 0, sizes)
+                read = TailStep(0, (), False, 0, sizes)
                 rows.append((request, range(sizes.pages), sizes, read, low))
             rows.append((request, range(tail.pages), tail, step, low))
         ops.decode(cache, DecodeBatch.build(rows, "cpu"), q, new, new, q)

@@ -250,3 +250,11 @@ def write_native(
             part = data[start : start + shape.block_size].contiguous().view(torch.int16)
             part = part.movedim(1, 0).flatten(1)
             elements[page][:, places[: part.shape[1]]] = part
+
+
+def insert_pages(pages: torch.Tensor, table: list[int], free: list[int], step: TailStep) -> None:
+    """Insert the new pages of a step into a block's table, as the engine does."""
+    table[:] = step.insert(table, [free.pop() for _ in step.new_positions])
+    if step.is_split:
+        first, last = step.new_positions[0], step.new_positions[-1]
+        pages[table[last]] = pages[table[first - 1]]

@@ -9,7 +9,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocket
 
 from mikv_vllm.server.middleware import GENERATE_ROUTES, RatioMiddleware
 from mikv_vllm.server.reports import HttpRequest, collect_reports, current_request
@@ -175,6 +177,35 @@ def test_wrong_ratio_is_400_in_the_shape_of_anthropic(client):
     assert response.status_code == 400
     assert response.json()["type"] == "error"
     assert response.json()["error"]["message"].startswith(f"{RATIO} is 9, which is out of range")
+
+
+def test_wrong_ratio_is_400_in_the_shape_of_cohere(client):
+    response = post(client, "/cohere/v2/chat", json={RATIO: 9})
+    assert response.status_code == 400
+    assert response.json()["message"].startswith(f"{RATIO} is 9, which is out of range")
+
+
+def test_a_websocket_refuses_the_header():
+    async def echo(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text("opened")
+        await websocket.close()
+
+    app = Starlette(routes=[WebSocketRoute("/v1/realtime", echo)])
+    app.add_middleware(RatioMiddleware)
+    client = TestClient(app)
+    with client.websocket_connect("/v1/realtime") as connection:
+        assert connection.receive_text() == "opened"
+    headers = {"X-KV-Compression-Ratio": "4"}
+    with (
+        pytest.raises(WebSocketDenialResponse) as refusal,
+        client.websocket_connect("/v1/realtime", headers=headers),
+    ):
+        pass
+    assert refusal.value.status_code == 400
+    assert refusal.value.json()["error"]["message"] == (
+        "x-kv-compression-ratio is not supported by the websocket /v1/realtime."
+    )
 
 
 def test_chunked_request_body_is_put_together(client):

@@ -1,6 +1,6 @@
 """Ways to store the KV cache of a prompt, to compare with: one method per file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mikv_vllm.evaluation.methods.balanced import Balanced
@@ -9,7 +9,7 @@ from mikv_vllm.evaluation.methods.block_gtq import BlockGTQ
 from mikv_vllm.evaluation.methods.h2o import H2O
 from mikv_vllm.evaluation.methods.kitty import Kitty
 from mikv_vllm.evaluation.methods.kivi import KIVI
-from mikv_vllm.evaluation.methods.mikv import MiKV
+from mikv_vllm.evaluation.methods.mikv import DEFAULT_PAGE, MiKV
 from mikv_vllm.evaluation.methods.mikv_paper import PaperMiKV
 from mikv_vllm.evaluation.methods.nvfp4 import NVFP4
 from mikv_vllm.evaluation.methods.oscar import OSCAR
@@ -64,15 +64,18 @@ BY_RATIO: list[Callable[[float], CacheMethod]] = [StreamingLLM, H2O, SnapKV]
 """Methods whose setting is a compression ratio, besides :class:`MiKV`, which also has pages."""
 
 
-def every_method(ratios: list[float], block_size: int = 32) -> list[CacheMethod]:
+def every_method(
+    ratios: list[float], block_sizes: Sequence[int] = (DEFAULT_PAGE,)
+) -> list[CacheMethod]:
     """List all methods in the order of the reports.
 
     Args:
         ratios: compression ratios at which each method that takes one is included.
-        block_size: tokens of a native page, for :class:`MiKV`.
+        block_sizes: numbers of tokens of a native page, for :class:`MiKV`.
     """
     methods = FIXED + [method(bits) for bits in BITS for method in BY_BITS]
     for ratio in ratios:
         methods += [method(ratio) for method in BY_RATIO]
-        methods += [MiKV(ratio, block_size), MiKV(ratio, block_size, codec="balanced")]
+        for size in block_sizes:
+            methods += [MiKV(ratio, size), MiKV(ratio, size, codec="balanced")]
     return methods

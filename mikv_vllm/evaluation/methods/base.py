@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -21,16 +21,18 @@ class HeadCache:
         queries: ``[queries_per_kv_head * window, head_dim]``, the last ``window`` queries of the
             prompt, of all query heads that share the KV head.
         largest_query: ``[head_dim]``, largest magnitude of each channel over all queries.
-        attention: ``[tokens]``, attention weight that each token received, summed over all queries.
-        window_attention: ``[tokens]``, the same sum over the last ``window`` queries.
+        window_attention: ``[tokens]``, attention weight that each token received, summed over the
+            last ``window`` queries.
+        attention: ``[tokens]``, the same sum over all queries, if a method of the run reads it
+            (:attr:`CacheMethod.reads_attention`).
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
     largest_query: torch.Tensor
-    attention: torch.Tensor
     window_attention: torch.Tensor
+    attention: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -46,8 +48,8 @@ class HeadCache:
             self,
             keys=self.keys[first:end],
             values=self.values[first:end],
-            attention=self.attention[first:end],
             window_attention=self.window_attention[first:end],
+            attention=None if self.attention is None else self.attention[first:end],
         )
 
     @property
@@ -76,6 +78,8 @@ class CacheMethod(ABC):
 
     family: str
     """Name of the method, the same for all its settings. Reports show it."""
+    reads_attention: ClassVar[bool] = False
+    """Whether it needs :attr:`HeadCache.attention`, which takes most of the time of a prompt."""
 
     @property
     @abstractmethod

@@ -19,8 +19,10 @@ class H2O(Eviction):
     """
 
     family = "H2O"
+    reads_attention = True
 
     def priority(self, cache: HeadCache, num_kept: int) -> torch.Tensor:
+        assert cache.attention is not None
         priority = cache.attention.clone()
         priority[cache.num_tokens - num_kept // 2 :] = torch.inf
         return priority

@@ -11,6 +11,9 @@ from mikv_vllm.tiers.formats import LADDERS, LOW_RECORD_TOKENS, Codec, LowFormat
 from mikv_vllm.tiers.key_codecs import key_codec
 from mikv_vllm.tiers.reference import select_high
 
+DEFAULT_PAGE = 32
+"""Tokens of a native page, unless a method or a command says otherwise."""
+
 
 @dataclass(frozen=True)
 class MiKV(CacheMethod):
@@ -28,7 +31,7 @@ class MiKV(CacheMethod):
     """
 
     ratio: float
-    block_size: int = 32
+    block_size: int = DEFAULT_PAGE
     recent: int = 16
     codec: Codec = "channel"
 
@@ -38,7 +41,8 @@ class MiKV(CacheMethod):
 
     @property
     def setting(self) -> str:
-        return f"ratio {self.ratio:g}"
+        pages = "" if self.block_size == DEFAULT_PAGE else f", pages of {self.block_size}"
+        return f"ratio {self.ratio:g}{pages}"
 
     def store(self, cache: HeadCache) -> Stored:
         geometry = TierGeometry(cache.head_dim, self.block_size)
@@ -54,7 +58,7 @@ class MiKV(CacheMethod):
             stored = store_tiers(part, sizes.high_tokens, recent, low_format)
             keys.append(stored[0])
             values.append(stored[1])
-            num_pages += planner.num_allocated(first, sizes)
+            num_pages += sizes.pages
             first += sizes.num_tokens
         return Stored(torch.cat(keys), torch.cat(values), num_pages * geometry.page_bytes)
 

@@ -31,6 +31,8 @@ class PaperMiKV(CacheMethod):
     high_share: float = 0.2
     inverted: bool = False
 
+    reads_attention = True
+
     @property
     def family(self) -> str:  # type: ignore[override]
         return f"MiKV (paper), {self.high_bits}-bit high"
@@ -43,6 +45,7 @@ class PaperMiKV(CacheMethod):
     def store(self, cache: HeadCache) -> Stored:
         tokens, head_dim = cache.keys.shape
         num_high = int(self.high_share * tokens)
+        assert cache.attention is not None
         priority = cache.attention.clone()
         priority[tokens - num_high // 2 :] = torch.inf
         high = priority.topk(num_high, largest=not self.inverted).indices

@@ -28,6 +28,11 @@ inline void bounds(const float* x, int count, int stride, F& low, F& high) {
     }
 }
 
+// The number that integer 0 stands for, in steps, if the grid is centred in a range.
+inline F grid_start(F low, F high, F step, float top) {
+    return sub(div(mul(add(low, high), splat(0.5f)), step), splat(top / 2));
+}
+
 // Quantization grid of 16 channels: key = step * (integer + offset).
 struct KeyGrid {
     F step, offset;
@@ -42,12 +47,12 @@ inline KeyGrid key_grid(const float* x, int stride, int bits, F unit, uint8_t* s
     const float top = static_cast<float>((1 << bits) - 1);
     // The second term keeps the zero point in the range of int8 if the keys are far from the
     // centre.
-    const F wanted = vmax(div(sub(high, low), splat(top)),
+    const F wanted = vmax(div(sub(high, low), splat(top + 2 * kChannelMargin)),
                           mul(vabs(low), splat(static_cast<float>(kKeyZeroSteps / 127.0))));
     const F scale = vmin(vmax(vceil(div(wanted, unit)), splat(1.0f)), splat(255.0f));
     const F step = mul(scale, unit);
-    const F zero = vmin(vmax(round_even(mul(div(low, step), splat(kKeyZeroSteps))), splat(-128.0f)),
-                        splat(127.0f));
+    const F start = mul(grid_start(low, high, step, top), splat(kKeyZeroSteps));
+    const F zero = vmin(vmax(round_even(start), splat(-128.0f)), splat(127.0f));
     store_u8(scales, to_int(scale));
     store_u8(zeros, to_int(zero));
     return {step, mul(zero, splat(1.0f / kKeyZeroSteps))};
@@ -66,10 +71,12 @@ inline void quantize_tokens(const float* x, int count, int stride, int bits, uin
     bounds(x, count, stride, low, high);
     const float top = static_cast<float>((1 << bits) - 1);
     // The second term keeps the zero point in the range of int8.
-    const F wanted = vmax(div(sub(high, low), splat(top)), div(vabs(low), splat(127.0f)));
+    const F wanted =
+        vmax(div(sub(high, low), splat(top + 2 * kTokenMargin)), div(vabs(low), splat(127.0f)));
     const I code = encode_scale(wanted);
     const F scale = decode_scale(code);
-    const F zero = vmin(vmax(round_even(div(low, scale)), splat(-128.0f)), splat(127.0f));
+    const F zero =
+        vmin(vmax(round_even(grid_start(low, high, scale, top)), splat(-128.0f)), splat(127.0f));
     store_u8(scales, code);
     store_u8(zeros, to_int(zero));
     for (int i = 0; i < count; ++i) {

@@ -16,7 +16,10 @@ constexpr int kHighRecordTokens = 16;  // tokens of a high record
 constexpr int kBandChannels = 16;  // key channels of neighbouring rank, stored with the same bits
 constexpr int kValueGroup = 64;    // value channels that share one scale per token
 constexpr int kKeyZeroSteps = 2;   // the zero point of a key counts in scale / kKeyZeroSteps
-constexpr int kNativeBytes = 2;    // bytes of one number in a native page
+// Steps by which the ends of a range may lie outside the grid.
+constexpr float kChannelMargin = 0.125f;  // keys of a channel
+constexpr float kTokenMargin = 0.25f;     // numbers of a token
+constexpr int kNativeBytes = 2;           // bytes of one number in a native page
 constexpr int kKeysPerTokenBit = 16;  // bit of a key code: one key scale per token, not per channel
 constexpr int kScaleBias = 22;        // exponent bias of an 8-bit scale
 constexpr int kHighOffset = 128;      // added to the int8 numbers of the high tier

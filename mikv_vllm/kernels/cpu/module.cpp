@@ -200,7 +200,7 @@ class LayerHandle {
 };
 
 // Constants of layout.hpp, by their names in Python.
-std::map<std::string, int> constants() {
+std::map<std::string, double> constants() {
     using namespace scalar;
     return {{"LINE_BYTES", kLine},
             {"LOW_RECORD_TOKENS", kLowRecordTokens},
@@ -208,6 +208,8 @@ std::map<std::string, int> constants() {
             {"BAND_CHANNELS", kBandChannels},
             {"VALUE_GROUP", kValueGroup},
             {"KEY_ZERO_STEPS", kKeyZeroSteps},
+            {"CHANNEL_MARGIN", kChannelMargin},
+            {"TOKEN_MARGIN", kTokenMargin},
             {"NATIVE_BYTES", kNativeBytes},
             {"KEYS_PER_TOKEN_BIT", kKeysPerTokenBit},
             {"SCALE_BIAS", kScaleBias},

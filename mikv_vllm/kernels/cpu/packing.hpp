@@ -2,6 +2,8 @@
 // byte per number.
 #pragma once
 
+#include <utility>
+
 #include "layout.hpp"
 #include "simd.hpp"
 
@@ -9,21 +11,15 @@ namespace mikv::MIKV_ISA {
 
 // Unpacks tiles of `Bits` bits; num_tiles is a multiple of 8.
 template <int Bits> inline void unpack(const uint8_t* packed, int num_tiles, uint8_t* tiles) {
-    if constexpr (Bits == 4) {
-        const B mask = splat_b(15);
-        for (int i = 0; i < num_tiles; i += 2, packed += kLine, tiles += 2 * kLine) {
+    if constexpr (8 % Bits == 0) {
+        constexpr int kTiles = 8 / Bits;  // tiles of a line
+        const B mask = splat_b((1 << Bits) - 1);
+        for (int i = 0; i < num_tiles; i += kTiles, packed += kLine, tiles += kTiles * kLine) {
             const B line = load_b(packed);
-            store_b(tiles, and_b(line, mask));
-            store_b(tiles + kLine, and_b(shr_b<4>(line), mask));
-        }
-    } else if constexpr (Bits == 2) {
-        const B mask = splat_b(3);
-        for (int i = 0; i < num_tiles; i += 4, packed += kLine, tiles += 4 * kLine) {
-            const B line = load_b(packed);
-            store_b(tiles, and_b(line, mask));
-            store_b(tiles + kLine, and_b(shr_b<2>(line), mask));
-            store_b(tiles + 2 * kLine, and_b(shr_b<4>(line), mask));
-            store_b(tiles + 3 * kLine, and_b(shr_b<6>(line), mask));
+            const auto store = [&]<int... Tile>(std::integer_sequence<int, Tile...>) {
+                (store_b(tiles + Tile * kLine, and_b(shr_b<Tile * Bits>(line), mask)), ...);
+            };
+            store(std::make_integer_sequence<int, kTiles>{});
         }
     } else if constexpr (Bits == 5) {
         const uint8_t* top = packed + num_tiles / 2 * kLine;
@@ -79,6 +75,7 @@ template <int Bits> inline void unpack(const uint8_t* packed, int num_tiles, uin
 
 inline void unpack(const uint8_t* packed, int bits, int num_tiles, uint8_t* tiles) {
     switch (bits) {
+        case 1: return unpack<1>(packed, num_tiles, tiles);
         case 2: return unpack<2>(packed, num_tiles, tiles);
         case 3: return unpack<3>(packed, num_tiles, tiles);
         case 5: return unpack<5>(packed, num_tiles, tiles);
@@ -115,6 +112,8 @@ inline void pack(const uint8_t* tiles, int bits, int num_tiles, uint8_t* packed)
         packed = pack_plane<4, 0>(tiles, num_tiles, packed);
         if (bits == 5) pack_plane<1, 4>(tiles, num_tiles, packed);
         if (bits == 6) pack_plane<2, 4>(tiles, num_tiles, packed);
+    } else if (bits == 1) {
+        pack_plane<1, 0>(tiles, num_tiles, packed);
     } else {
         packed = pack_plane<2, 0>(tiles, num_tiles, packed);
         if (bits == 3) pack_plane<1, 2>(tiles, num_tiles, packed);

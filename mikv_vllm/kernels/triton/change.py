@@ -5,7 +5,13 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.constants import LOW_RECORD_TOKENS
 from mikv_vllm.kernels.triton.dot import dot_signs
-from mikv_vllm.kernels.triton.high_tier import compact, read_high, score_pointers, store_high
+from mikv_vllm.kernels.triton.high_tier import (
+    compact,
+    read_high_keys,
+    read_high_values,
+    score_pointers,
+    store_high,
+)
 from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.low_tier import write_low_record
@@ -49,9 +55,11 @@ def demote(
     token = tl.load(victims + tl.arange(0, 32))
     channel = tl.arange(0, LAYER.padded)
     center, unit, key_channel = load_frame(stream, LAYER)
-    keys, values = read_high(stream, token, key_channel, DTYPE, LAYER)
+    values = read_high_values(stream, token, DTYPE, LAYER)
     signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
     rotated = dot_signs(values, signs) * hadamard_scale
+    # Read after the product, which needs most registers.
+    keys = read_high_keys(stream, token, key_channel, DTYPE, LAYER)
     tl.debug_barrier()
 
     first = tl.load(victims)
@@ -105,7 +113,8 @@ def change_kernel(
     slot = (index * tl.num_programs(0) + head).to(tl.int64)
     place = head.to(tl.int64) * scratch_stride + tl.load(starts + index) + index * LOW_RECORD_TOKENS
     victims = order + place
-    for i in range(row.demoted_records):
+    # What the loop hoists would occupy registers that its body needs.
+    for i in tl.range(row.demoted_records, disable_licm=True):
         demote(
             stream,
             row.high_before - i * LOW_RECORD_TOKENS,

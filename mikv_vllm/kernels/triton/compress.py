@@ -207,8 +207,6 @@ def write_high_kernel(
     counts=("order_stride", "num_high", "num_low_records", "low_end_line"),
     tables=("native_table", "tiered_table"),
     specialized=(*NATIVE_STRIDES, "page_stride", "head_stride"),
-    num_warps=4,
-    maxnreg=168,
 )
 def write_low_kernel(
     keys,
@@ -248,11 +246,12 @@ def write_low_kernel(
     row = tl.arange(0, 32)
     every = row >= 0
     token = tl.load(order + head * order_stride + num_high + record * LOW_RECORD_TOKENS + row)
-    center, unit, key_channel = load_frame(stream, LAYER)
-    k = load_native(keys + head * native_head_stride, native, token, key_channel, every, LAYER)
     channel = tl.arange(0, LAYER.padded)
     v = load_native(values + head * native_head_stride, native, token, channel, every, LAYER)
     # Products with signs are exact in the dtype of the cache.
     signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :]).to(v.dtype)
     rotated = dot(v, signs, tl.full([32, LAYER.padded], 0, tl.float32)) * hadamard_scale
+    # Loaded after the product, which needs most registers.
+    center, unit, key_channel = load_frame(stream, LAYER)
+    k = load_native(keys + head * native_head_stride, native, token, key_channel, every, LAYER)
     write_low_record(stream, line, k, center, unit, rotated, integers, LAYER, FORMAT)

@@ -117,6 +117,7 @@ class CompressOps(LayerSetup):
             self._hadamard_scale,
             LAYER=layout,
             FORMAT=low,
+            **layout.write_options,
         )
 
     def _write_header(

@@ -10,7 +10,8 @@ from mikv_vllm.kernels.triton.constants import HIGH_RECORD_TOKENS, LOW_RECORD_TO
 from mikv_vllm.kernels.triton.dot import dot_signs
 from mikv_vllm.kernels.triton.high_tier import (
     load_stored,
-    read_high,
+    read_high_keys,
+    read_high_values,
     score_pointers,
     store_high,
     store_stored,
@@ -195,16 +196,18 @@ def extend_low_kernel(
     is_new = token >= num_high
     new = token - num_high
     channel = tl.arange(0, LAYER.padded)
-    center, unit, key_channel = load_frame(stream, LAYER)
     old = tl.maximum(tl.minimum(token, num_high - 1), 0)
-    keys, values = read_high(before, old, key_channel, k.dtype.element_ty, LAYER)
-    k = load_new(k + head * LAYER.head_dim, k_stride, new, key_channel, is_new, LAYER).to(
-        tl.float32
-    )
+    values = read_high_values(before, old, k.dtype.element_ty, LAYER)
     v = load_new(v + head * LAYER.head_dim, v_stride, new, channel, is_new, LAYER).to(tl.float32)
-    keys = tl.where(is_new[:, None], k, keys)
     values = tl.where(is_new[:, None], v, values)
     signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
     rotated = dot_signs(values, signs) * hadamard_scale
+    # Read after the product, which needs most registers.
+    center, unit, key_channel = load_frame(stream, LAYER)
+    keys = read_high_keys(before, old, key_channel, k.dtype.element_ty, LAYER)
+    k = load_new(k + head * LAYER.head_dim, k_stride, new, key_channel, is_new, LAYER).to(
+        tl.float32
+    )
+    keys = tl.where(is_new[:, None], k, keys)
     line = low_line - (record + 1) * FORMAT.count
     write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)

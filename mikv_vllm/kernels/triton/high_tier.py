@@ -50,29 +50,42 @@ def score_pointers(stream, tokens, LAYER: tl.constexpr):
 
 
 @triton.jit
-def read_high(stream, tokens, key_channel, DTYPE: tl.constexpr, LAYER: tl.constexpr):
-    """Dequantize keys and values of tokens ``[n]``.
+def load_high(pointers, scale_at, mask, LAYER: tl.constexpr):
+    """Load keys or values ``[n, c]`` of high tokens in float32, with 0 outside of ``mask``."""
+    if LAYER.high_bits == 16:
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    numbers = tl.load(pointers, mask=mask, other=HIGH_OFFSET).to(tl.float32) - HIGH_OFFSET
+    return numbers * tl.load(scale_at).to(tl.float32)[:, None]
+
+
+@triton.jit
+def read_high_keys(stream, tokens, key_channel, DTYPE: tl.constexpr, LAYER: tl.constexpr):
+    """Dequantize the keys of tokens ``[n]``.
 
     Args:
-        key_channel: channel of each column of the keys, ``[padded]``.
+        key_channel: channel of each column, ``[padded]``.
 
     Returns:
-        Two float32 ``[n, padded]``, with 0 from ``head_dim`` on.
+        float32 ``[n, padded]``, with 0 from ``head_dim`` on.
+    """
+    inside = (tl.arange(0, LAYER.padded)[None, :] < LAYER.head_dim) & (tokens[:, None] >= 0)
+    pointers, _ = high_pointers(stream, tokens, key_channel[None, :], DTYPE, LAYER)
+    scale_at, _ = scale_pointers(stream, tokens, LAYER)
+    return load_high(pointers, scale_at, inside, LAYER)
+
+
+@triton.jit
+def read_high_values(stream, tokens, DTYPE: tl.constexpr, LAYER: tl.constexpr):
+    """Dequantize the values of tokens ``[n]``.
+
+    Returns:
+        float32 ``[n, padded]``, with 0 from ``head_dim`` on.
     """
     channel = tl.arange(0, LAYER.padded)[None, :]
     inside = (channel < LAYER.head_dim) & (tokens[:, None] >= 0)
-    keys, _ = high_pointers(stream, tokens, key_channel[None, :], DTYPE, LAYER)
-    _, values = high_pointers(stream, tokens, channel, DTYPE, LAYER)
-    if LAYER.high_bits == 16:
-        k = tl.load(keys, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values, mask=inside, other=0.0).to(tl.float32)
-    else:
-        key_scales, value_scales = scale_pointers(stream, tokens, LAYER)
-        k = tl.load(keys, mask=inside, other=HIGH_OFFSET).to(tl.float32) - HIGH_OFFSET
-        k *= tl.load(key_scales).to(tl.float32)[:, None]
-        v = tl.load(values, mask=inside, other=HIGH_OFFSET).to(tl.float32) - HIGH_OFFSET
-        v *= tl.load(value_scales).to(tl.float32)[:, None]
-    return k, v
+    _, pointers = high_pointers(stream, tokens, channel, DTYPE, LAYER)
+    _, scale_at = scale_pointers(stream, tokens, LAYER)
+    return load_high(pointers, scale_at, inside, LAYER)
 
 
 @triton.jit

@@ -56,6 +56,16 @@ class Layout:
         return max(1, self.padded * 2 * self.members * self.high_bits // 8192)
 
     @property
+    def write_options(self) -> dict[str, int]:
+        """Launch options of the kernel that writes the low records of a prompt, without spills.
+
+        Up to 128 channels, three programs fit on a multiprocessor; with 256, one does.
+        """
+        if self.padded <= 128:
+            return {"num_warps": 4, "maxnreg": 168}
+        return {"num_warps": 8, "maxnreg": 255}
+
+    @property
     def page_lines(self) -> int:
         return self.geometry.page_bytes // LINE_BYTES
 

@@ -30,6 +30,14 @@ def write_low_record(
     inside = channel < LAYER.head_dim
     place = integers + row * LAYER.head_dim + channel[None, :]
 
+    numbers, codes, zeros = quantize_tokens(values, inside, FORMAT.value_groups, FORMAT.value_bits)
+    tl.store(place + 32 * LAYER.head_dim, numbers.to(tl.uint8), mask=inside[None, :])
+    byte = 32 * tl.arange(0, FORMAT.value_groups)[None, :] + row
+    tl.store(byte_pointer(stream, line + FORMAT.value_scales, byte, LAYER), codes.to(tl.uint8))
+    store_signed(
+        stream, line + FORMAT.value_scales, 32 * FORMAT.value_groups + byte, zeros, byte >= 0, LAYER
+    )
+
     x = keys.to(tl.float32) - center[None, :]
     numbers, scales, zeros = quantize_keys(x, unit, LAYER, FORMAT)
     tl.store(place, numbers.to(tl.uint8), mask=inside[None, :])
@@ -38,14 +46,6 @@ def write_low_record(
     at = byte_pointer(stream, line + FORMAT.key_scales, entry, LAYER)
     tl.store(at, scales.to(tl.uint8), mask=exists)
     store_signed(stream, line + FORMAT.key_scales, FORMAT.key_slices + entry, zeros, exists, LAYER)
-
-    numbers, codes, zeros = quantize_tokens(values, inside, FORMAT.value_groups, FORMAT.value_bits)
-    tl.store(place + 32 * LAYER.head_dim, numbers.to(tl.uint8), mask=inside[None, :])
-    byte = 32 * tl.arange(0, FORMAT.value_groups)[None, :] + row
-    tl.store(byte_pointer(stream, line + FORMAT.value_scales, byte, LAYER), codes.to(tl.uint8))
-    store_signed(
-        stream, line + FORMAT.value_scales, 32 * FORMAT.value_groups + byte, zeros, byte >= 0, LAYER
-    )
 
     tl.debug_barrier()
     for run in tl.static_range(len(FORMAT.band_runs)):

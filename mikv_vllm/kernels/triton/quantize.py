@@ -5,9 +5,11 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.constants import (
     BAND_CHANNELS,
+    CHANNEL_MARGIN,
     HIGH_OFFSET,
     KEY_ZERO_STEPS,
     SCALE_BIAS,
+    TOKEN_MARGIN,
 )
 
 CODE_BIAS = tl.constexpr((127 - SCALE_BIAS.value) << 3)
@@ -36,6 +38,12 @@ def key_tops(rank, LAYER: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def grid_start(low, high, steps, top):
+    """See :func:`mikv_vllm.tiers.codec.grid_start`."""
+    return tl.div_rn((low + high) * 0.5, steps) - top * 0.5
+
+
+@triton.jit
 def key_steps(low, high, unit, tops):
     """Return scales (1 to 255), steps and zero points of keys in ``[low, high]``, float32.
 
@@ -43,10 +51,12 @@ def key_steps(low, high, unit, tops):
         unit: units of the channels, float32.
         tops: largest integers, float32.
     """
-    scale = tl.maximum(tl.div_rn(high - low, tops), tl.abs(low) * (KEY_ZERO_STEPS / 127))
+    scale = tl.maximum(
+        tl.div_rn(high - low, tops + 2 * CHANNEL_MARGIN), tl.abs(low) * (KEY_ZERO_STEPS / 127)
+    )
     scales = clamp(tl.ceil(tl.div_rn(scale, unit)), 1.0, 255.0)
     steps = scales * unit
-    ratio = clamp(tl.div_rn(low, steps) * KEY_ZERO_STEPS, -1000.0, 1000.0)
+    ratio = clamp(grid_start(low, high, steps, tops) * KEY_ZERO_STEPS, -1000.0, 1000.0)
     return scales, steps, clamp(rint(ratio), -128.0, 127.0)
 
 
@@ -106,11 +116,13 @@ def quantize_tokens(x, inside, GROUPS: tl.constexpr, BITS: tl.constexpr):
     mask = tl.reshape(inside, (1, GROUPS, CHANNELS // GROUPS))
     low = tl.min(tl.where(mask, grouped, INFINITY), 2)
     high = tl.max(tl.where(mask, grouped, -INFINITY), 2)
-    scale = tl.maximum(tl.div_rn(high - low, top * 1.0), tl.div_rn(tl.abs(low), 127.0))
+    range_steps: tl.constexpr = top + 2 * TOKEN_MARGIN
+    scale = tl.maximum(tl.div_rn(high - low, range_steps), tl.div_rn(tl.abs(low), 127.0))
     codes = ((scale.to(tl.int32, bitcast=True) + ((1 << 20) - 1)) >> 20) - CODE_BIAS
     codes = tl.minimum(tl.maximum(codes, 0), 255)
     steps = decode_scale(codes)
-    zeros = clamp(rint(clamp(tl.div_rn(low, steps), -1000.0, 1000.0)), -128.0, 127.0)
+    start = clamp(grid_start(low, high, steps, top * 1.0), -1000.0, 1000.0)
+    zeros = clamp(rint(start), -128.0, 127.0)
     ratio = clamp(tl.div_rn(grouped, steps[:, :, None]), -1000.0, 1000.0)
     integers = clamp(rint(ratio) - zeros[:, :, None], 0.0, top * 1.0)
     return tl.reshape(integers, (TOKENS, CHANNELS)), codes, zeros

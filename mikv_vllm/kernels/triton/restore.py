@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mikv_vllm.kernels.triton.constants import BAND_CHANNELS, KEY_ZERO_STEPS, LOW_RECORD_TOKENS
 from mikv_vllm.kernels.triton.dot import dot_signs
-from mikv_vllm.kernels.triton.high_tier import read_high
+from mikv_vllm.kernels.triton.high_tier import read_high_keys, read_high_values
 from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
 from mikv_vllm.kernels.triton.native import NATIVE_STRIDES, store_native
@@ -49,7 +49,8 @@ def restore_high_kernel(
     token = block * 32 + tl.arange(0, 32)
     mask = token < num_high
     stored = tl.minimum(token, num_high - 1)
-    k, v = read_high(stream, stored, channel, keys.dtype.element_ty, LAYER)
+    k = read_high_keys(stream, stored, channel, keys.dtype.element_ty, LAYER)
+    v = read_high_values(stream, stored, keys.dtype.element_ty, LAYER)
     strides = (native_page_stride, native_token_stride)
     store_native(keys + head * native_head_stride, strides, token, channel, k, mask, LAYER)
     store_native(values + head * native_head_stride, strides, token, channel, v, mask, LAYER)

@@ -35,8 +35,9 @@ def warm_up(
     scores = torch.zeros(kv_heads, high + low + more + 1, device=device)
     end = pages * geometry.page_bytes
     before = TierSizes(pages, high, 1, end)
-    demoting = TailStep(1, (), (), 1, TierSizes(pages, high - LOW_RECORD_TOKENS + 1, 2, end))
-    extending = TailStep(more, (), (), 1, TierSizes(pages, high - LOW_RECORD_TOKENS + more, 2, end))
+    left = high - LOW_RECORD_TOKENS
+    demoting = TailStep(1, (), False, 1, TierSizes(pages, left + 1, 2, end))
+    extending = TailStep(more, (), False, 1, TierSizes(pages, left + more, 2, end))
     ops.score(cache, native, before.num_tokens, queries, scores)
     for low_format in low_formats:
         ops.compress(cache, native, tiered, before, low_format, scores, queries, 0)

@@ -1,0 +1,1 @@
+"""Tasks that a running server answers at several ratios; code checks the answers."""
