@@ -35,7 +35,7 @@ Page = TypeVar("Page")
 """A page of the pool, or its number."""
 EMPTY = TierSizes(pages=0, high_tokens=0, low_records=0, low_end_bytes=0)
 """Sizes of a tail without tokens."""
-BLOCK_NATIVE_PAGES = 48
+BLOCK_NATIVE_PAGES = 64
 """Native pages that the tokens of a sealed block would take; measured in
 docs/notes/quality-history.md."""
 LEAST_IMPORTANT = 16

@@ -33,7 +33,7 @@ class Batch:
 BATCHES = {
     "in place": Batch(((1.0, 40), (4.0, 180), (3.0, 140)), 8, pages=9),
     "long": Batch(((1.0, 40), (4.0, 200)), 4, pages=9, native_share=0.5),
-    "blocks": Batch(((4.0, 760), (2.0, 1100)), 20, pages=128),
+    "blocks": Batch(((4.0, 1015), (2.0, 1300)), 20, pages=160),
     "many": Batch(((1.0, 90), (4.0, 500), (2.0, 430), (5.0, 350)), 60, pages=128),
 }
 """The first batch compresses in place, because too few pages are free. The second one compresses

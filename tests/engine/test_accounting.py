@@ -96,15 +96,15 @@ def test_questions_about_a_document_share_its_blocks(vllm_configs):
     """The second one seals a short block at the document's end, and the later ones find it."""
     simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 120))
     store = simulation.scheduler.store
-    document = list(range(900))
+    document = list(range(1205))
     for i in range(4):
-        simulation.add(f"r{i}", [*document, *[900 + i] * 60], 20, 4.0)
+        simulation.add(f"r{i}", [*document, *[2000 + i] * 60], 20, 4.0)
         simulation.run()
-    # A document of 900 tokens has 896 tokens in whole pages, 768 of them in a whole block.
+    # A document of 1,205 tokens has 1,200 tokens in whole pages, 1,024 of them in a whole block.
     reused = [simulation.reports[f"r{i}"]["reused_tokens"] for i in range(4)]
-    assert reused == [0, 768, 896, 896]
+    assert reused == [0, 1024, 1200, 1200]
     for i in range(4, 8):
-        simulation.add(f"r{i}", [*document, *[900 + i] * 60], 20, 4.0)
+        simulation.add(f"r{i}", [*document, *[2000 + i] * 60], 20, 4.0)
     for _ in range(10):
         simulation.step()
     assert len(store.requests) == 4
@@ -131,9 +131,9 @@ def test_native_pages_do_not_evict_the_blocks_of_conversations(vllm_configs):
 
 def test_a_long_prompt_does_not_evict_kept_blocks(vllm_configs):
     """It is compressed while it is computed instead."""
-    simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 150))
+    simulation = Simulation(make_scheduler(vllm_configs["window"], CONFIGS["window"], 190))
     for i in range(6):
-        simulation.add(f"r{i}", [i] * 800, 20, 4.0)
+        simulation.add(f"r{i}", [i] * 1050, 20, 4.0)
         simulation.run()
     simulation.add("long", [9] * 1500, 20, 4.0)
     simulation.run()
