@@ -41,24 +41,34 @@ class TieredBlockManager(FullAttentionManager):
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
         *args,
         **kwargs,
     ) -> int:
         store = self.store
         if tiered := store.requests.get(request_id):
-            return tiered.pages_to_grow(num_tokens)
+            return tiered.pages_to_grow(num_tokens_main_model)
         # A request that is admitted leaves the running ones their next pages.
         is_admission = kwargs.get("apply_admission_cap", False)
         reserved = store.next_pages() if is_admission else 0
         if hit := self.hits.get(request_id):
-            return reserved + store.pages_to_adopt(request_id, hit, num_tokens)
+            return reserved + store.pages_to_adopt(request_id, hit, num_tokens_main_model)
         if is_admission and request_id in store.ratios:
             # The whole prompt has to fit, but at most this much of it at once.
             pages = store.pages_needed(request_id, num_tokens)
             most = max(self.native_limit(request_id), pages * self.block_size)
             num_tokens = min(num_tokens, most)
         return reserved + super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            *args,
+            **kwargs,
         )
 
     def add_local_computed_blocks(
@@ -96,8 +106,9 @@ class TieredBlockManager(FullAttentionManager):
             blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
             self.store.dirty.clean(blocks)
             return blocks
-        if not self.store.append_token(request_id, num_tokens):
-            self.store.grow(request_id, num_tokens)
+        # Not the slots for draft layers: these take what the tail has.
+        if not self.store.append_token(request_id, num_tokens_main_model):
+            self.store.grow(request_id, num_tokens_main_model)
             self._take_over(request_id)
         return []
 

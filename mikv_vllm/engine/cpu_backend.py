@@ -20,11 +20,13 @@ from mikv_vllm.engine.native_layout import native_layout
 from mikv_vllm.engine.spec import TieredAttentionSpec, tiered_spec
 from mikv_vllm.engine.tiered_impl import TieredImpl
 from mikv_vllm.engine.tiered_metadata import (
+    BatchSplit,
     ExtendedRow,
     ScoredRow,
     native_part,
     restored_part,
     split_batch,
+    split_draft_pass,
     token_selection,
 )
 from mikv_vllm.engine.worker_context import context
@@ -64,6 +66,8 @@ class TieredCPUAttentionMetadata(CPUAttentionMetadata):
     scored: list[ScoredRow] = field(default_factory=list)
     extended: list[tuple[ExtendedRow, CPUAttentionMetadata]] = field(default_factory=list)
     """Rows with a prompt chunk, and vLLM's metadata of each in the workspace."""
+    skipped: slice | torch.Tensor | None = None
+    """Tokens whose output is 0; None if there are none."""
 
 
 class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -79,14 +83,36 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         batch = common_attn_metadata
         starts = batch.query_start_loc_cpu.numpy()
-        split = split_batch(context, starts, batch.block_table_tensor)
+        return self._build_split(batch, split_batch(context, starts, batch.block_table_tensor))
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> CPUAttentionMetadata:
+        """Build the metadata of a pass of draft layers.
+
+        The first pass computes the tokens of the step, and its plan changes the tiers of draft
+        layers as it does those of the model. Each later pass computes one drafted token a request.
+        """
+        if draft_index == 0 or not isinstance(self.kv_cache_spec, TieredAttentionSpec):
+            return super().build_for_drafting(common_attn_metadata, draft_index)
+        context.end_step()
+        if not len(context.tiers):
+            return super().build_for_drafting(common_attn_metadata, draft_index)
+        split = split_draft_pass(context, common_attn_metadata, self.kv_cache_spec.geometry)
+        return self._build_split(common_attn_metadata, split)
+
+    def _build_split(
+        self, batch: CommonAttentionMetadata, split: BatchSplit
+    ) -> TieredCPUAttentionMetadata:
+        """Build the metadata of a batch that is split."""
+        starts = batch.query_start_loc_cpu.numpy()
         native_tokens: slice | torch.Tensor | None = None
         native = batch
         if len(split.native_rows):
             native_tokens = token_selection(split.native_rows, starts)
             if len(split.native_rows) < len(starts) - 1:
                 native = native_part(batch, split.native_rows, starts)
-            metadata = super().build(common_prefix_len, native, fast_build)
+            metadata = super().build(0, native)
         else:
             metadata = CPUAttentionMetadata(
                 num_actual_tokens=0,
@@ -98,6 +124,10 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 slot_mapping=batch.slot_mapping,
                 scheduler_metadata=None,
             )
+        skipped = None
+        if len(split.skipped_rows):
+            skipped = token_selection(split.skipped_rows, starts)
+            batch.slot_mapping[skipped] = -1
         decode = None
         if len(split.rows):
             decode = DecodeBatch.of(*split.decode)
@@ -107,7 +137,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         for chunk in split.extended:
             batch.slot_mapping[chunk.tokens] = -1
             part = restored_part(batch, chunk, self.block_size)
-            extended.append((chunk, super().build(common_prefix_len, part, fast_build)))
+            extended.append((chunk, super().build(0, part)))
         return TieredCPUAttentionMetadata(
             **vars(metadata),
             native_tokens=native_tokens,
@@ -115,6 +145,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             begun=split.begun,
             scored=split.scored,
             extended=extended,
+            skipped=skipped,
         )
 
 
@@ -148,6 +179,8 @@ class TieredCPUAttentionImpl(TieredImpl, CPUAttentionBackendImpl):
             if isinstance(tokens, torch.Tensor):
                 output[tokens] = part
         m = attn_metadata
+        if m.skipped is not None:
+            output[m.skipped] = 0
         rows = (m.scored, m.begun, m.decode, m.extended)
         self.run_tiered_rows(layer, query, key, value, kv_cache, output, *rows)
         return output

@@ -22,8 +22,8 @@ from mikv_vllm.kernels.batch import (
     round_up,
     row_numbers,
 )
-from mikv_vllm.tiers.blocks import EMPTY, TailStep
-from mikv_vllm.tiers.formats import LINE_BYTES, LOW_RECORD_TOKENS, LowFormat
+from mikv_vllm.tiers.blocks import EMPTY, TailStep, block_tokens
+from mikv_vllm.tiers.formats import LINE_BYTES, LOW_RECORD_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
 
 WIDTH = 16
@@ -146,6 +146,40 @@ class TierTables:
         rows[:, TOKEN] = np.repeat(tokens, counts)
         max_pages = rows[:, PAGES].max(initial=0)
         return rows, self._tables[slots][chosen][:, : round_up(max_pages, WIDTH)]
+
+    def draft_rows(
+        self, slots: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, geometry: TierGeometry
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the kernels read in a later pass of draft layers, after the step.
+
+        A pass appends one drafted token to the tail, where the next step writes again. The tables
+        do not change.
+
+        Args:
+            tokens: row of q, k, v and out of each slot, ``[slots]``.
+            lengths: tokens before the drafted one, rejected ones not included, ``[slots]``.
+
+        Returns:
+            Rows and tables, as :meth:`rows` returns them, of the slots whose tail has room in its
+            pages; and whether each slot is one of them, bool ``[slots]``.
+        """
+        last = self._counts[slots] - 1
+        tails = self._rows[slots, last]
+        counts = self._rows[slots][:, :, HIGH] + LOW_RECORD_TOKENS * self._rows[slots][:, :, LOW]
+        counts *= np.arange(counts.shape[1]) <= last[:, None]
+        surplus = counts.sum(1) - lengths
+        high = tails[:, HIGH] - surplus
+        num_tokens = counts[np.arange(len(slots)), last] - surplus
+        has_room = (lengths > 0) & (num_tokens < block_tokens(geometry.block_size))
+        for i, slot in enumerate(slots.tolist()):
+            low_bytes = geometry.low(self._formats[slot][-1]).num_bytes * tails[i, LOW]
+            low_begin = LINE_BYTES * tails[i, LOW_END_LINE] - low_bytes
+            has_room[i] &= high[i] >= 0 and geometry.high_bytes(int(high[i]) + 1) <= low_begin
+        rows, tables = self.rows(slots[has_room], tokens[has_room])
+        ends = np.flatnonzero(rows[:, BLOCKS])
+        rows[ends, HIGH] = high[has_room]
+        rows[ends, ACCEPTED] = 0
+        return rows, tables, has_room
 
     def verify(self, request_id: str, accepted: int, rejected: int) -> None:
         """Set what became of the drafts of a request's last step."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from mikv_vllm.engine.step_plan import (
 )
 from mikv_vllm.engine.worker_context import WorkerContext
 from mikv_vllm.kernels.batch import BLOCKS, QUERIES
-from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.formats import LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
 
 
@@ -101,6 +101,8 @@ class BatchSplit:
     scored: list[ScoredRow]
     native_rows: np.ndarray
     """Ascending, int64 ``[rows]``."""
+    skipped_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Compressed rows whose output is 0, int64 ``[rows]``; see :func:`split_draft_pass`."""
 
 
 def split_batch(
@@ -142,6 +144,23 @@ def split_batch(
     counts = decode[0][decode[0][:, BLOCKS] > 0, QUERIES]
     assert (starts[tiered + 1] == tokens + counts).all(), "a row has other tokens than planned"
     return BatchSplit(tiered, decode, begun, extended, scored, np.flatnonzero(native))
+
+
+def split_draft_pass(
+    context: WorkerContext, batch: CommonAttentionMetadata, geometry: TierGeometry
+) -> BatchSplit:
+    """Split the batch of a later pass of draft layers, which proposes one more token a request.
+
+    The drafted token joins the tail if the tail's pages have room. Otherwise the row is skipped:
+    its further drafts are arbitrary, and the target model rejects them.
+    """
+    slots = context.tiers.slots(context.request_ids()[: batch.num_reqs])
+    tiered = np.flatnonzero(slots >= 0)
+    lengths = batch.seq_lens.numpy()[tiered] - 1
+    rows, tables, has_room = context.tiers.draft_rows(slots[tiered], tiered, lengths, geometry)
+    native = np.flatnonzero(slots < 0)
+    decode = rows, tables
+    return BatchSplit(tiered[has_room], decode, ([], []), [], [], native, tiered[~has_room])
 
 
 def changed_blocks(

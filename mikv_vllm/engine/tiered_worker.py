@@ -18,6 +18,8 @@ class TieredWorker(Worker):
 
     backends: ClassVar[dict[str, str]]
     """Attention backends of this package, by the name of vLLM's backend that each one replaces."""
+    _has_draft_layers: bool
+    """Whether layers with caches propose the drafts."""
 
     def init_device(self) -> None:
         context.compression = CompressionConfig.from_additional_config(
@@ -26,6 +28,8 @@ class TieredWorker(Worker):
         for name, path in self.backends.items():
             register_backend(AttentionBackendEnum[name], f"mikv_vllm.engine.{path}")
         super().init_device()
+        speculative = self.vllm_config.speculative_config
+        self._has_draft_layers = speculative is not None and speculative.use_eagle()
         self._follow_batches()
 
     def _follow_batches(self) -> None:
@@ -46,7 +50,10 @@ class TieredWorker(Worker):
         context.plan = StepPlan(stats=TierStats.idle(kv_cache_config.num_blocks - 1))
 
     def execute_model(self, scheduler_output: TieredSchedulerOutput) -> Any:
-        """Run one step under its plan."""
+        """Run one step under its plan.
+
+        With draft layers the step ends when they have run, in :meth:`sample_tokens`.
+        """
         context.begin_step(scheduler_output)
         plan = scheduler_output.plan
         if plan.copy or plan.zero:
@@ -55,7 +62,15 @@ class TieredWorker(Worker):
                 cache[targets] = cache[sources]
                 cache[list(plan.zero)] = 0
         result = super().execute_model(scheduler_output)
-        context.end_step()
+        if not self._has_draft_layers or result is not None:
+            context.end_step()
+        return result
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample, and let draft layers propose tokens."""
+        result = super().sample_tokens(grammar_output)
+        if self._has_draft_layers:
+            context.end_step()
         return result
 
     def mikv_stats(self) -> dict[str, Any]:

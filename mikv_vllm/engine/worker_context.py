@@ -71,7 +71,10 @@ class WorkerContext:
         self._appended = slots[slots >= 0]
 
     def end_step(self) -> None:
-        """Update the tables after a step. Call it after the model has run."""
+        """Update the tables after a step. Call it after the model has run.
+
+        Draft layers call it before their later passes. A second call changes nothing.
+        """
         plan = self.plan
         self.tiers.end_step(self._appended)
         for request_id, step in plan.extend.items():

@@ -19,8 +19,9 @@ UNSUPPORTED = {
     "diffusion_config": "diffusion models rewrite cached tokens",
 }
 """Unsupported engine arguments, and the reason."""
-DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
-"""Methods of speculative decoding whose drafts are computed without attention."""
+DRAFT_METHODS = ("ngram", "suffix", "eagle", "eagle3")
+"""Methods of speculative decoding: those without draft layers, and those whose draft layers first
+compute the tokens of each step, as the model's own layers do."""
 PARTIAL_ATTENTION = ("sliding_attention", "chunked_attention", "linear_attention")
 """Layer types of transformers that do not attend to the whole context."""
 
@@ -139,11 +140,19 @@ def _check_speculation(vllm_config: "VllmConfig") -> None:
         return
     if vllm_config.device_config.device_type == "cuda":
         raise _unsupported("--speculative-config", "its GPU kernels verify no drafts yet")
-    if speculative.method not in DRAFTS_WITHOUT_MODEL:
+    method = speculative.method
+    if method not in DRAFT_METHODS:
         raise _unsupported(
-            f"--speculative-config with the method {speculative.method}",
-            "the caches of draft models",
-            f"use one of the methods {', '.join(DRAFTS_WITHOUT_MODEL)}",
+            f"--speculative-config with the method {method}",
+            "its draft layers compute other tokens, or are not tested",
+            f"use one of the methods {', '.join(DRAFT_METHODS)}",
+        )
+    if speculative.use_eagle() and (
+        speculative.disable_padded_drafter_batch or speculative.parallel_drafting
+    ):
+        raise _unsupported(
+            "--speculative-config with disable_padded_drafter_batch or parallel_drafting",
+            "draft layers have to compute the tokens of each step",
         )
 
 

@@ -68,6 +68,13 @@ def test_rust_frontend_is_refused(monkeypatch):
         refusals.check_frontend({})
 
 
+def speculative(method: str, **differs) -> SimpleNamespace:
+    """As much of a SpeculativeConfig as the check reads."""
+    flags = {"disable_padded_drafter_batch": False, "parallel_drafting": False}
+    has_layers = method in ("eagle", "eagle3")
+    return SimpleNamespace(method=method, use_eagle=lambda: has_layers, **(flags | differs))
+
+
 def config(
     cache_dtype: str = "auto", speculative=None, transfer=None, device: str = "cpu", **model
 ) -> SimpleNamespace:
@@ -124,7 +131,12 @@ def config(
         ({"head_dim": 100}, "head size is 100"),
         ({"dtype": "torch.float32"}, "--dtype float32"),
         ({"cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
-        ({"speculative": SimpleNamespace(method="eagle")}, r"the method eagle .* ngram, suffix"),
+        ({"speculative": speculative("medusa")}, r"the method medusa .* ngram, suffix"),
+        ({"speculative": speculative("eagle", parallel_drafting=True)}, "parallel_drafting"),
+        (
+            {"speculative": speculative("eagle", disable_padded_drafter_batch=True)},
+            "disable_padded_drafter_batch",
+        ),
         ({"transfer": object()}, "--kv-transfer-config"),
     ],
 )
@@ -142,6 +154,7 @@ def test_model_is_refused_in_one_sentence(differs, said):
         {"layer_types": ["sliding_attention", "full_attention"], "window": 4096},
         {"layer_types": 13 * ["full_attention"] + 12 * ["sliding_attention"]},
         {"layer_types": ["full_attention"], "not_hybrid": True},
+        {"speculative": speculative("eagle")},
     ],
 )
 def test_model_with_full_attention_passes(differs):
@@ -150,7 +163,7 @@ def test_model_with_full_attention_passes(differs):
 
 def test_speculation_is_refused_on_gpus(monkeypatch):
     monkeypatch.setattr(refusals, "_check_gpu", lambda: None)
-    ngrams = SimpleNamespace(method="ngram")
+    ngrams = speculative("ngram")
     refusals.check(config(speculative=ngrams))
     with pytest.raises(Refusal, match=r"--speculative-config .* GPU kernels"):
         refusals.check(config(speculative=ngrams, device="cuda"))

@@ -1,0 +1,97 @@
+"""Speculative decoding with an EAGLE head, whose layer has a compressed cache of its own."""
+
+from statistics import fmean
+
+import pytest
+from vllm import SamplingParams
+
+from mikv_vllm.evaluation.windows import calibration_text
+
+from .conftest import ENGINE, idle_stats, ratio, stop
+from .draft_heads import make_eagle_head
+from .test_requests import first_gap, report
+from .test_speculation import counters, logprob_differences
+
+pytestmark = pytest.mark.engine
+
+LAYERS = 30
+"""Of the embedded model, without the head."""
+RATIOS = (1.0, 4.0)
+
+
+@pytest.fixture(scope="module")
+def speculating(engine, model_path, tmp_path_factory):
+    """An engine that drafts with a head."""
+    from mikv_vllm import LLM
+
+    tokens = engine.get_tokenizer().encode(calibration_text())
+    texts = [tokens[i : i + 512] for i in range(0, 16 * 512, 512)]
+    head = make_eagle_head(model_path, texts, tmp_path_factory.mktemp("head"))
+    speculative = {"method": "eagle", "model": str(head), "num_speculative_tokens": 3}
+    settings = ENGINE | {"kv_cache_memory_bytes": 512 << 20, "disable_log_stats": False}
+    llm = LLM(str(model_path), speculative_config=speculative, **settings)
+    yield llm
+    stop(llm)
+
+
+@pytest.fixture
+def all_pages_free(speculating):
+    yield
+    idle_stats(speculating)
+
+
+def answers(llm, windows, value: float):
+    """Answers to a prompt that is compressed while it is answered, and to a longer one."""
+    params = SamplingParams(
+        temperature=0, max_tokens=100, ignore_eos=True, logprobs=5, extra_args=ratio(value)
+    )
+    texts = windows[5].prompt[:220], windows[3].prompt[:900]
+    prompts = [{"prompt_token_ids": text, "cache_salt": f"head {value}"} for text in texts]
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+@pytest.mark.usefixtures("all_pages_free")
+def test_tokens_and_reports_are_those_without_drafts(engine, speculating, windows):
+    rates, differences = {}, {}
+    for value in RATIOS:
+        before = counters(speculating)
+        differences[value] = []
+        found, expected = (answers(llm, windows, value) for llm in (speculating, engine))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert first_gap(theirs.outputs[0], ours.outputs[0]) <= 0.25
+            differences[value] += logprob_differences(theirs.outputs[0], ours.outputs[0])
+            told, wanted = dict(report(ours)), dict(report(theirs))
+            for name in ("kv_bytes", "shared_kv_bytes", "uncompressed_kv_bytes"):
+                wanted[name] = wanted[name] * (LAYERS + 1) // LAYERS
+            assert told == wanted
+        after = counters(speculating)
+        accepted, drafts = (
+            after[name] - before.get(name, 0)
+            for name in (
+                "vllm:spec_decode_num_accepted_tokens",
+                "vllm:spec_decode_num_draft_tokens",
+            )
+        )
+        rates[value] = accepted / drafts
+        assert accepted > 20
+    means = {value: fmean(of_ratio) for value, of_ratio in differences.items()}
+    print(f"accepted drafts {rates}, differences {means}")
+    # At ratio 1 the model's layers are stock vLLM's, and only rounding differs.
+    assert means[4.0] < max(0.02, 2 * means[1.0])
+    # At ratio 4 the head reads tiers, and its guesses are as good.
+    assert rates[4.0] > 0.75 * rates[1.0]
+
+
+@pytest.mark.usefixtures("all_pages_free")
+def test_the_next_turn_goes_on_from_a_tail_with_drafts(speculating, windows):
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args=ratio(4.0))
+    history = windows[0].prompt[:600]
+    found = []
+    for _ in range(2):
+        prompt = {"prompt_token_ids": history, "cache_salt": "turns"}
+        (output,) = speculating.generate(prompt, params, use_tqdm=False)
+        found.append(report(output)["reused_tokens"])
+        assert report(output)["kv_tokens"] == len(history) + 39
+        history = [*history, *output.outputs[0].token_ids, *windows[1].prompt[:20]]
+    assert found[0] == 0
+    assert found[1] >= 600
