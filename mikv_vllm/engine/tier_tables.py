@@ -157,7 +157,8 @@ class TierTables:
 
         Args:
             tokens: row of q, k, v and out of each slot, ``[slots]``.
-            lengths: tokens before the drafted one, rejected ones not included, ``[slots]``.
+            lengths: tokens before the drafted one, rejected ones not included, ``[slots]``; 0 if
+                none may join.
 
         Returns:
             Rows and tables, as :meth:`rows` returns them, of the slots whose tail has room in its

@@ -151,12 +151,13 @@ def split_draft_pass(
 ) -> BatchSplit:
     """Split the batch of a later pass of draft layers, which proposes one more token a request.
 
-    The drafted token joins the tail if the tail's pages have room. Otherwise the row is skipped:
-    its further drafts are arbitrary, and the target model rejects them.
+    The drafted token joins the tail if the request decodes, so that its last block is not shared,
+    and the tail's pages have room. Otherwise the row is skipped: its further drafts are arbitrary,
+    and the model rejects them.
     """
     slots = context.tiers.slots(context.request_ids()[: batch.num_reqs])
     tiered = np.flatnonzero(slots >= 0)
-    lengths = batch.seq_lens.numpy()[tiered] - 1
+    lengths = (batch.seq_lens.numpy()[tiered] - 1) * np.isin(slots[tiered], context.decoded)
     rows, tables, has_room = context.tiers.draft_rows(slots[tiered], tiered, lengths, geometry)
     native = np.flatnonzero(slots < 0)
     decode = rows, tables

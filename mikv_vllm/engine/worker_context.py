@@ -27,6 +27,8 @@ class WorkerContext:
     """Request ids in the order of the batch, available after vLLM has built the batch."""
     tiers: TierTables = field(default_factory=TierTables)
     """Sizes and pages of the compressed requests."""
+    decoded: np.ndarray = field(default_factory=lambda: NO_SLOTS)
+    """Slots of the compressed requests that decode in this step, or did in the last one."""
     scores: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Importance scores of native requests, by layer name: float32 ``[kv_heads, capacity]``."""
 
@@ -68,7 +70,7 @@ class WorkerContext:
         for request_id, step in plan.decode.items():
             self.tiers.change(request_id, step)
         slots = self.tiers.slots(r for r in output.num_scheduled_tokens if r not in plan.extend)
-        self._appended = slots[slots >= 0]
+        self.decoded = self._appended = slots[slots >= 0]
 
     def end_step(self) -> None:
         """Update the tables after a step. Call it after the model has run.
