@@ -170,10 +170,10 @@ def test_answers_without_a_ratio_and_at_ratio_1_are_those_of_stock_vllm(
         limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
         body |= {limit: 1}
         body |= {"sampling_params": {"max_tokens": 1, "temperature": 0}}
-    expected = answer(stock, route, body)
-    assert answer(server, route, body) == expected
+    assert answer(server, route, body) == answer(stock, route, body)
     same = answer(server, route, body | {"kv_compression_ratio": 1}, frozenset({"kv_compression"}))
-    assert same == expected
+    # The second time, both find the prompt in their prefix caches, which rounds differently.
+    assert same == answer(stock, route, body)
 
 
 @pytest.mark.engine
