@@ -106,7 +106,7 @@ class TieredBlockManager(FullAttentionManager):
             blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
             self.store.dirty.clean(blocks)
             return blocks
-        # Not the slots for draft layers: these take what the tail has.
+        # num_tokens includes slots for draft layers, which use only pages that the tail has.
         if not self.store.append_token(request_id, num_tokens_main_model):
             self.store.grow(request_id, num_tokens_main_model)
             self._take_over(request_id)

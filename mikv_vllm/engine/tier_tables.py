@@ -23,7 +23,13 @@ from mikv_vllm.kernels.batch import (
     row_numbers,
 )
 from mikv_vllm.tiers.blocks import EMPTY, TailStep, block_tokens
-from mikv_vllm.tiers.formats import LINE_BYTES, LOW_RECORD_TOKENS, LowFormat, TierGeometry
+from mikv_vllm.tiers.formats import (
+    HIGH_RECORD_TOKENS,
+    LINE_BYTES,
+    LOW_RECORD_TOKENS,
+    LowFormat,
+    TierGeometry,
+)
 from mikv_vllm.tiers.plan import TierSizes
 
 WIDTH = 16
@@ -166,16 +172,19 @@ class TierTables:
         """
         last = self._counts[slots] - 1
         tails = self._rows[slots, last]
-        counts = self._rows[slots][:, :, HIGH] + LOW_RECORD_TOKENS * self._rows[slots][:, :, LOW]
+        blocks = self._rows[slots]
+        counts = blocks[:, :, HIGH] + LOW_RECORD_TOKENS * blocks[:, :, LOW]
         counts *= np.arange(counts.shape[1]) <= last[:, None]
         surplus = counts.sum(1) - lengths
         high = tails[:, HIGH] - surplus
         num_tokens = counts[np.arange(len(slots)), last] - surplus
-        has_room = (lengths > 0) & (num_tokens < block_tokens(geometry.block_size))
-        for i, slot in enumerate(slots.tolist()):
-            low_bytes = geometry.low(self._formats[slot][-1]).num_bytes * tails[i, LOW]
-            low_begin = LINE_BYTES * tails[i, LOW_END_LINE] - low_bytes
-            has_room[i] &= high[i] >= 0 and geometry.high_bytes(int(high[i]) + 1) <= low_begin
+        record_bytes = [geometry.low(self._formats[slot][-1]).num_bytes for slot in slots.tolist()]
+        low_begin = LINE_BYTES * tails[:, LOW_END_LINE] - tails[:, LOW] * record_bytes
+        most_high = HIGH_RECORD_TOKENS * (
+            (low_begin - geometry.header_bytes) // geometry.high.num_bytes
+        )
+        is_open = (lengths > 0) & (num_tokens < block_tokens(geometry.block_size))
+        has_room = is_open & (high >= 0) & (high < most_high)
         rows, tables = self.rows(slots[has_room], tokens[has_room])
         ends = np.flatnonzero(rows[:, BLOCKS])
         rows[ends, HIGH] = high[has_room]

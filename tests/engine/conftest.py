@@ -2,6 +2,7 @@
 
 import gc
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -26,6 +27,19 @@ def start(model, compression: CompressionConfig | None, **kwargs):
         settings["scheduler_cls"] = "mikv_vllm.engine.scheduler.TieredScheduler"
         settings["additional_config"] = compression.to_additional_config()
     return LLM(model=str(model), **settings)
+
+
+@contextmanager
+def speculating_engine(model, speculative: dict):
+    """MiKV with speculative decoding, and counts of its drafts."""
+    from mikv_vllm import LLM
+
+    settings = ENGINE | {"kv_cache_memory_bytes": 512 << 20, "disable_log_stats": False}
+    llm = LLM(str(model), speculative_config=speculative, **settings)
+    try:
+        yield llm
+    finally:
+        stop(llm)
 
 
 def stop(llm) -> None:

@@ -7,7 +7,7 @@ from vllm import SamplingParams
 
 from mikv_vllm.evaluation.windows import calibration_text
 
-from .conftest import ENGINE, idle_stats, ratio, stop
+from .conftest import idle_stats, ratio, speculating_engine
 from .draft_heads import make_eagle_head
 from .test_requests import first_gap, report
 from .test_speculation import counters, logprob_differences
@@ -22,16 +22,12 @@ RATIOS = (1.0, 4.0)
 @pytest.fixture(scope="module")
 def speculating(engine, model_path, tmp_path_factory):
     """An engine that drafts with a head."""
-    from mikv_vllm import LLM
-
     tokens = engine.get_tokenizer().encode(calibration_text())
     texts = [tokens[i : i + 512] for i in range(0, 16 * 512, 512)]
     head = make_eagle_head(model_path, texts, tmp_path_factory.mktemp("head"))
     speculative = {"method": "eagle", "model": str(head), "num_speculative_tokens": 3}
-    settings = ENGINE | {"kv_cache_memory_bytes": 512 << 20, "disable_log_stats": False}
-    llm = LLM(str(model_path), speculative_config=speculative, **settings)
-    yield llm
-    stop(llm)
+    with speculating_engine(model_path, speculative) as llm:
+        yield llm
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from vllm import SamplingParams
 
 from benchmarks.engines import NGRAMS
 
-from .conftest import ENGINE, idle_stats, ratio, stop
+from .conftest import idle_stats, ratio, speculating_engine
 from .test_requests import first_gap, report
 
 pytestmark = pytest.mark.engine
@@ -16,12 +16,8 @@ RATIOS = (1.0, 2.0, 4.0)
 @pytest.fixture(scope="module")
 def speculating(model_path):
     """An engine that drafts what followed the last tokens earlier in the request."""
-    from mikv_vllm import LLM
-
-    settings = ENGINE | {"kv_cache_memory_bytes": 512 << 20, "disable_log_stats": False}
-    llm = LLM(str(model_path), speculative_config=NGRAMS, **settings)
-    yield llm
-    stop(llm)
+    with speculating_engine(model_path, NGRAMS) as llm:
+        yield llm
 
 
 @pytest.fixture
