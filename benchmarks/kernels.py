@@ -80,7 +80,7 @@ class Prompt:
         self.planner = BlockPlanner(geometry, ratio, RECENT)
         self.blocks = self.planner.blocks(num_tokens)
         count = self.planner.native_pages(num_tokens)
-        pages = [sizes.pages for sizes in self.blocks]
+        pages = [block.sizes.pages for block in self.blocks]
         shape = (count + sum(pages), kv_heads, geometry.page_bytes // 2)
         self.cache = torch.randn(shape).to(torch.bfloat16)
         self.native = torch.arange(count, dtype=torch.int32)
@@ -93,18 +93,18 @@ class Prompt:
 
     def compress(self) -> None:
         first = 0
-        for sizes, table in zip(self.blocks, self.tables, strict=True):
+        for block, table in zip(self.blocks, self.tables, strict=True):
             self.ops.compress(
                 self.cache,
                 self.native[first // BLOCK_SIZE :],
                 table,
-                sizes,
-                self.planner.form(first).low_format,
+                block.sizes,
+                block.low_format,
                 self.scores[:, first:],
                 self.q,
-                RECENT if sizes is self.blocks[-1] else 0,
+                RECENT if block is self.blocks[-1] else 0,
             )
-            first += sizes.num_tokens
+            first += block.sizes.num_tokens
 
 
 class Decode:

@@ -85,20 +85,20 @@ class Prompt:
         planner = BlockPlanner(geometry, 1.5 if ratio == 1 else ratio, RECENT)
         tokens = self.tokens
         while demoting:
-            start, tail = planner.starts(tokens)[-1], planner.blocks(tokens)[-1]
+            start, tail = planner.starts(tokens)[-1], planner.blocks(tokens)[-1].sizes
             if planner.append(start, tail).demoted_records:
                 break
             tokens -= 1
         blocks = []
-        for start, sizes in zip(planner.starts(tokens), planner.blocks(tokens), strict=True):
-            stored = sizes
+        for block in planner.blocks(tokens):
+            stored = sizes = block.sizes
             if ratio == 1:
                 pages = -(-geometry.high_bytes(sizes.num_tokens + 1) // geometry.page_bytes)
                 end = pages * geometry.page_bytes
                 stored = TierSizes(pages, sizes.num_tokens, 0, end)
             elif sizes.num_tokens < planner.block_tokens:
                 stored = planner.lengthen(sizes, sizes.pages + 1)  # room for the new token
-            blocks.append(BlockForm(planner.form(start).low_format, stored))
+            blocks.append(BlockForm(block.low_format, stored))
         return blocks
 
     def compress(self, ops: LayerOps, blocks: list[BlockForm], pages: torch.Tensor) -> None:

@@ -82,14 +82,13 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
     )
     geometry = TierGeometry(HEAD_DIM, BLOCK_SIZE, 8)
     planner = BlockPlanner(geometry, RATIO, RECENT)
-    *sealed, tail = planner.blocks(CONTEXT - 1)
-    tail = planner.lengthen(tail, tail.pages + 1)  # room for the new token
-    starts = planner.starts(CONTEXT - 1)
+    *sealed, last = planner.blocks(CONTEXT - 1)
+    tail = planner.lengthen(last.sizes, last.sizes.pages + 1)  # room for the new token
     rows: list[DecodeRow] = []
     for row in range(requests):
-        for start, sizes in zip(starts, sealed, strict=False):
-            read, low_format = TailStep(0, (), False, 0, sizes), planner.form(start).low_format
-            rows.append((row, range(sizes.pages), sizes, read, low_format))
+        for block in sealed:
+            read = TailStep(0, (), False, 0, block.sizes)
+            rows.append((row, range(block.sizes.pages), block.sizes, read, block.low_format))
         demoted = int(demoting and row == 0)
         after = replace(
             tail,
@@ -97,10 +96,9 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
             low_records=tail.low_records + demoted,
         )
         step = TailStep(1, (), False, demoted, after)
-        low_format = planner.form(starts[-1]).low_format
-        rows.append((row, range(tail.pages), tail, step, low_format))
+        rows.append((row, range(tail.pages), tail, step, last.low_format))
     batch = DecodeBatch.build(rows, "cpu")
-    shape = (max(sizes.pages for sizes in (*sealed, tail)), KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    shape = (max(tail.pages, *(block.sizes.pages for block in sealed)), KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     cache = torch.zeros(shape, dtype=torch.bfloat16)
     q = torch.zeros(requests, HEADS, HEAD_DIM, dtype=torch.bfloat16)
     k = torch.zeros(requests, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)

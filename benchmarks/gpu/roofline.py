@@ -165,41 +165,51 @@ def decode_row(context: int, batch: int, ratio: float, assumed: Assumptions) -> 
     geometry = LAYOUT.geometry
     planner = BlockPlanner(geometry, ratio, RECENT)
     blocks = planner.blocks(context)
-    low_format = planner.form(0).low_format
-    needs = compile_job(Job("attend", LAYOUT, low_format, "bf16", TARGET))
-    merge = compile_job(Job("merge", LAYOUT, low_format, "bf16", TARGET))
+    tail = blocks[-1]
+    merge = compile_job(Job("merge", LAYOUT, tail.low_format, "bf16", TARGET))
     rows = batch * KV_HEADS
-    record = geometry.low(low_format).num_bytes
     num_bytes = sum(
-        geometry.high_bytes(sizes.high_tokens) + sizes.low_records * record for sizes in blocks
+        geometry.high_bytes(block.sizes.high_tokens)
+        + block.sizes.low_records * geometry.low(block.low_format).num_bytes
+        for block in blocks
     )
-    split_parts = [part for sizes in blocks for part in split_sizes(sizes, batch * len(blocks))]
-    per_block = block_seconds(needs, assumed)
     # Row, block table, header and first block are loaded one after the other.
     start = 4 * assumed.latency
-    durations = [start + count * per_block[tier] for tier, count in split_parts] * rows
-    moved = rows * sum(count * block_bytes(tier, low_format) for tier, count in split_parts)
-    attend = max(
-        schedule(durations, H100_PROCESSORS * programs_at_once(needs)),
-        start + moved / assumed.bandwidth,
-    )
-    partial = 4 * len(split_parts) * LAYOUT.padded * (LAYOUT.heads + LAYOUT.queries_per_kv_head)
-    high = 4 * blocks[-1].high_tokens * (LAYOUT.queries_per_kv_head + 2)
-    trips = math.ceil(blocks[-1].high_tokens / TOKENS_AT_ONCE.value)
+    attend, programs = 0.0, 0
+    formats = list(dict.fromkeys(block.low_format for block in blocks))
+    for low_format in formats:  # a launch for each
+        needs = compile_job(Job("attend", LAYOUT, low_format, "bf16", TARGET))
+        per_block = block_seconds(needs, assumed)
+        split_parts = [
+            part
+            for block in blocks
+            if block.low_format == low_format
+            for part in split_sizes(block.sizes, batch * len(blocks))
+        ]
+        durations = [start + count * per_block[tier] for tier, count in split_parts] * rows
+        moved = rows * sum(count * block_bytes(tier, low_format) for tier, count in split_parts)
+        attend += max(
+            schedule(durations, H100_PROCESSORS * programs_at_once(needs)),
+            start + moved / assumed.bandwidth,
+        )
+        programs += len(split_parts)
+    partial = 4 * programs * LAYOUT.padded * (LAYOUT.heads + LAYOUT.queries_per_kv_head)
+    high = 4 * tail.sizes.high_tokens * (LAYOUT.queries_per_kv_head + 2)
+    trips = math.ceil(tail.sizes.high_tokens / TOKENS_AT_ONCE.value)
     chain = merge.kernel.code.alone(assumed.load_cycles)
     chain += (trips - 1) * merge.kernel.loops[-1].alone(assumed.load_cycles)
     last = max(rows * (partial + high) / assumed.bandwidth, chain / H100_CLOCK)
-    seconds = attend + last + 2 * assumed.replay
+    seconds = attend + last + (1 + len(formats)) * assumed.replay
     native = rows * context * geometry.token_bytes
     bf16 = native / (BF16_SHARE * assumed.bandwidth) + 2 * assumed.replay
     copied = rows * num_bytes / assumed.bandwidth
     return {
         "context": context,
         "ratio": ratio,
-        "format": low_format.name,
-        "high": f"{sum(sizes.high_tokens for sizes in blocks) / context:.0%}",
+        "formats": ", ".join(low_format.name for low_format in formats),
+        "high": f"{sum(block.sizes.high_tokens for block in blocks) / context:.0%}",
         "MB": round(rows * num_bytes / 1e6, 1),
-        "programs": len(durations),
+        "programs": programs * rows,
         "copy us": round(1e6 * copied, 1),
         "attend us": round(1e6 * attend, 1),
         "merge us": round(1e6 * last, 1),
@@ -231,14 +241,11 @@ def prompt_work(context: int, ratio: float) -> Iterator[Work]:
     keys = KV_HEADS * context * geometry.token_bytes // 2
     part = -(-context // PARTS)
     programs = -(-context // KEYS.value) * KV_HEADS
-    low_format = planner.form(0).low_format
+    blocks = Counter((block.low_format, block.sizes) for block in planner.blocks(context))
+    low_format = next(iter(blocks))[0]
     trips = [-(-part // KEYS.value)]
     yield Work("prompt_sums", low_format, rows * PARTS * KV_HEADS, trips, rows * keys)
     yield Work("prompt_scores", low_format, programs, [rows], keys)
-    blocks = Counter(
-        (planner.form(start).low_format, sizes)
-        for start, sizes in zip(planner.starts(context), planner.blocks(context), strict=True)
-    )
     for (low_format, sizes), count in blocks.items():
         for work in block_work(low_format, sizes):
             yield work._replace(launches=count)
@@ -348,9 +355,10 @@ def main() -> None:
         1e12 * args.prefill,
     )
     formats = dict.fromkeys(
-        BlockPlanner(LAYOUT.geometry, ratio, RECENT).form(0).low_format
+        block.low_format
         for ratio in args.ratios
         for context in args.contexts
+        for block in BlockPlanner(LAYOUT.geometry, ratio, RECENT).blocks(context)
     )
     jobs = [Job("attend", LAYOUT, low_format, "bf16", TARGET) for low_format in formats]
     compiled = [(job, compile_job(job)) for job in jobs]

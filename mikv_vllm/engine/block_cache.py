@@ -32,7 +32,7 @@ class KeptTail:
 
     block: Block
     form: BlockForm
-    """What it would become."""
+    """The one that it has when it is full."""
     tokens: tuple[int, ...]
     hashes: tuple[BlockHash, ...]
     """vLLM's hashes of the whole hash blocks in it."""
@@ -129,7 +129,7 @@ class BlockCache:
         Returns:
             The tail, and how many more of its newest tokens can be removed.
         """
-        key, form = self._tail_key(request, start), planner.form(start)
+        key, form = self._tail_key(request, start), planner.tail_form(start)
         best: tuple[int, KeptTail] | None = None
         kept = [tail for tail in self._tails.get(key, ()) if tail.block.is_cached] if key else []
         for tail in kept:
@@ -238,7 +238,7 @@ class BlockCache:
         tokens = tuple(request.all_token_ids[start:num_tokens])
         self.keep(block)
         kept = [one for one in self._tails.pop(key, ()) if one.block.is_cached]
-        form = tiered.planner.form(start)
+        form = tiered.planner.tail_form(start)
         kept.append(KeptTail(block, form, tokens, tuple(hashes), droppable))
         for one in kept[:-MOST_TAILS]:
             self.hold(one.block)
@@ -295,10 +295,10 @@ class BlockCache:
 
 def is_richer(block: Block, planner: BlockPlanner) -> bool:
     """Whether a block is as rich as a request's own one of the same tokens would be, or richer."""
-    own = planner.tail(block.start, block.capacity)
+    own = planner.block(block.start, block.capacity)
     return (
-        block.low_format.token_bits >= planner.form(block.start).low_format.token_bits
-        and block.sizes.high_tokens >= own.high_tokens
+        block.low_format.token_bits >= own.low_format.token_bits
+        and block.sizes.high_tokens >= own.sizes.high_tokens
     )
 
 

@@ -23,6 +23,7 @@ from mikv_vllm.engine.tiered_metadata import (
     BatchSplit,
     ExtendedRow,
     ScoredRow,
+    SealedRow,
     native_part,
     restored_part,
     split_batch,
@@ -63,6 +64,8 @@ class TieredCPUAttentionMetadata(CPUAttentionMetadata):
     """Blocks of the compressed rows with one token; None if there are none."""
     begun: tuple[list[int], list[int]] = ([], [])
     """See :class:`~mikv_vllm.engine.tiered_metadata.BatchSplit`."""
+    sealed: list[SealedRow] = field(default_factory=list)
+    """Tails that the step fills."""
     scored: list[ScoredRow] = field(default_factory=list)
     extended: list[tuple[ExtendedRow, CPUAttentionMetadata]] = field(default_factory=list)
     """Rows with a prompt chunk, and vLLM's metadata of each in the workspace."""
@@ -143,6 +146,7 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             native_tokens=native_tokens,
             decode=decode,
             begun=split.begun,
+            sealed=split.sealed,
             scored=split.scored,
             extended=extended,
             skipped=skipped,
@@ -181,7 +185,7 @@ class TieredCPUAttentionImpl(TieredImpl, CPUAttentionBackendImpl):
         m = attn_metadata
         if m.skipped is not None:
             output[m.skipped] = 0
-        rows = (m.scored, m.begun, m.decode, m.extended)
+        rows = (m.scored, m.begun, m.decode, m.sealed, m.extended)
         self.run_tiered_rows(layer, query, key, value, kv_cache, output, *rows)
         return output
 

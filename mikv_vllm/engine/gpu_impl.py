@@ -45,7 +45,7 @@ class TieredGPUImpl(TieredImpl):
             output_block_scale,
         )
         if tiered is not None:
-            rows = (tiered.scored, tiered.begun, tiered.decode, tiered.extended)
+            rows = (tiered.scored, tiered.begun, tiered.decode, tiered.sealed, tiered.extended)
             self.run_tiered_rows(layer, query, key, value, kv_cache, output, *rows)
         return output
 

@@ -18,7 +18,13 @@ from vllm.v1.attention.backend import (
 )
 
 from mikv_vllm.engine.spec import TieredAttentionSpec
-from mikv_vllm.engine.tiered_metadata import ExtendedRow, ScoredRow, restored_part, split_batch
+from mikv_vllm.engine.tiered_metadata import (
+    ExtendedRow,
+    ScoredRow,
+    SealedRow,
+    restored_part,
+    split_batch,
+)
 from mikv_vllm.engine.worker_context import context
 from mikv_vllm.kernels.batch import TOKEN
 from mikv_vllm.kernels.triton import DecodeBatch
@@ -35,6 +41,8 @@ class TieredMetadata:
     """Blocks of the compressed rows with one token; None if there are none."""
     begun: tuple[list[int], list[int]]
     """See :class:`~mikv_vllm.engine.tiered_metadata.BatchSplit`."""
+    sealed: list[SealedRow]
+    """Tails that the step fills."""
     scored: list[ScoredRow]
     extended: list[tuple[ExtendedRow, Any]]
     """Rows with a prompt chunk, and vLLM's metadata of each in the workspace."""
@@ -80,7 +88,8 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
             built.scheduler_metadata = None
             extended.append((chunk, built))
         metadata = super().build(common_prefix_len, native, fast_build)
-        return TieredMetadata(metadata, decode, split.begun, split.scored, extended)
+        begun, sealed, scored = split.begun, split.sealed, split.scored
+        return TieredMetadata(metadata, decode, begun, sealed, scored, extended)
 
     def _upload(
         self, rows: np.ndarray, tables: np.ndarray, batch_rows: np.ndarray

@@ -64,6 +64,9 @@ class DecodeStep:
     low_format: LowFormat
     begins: bool
     """Whether the block is new, with the header of the block before it."""
+    sealed: BlockTable | None = None
+    """The block that it is written anew as, after attention, if the step fills it. Pages that are
+    not in it are released after the step."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ from mikv_vllm.engine.dirty_pages import DirtyPages
 from mikv_vllm.engine.eviction import SpentPages
 from mikv_vllm.engine.step_plan import OPERATIONS, BlockTable, CompressStep, DecodeStep
 from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
-from mikv_vllm.tiers.blocks import BlockPlanner, block_tokens, pages_needed, planner
+from mikv_vllm.tiers.blocks import (
+    BlockForm,
+    BlockPlanner,
+    block_tokens,
+    pages_needed,
+    planner,
+)
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, TierGeometry
 
 BRANCH_PAGES = 4
@@ -134,18 +140,32 @@ class TierStore:
         else:
             self.totals.count(self.geometry, tiered.tail, -1)
         tail = tiered.tail
+        low_format = tail.low_format
         tail.pages = step.insert(tail.pages, new)
         if step.is_split:
             self._copy(tail.pages[step.new_positions[0] - 1], new[-1])
         tiered.resize(step.after)
-        if step.demoted_records:
+        demoted, sealed = step.demoted_records, None
+        if growth.sealed:
+            demoted = growth.sealed.sizes.low_records - growth.before.low_records
+            sealed = self._rewrite(tiered, growth.sealed)
+        if demoted:
             tiered.mark_demotion()
-            self.operations["demote"] += step.demoted_records
+            self.operations["demote"] += max(0, demoted)
         self.totals.count(self.geometry, tail)
         if tail.is_full:
             self._unsealed.setdefault(request_id, len(tiered.blocks) - 1)
         page_ids = tuple(page.block_id for page in new)
-        return DecodeStep(growth.before, step, page_ids, tail.low_format, growth.begins)
+        return DecodeStep(growth.before, step, page_ids, low_format, growth.begins, sealed)
+
+    def _rewrite(self, tiered: TieredRequest, form: BlockForm) -> BlockTable:
+        """Give the tail the form of a sealed block, and release the pages that it leaves."""
+        tail, count = tiered.tail, form.sizes.pages
+        self._released += tail.pages[count:]
+        del tail.pages[count:]
+        tail.low_format = form.low_format
+        tiered.resize(form.sizes)
+        return tail.table()
 
     def _copy(self, source: KVCacheBlock, target: KVCacheBlock) -> None:
         """Let workers copy a page before the step. They read all sources before they write."""
@@ -172,7 +192,8 @@ class TierStore:
         self.branches.pop(request_id, None)
         # Richer and short blocks take more pages than its own. The request still has to fit.
         most = self.pages_needed(request_id, request.num_prompt_tokens + request.max_tokens)
-        most += max(0, len(hit.pages) - planner.budget(hit.num_tokens))
+        own = sum(block.sizes.pages for block in planner.blocks(hit.num_tokens))
+        most += max(0, len(hit.pages) - own)
         total = self.pool.num_gpu_blocks - 1
         if most > total:
             return Hit([], None, 0, 0)
@@ -234,10 +255,9 @@ class TierStore:
                 blocks.append(found)
                 counts.append(0)
             else:
-                sizes = plan.tail(start, min(self.block_tokens, num_tokens - start))
-                low_format = plan.form(start).low_format
-                blocks.append(Block(start, self.block_tokens, sizes, low_format))
-                counts.append(sizes.pages)
+                form = plan.block(start, min(self.block_tokens, num_tokens - start))
+                blocks.append(Block(start, self.block_tokens, form.sizes, form.low_format))
+                counts.append(form.sizes.pages)
             start += blocks[-1].sizes.num_tokens
         reused = [blocks[index] for index in shared]
         shared_pages = [page for block in reused for page in block.pages]

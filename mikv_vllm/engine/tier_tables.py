@@ -110,6 +110,13 @@ class TierTables:
             self._tables[slot, index, : len(pages)] = pages
         self._rows[slot, index] = numbers
 
+    def seal(self, request_id: str, block: BlockTable) -> None:
+        """The last block of a request was written anew in its step."""
+        slot = self._slots[request_id]
+        self._counts[slot] -= 1
+        self._formats[slot].pop()
+        self._add_block(slot, block)
+
     def blocks(self, request_id: str) -> list[BlockTable]:
         """Blocks of a request, before this step."""
         slot = self._slots[request_id]
@@ -218,6 +225,8 @@ class TierTables:
             count = self._counts[slot]
             numbers = row_numbers(0, after, unchanged, change.low_format, count, slot=slot)
             self._rows[slot, count - 1] = numbers
+            if change.sealed:
+                self.seal(request_id, change.sealed)
 
     def _reserve(self, slot: int, num_blocks: int, num_pages: int) -> None:
         """Make room for a slot with ``num_blocks`` blocks of ``num_pages`` pages."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
-from mikv_vllm.engine.tiered_metadata import ExtendedRow, ScoredRow
+from mikv_vllm.engine.tiered_metadata import ExtendedRow, ScoredRow, SealedRow
 from mikv_vllm.engine.worker_context import context
 from mikv_vllm.kernels.layer_ops import LayerOps
 
@@ -64,6 +64,7 @@ class TieredImpl(AttentionImpl[Any]):
         scored: Iterable[ScoredRow],
         begun: tuple[list[int], list[int]],
         decode: Any,
+        sealed: Iterable[SealedRow],
         extended: Iterable[tuple[ExtendedRow, Any]],
     ) -> None:
         """Run the operations of a step on one layer.
@@ -74,6 +75,7 @@ class TieredImpl(AttentionImpl[Any]):
             begun: pages of new tails, see
                 :class:`~mikv_vllm.engine.tiered_metadata.BatchSplit`.
             decode: the batch of compressed rows with one token, or None.
+            sealed: tails that it fills.
             extended: rows with a prompt chunk, and vLLM's metadata of each in the workspace.
         """
         for row in scored:
@@ -82,6 +84,8 @@ class TieredImpl(AttentionImpl[Any]):
             self._ops(layer, kv_cache).begin(kv_cache, *begun)
         if decode is not None:
             self._ops(layer, kv_cache).decode(kv_cache, decode, query, key, value, output)
+        for row in sealed:
+            self._seal(self._ops(layer, kv_cache), kv_cache, row)
         for extend, metadata in extended:
             t = extend.tokens
             self._extend(layer, query[t], key[t], value[t], kv_cache, extend, metadata, output[t])
@@ -138,6 +142,16 @@ class TieredImpl(AttentionImpl[Any]):
                 **source,
             )
 
+    def _seal(self, ops: LayerOps[Any], kv_cache: torch.Tensor, row: SealedRow) -> None:
+        """Write a full tail anew as a sealed block."""
+        tail, block = row.tail, row.block
+        ops.seal_tail(
+            kv_cache,
+            (tail.table, tail.sizes, tail.low_format),
+            (block.table, block.sizes, block.low_format),
+            context.workspace(kv_cache, -(-tail.sizes.num_tokens // kv_cache.shape[2])),
+        )
+
     def _extend(
         self,
         layer: Any,
@@ -174,6 +188,16 @@ class TieredImpl(AttentionImpl[Any]):
             if change.source is not None:
                 ops.begin(kv_cache, [change.source], [change.target])
             count = change.step.append.new_tokens
+            if block := change.step.sealed:
+                added = scores[:, change.first_token :]
+                if keep and not change.step.begins:
+                    tail = row.blocks[-1]
+                    stored = ops.high_scores(kv_cache, tail.table, tail.sizes)
+                    added[:, : tail.sizes.high_tokens] += keep * stored
+                source = native[change.first_token // block_size :]
+                ops.seal(kv_cache, change.table, block.sizes, block.low_format, source, added)
+                joined += count
+                continue
             ops.extend(
                 kv_cache,
                 change.table,

@@ -59,6 +59,21 @@ class ChangeRow:
 
 
 @dataclass(frozen=True)
+class SealedRow:
+    """A tail that a decode step fills, and the block that it is written anew as."""
+
+    tail: BlockRow
+    block: BlockRow
+
+    @classmethod
+    def of_step(cls, tail: BlockTable, step: DecodeStep, device: torch.device) -> Self:
+        """The last block of a request in a decode step that seals it."""
+        assert step.sealed is not None
+        full = BlockTable(tail.pages, step.append.after, tail.low_format)
+        return cls(*(BlockRow.of_request([one], device)[0] for one in (full, step.sealed)))
+
+
+@dataclass(frozen=True)
 class ScoredRow:
     """A native row whose tokens are scored after attention. It can be compressed then."""
 
@@ -97,6 +112,7 @@ class BatchSplit:
     """Rows and tables of their blocks, as the kernels read them."""
     begun: tuple[list[int], list[int]]
     """First pages of the blocks before new tails, and of the new tails."""
+    sealed: list[SealedRow]
     extended: list[ExtendedRow]
     scored: list[ScoredRow]
     native_rows: np.ndarray
@@ -138,12 +154,17 @@ def split_batch(
             queries = slice(end - score.num_queries, end)
             scored.append(ScoredRow(request_id, queries, block_table[row], score, compress, blocks))
     begun = tiers.begun(request_id for request_id, step in plan.decode.items() if step.begins)
+    sealed = [
+        SealedRow.of_step(tiers.blocks(request_id)[-1], step, block_table.device)
+        for request_id, step in plan.decode.items()
+        if step.sealed
+    ]
     tiered = np.flatnonzero(slots >= 0)
     tokens = starts[tiered]
     decode = tiers.rows(slots[tiered], tokens)
     counts = decode[0][decode[0][:, BLOCKS] > 0, QUERIES]
     assert (starts[tiered + 1] == tokens + counts).all(), "a row has other tokens than planned"
-    return BatchSplit(tiered, decode, begun, extended, scored, np.flatnonzero(native))
+    return BatchSplit(tiered, decode, begun, sealed, extended, scored, np.flatnonzero(native))
 
 
 def split_draft_pass(
@@ -161,7 +182,7 @@ def split_draft_pass(
     rows, tables, has_room = context.tiers.draft_rows(slots[tiered], tiered, lengths, geometry)
     native = np.flatnonzero(slots < 0)
     decode = rows, tables
-    return BatchSplit(tiered[has_room], decode, ([], []), [], [], native, tiered[~has_room])
+    return BatchSplit(tiered[has_room], decode, ([], []), [], [], [], native, tiered[~has_room])
 
 
 def changed_blocks(
@@ -173,6 +194,8 @@ def changed_blocks(
     first_token = step.first_token - blocks[-1].sizes.num_tokens
     for change in step.changes:
         table = change.append.insert(() if change.begins else previous, change.new_pages)
+        if change.sealed:
+            table = [*change.sealed.pages]
         source = previous[0] if change.begins else None
         if change.begins:
             first_token = step.first_token + sum(c.step.append.new_tokens for c in changes)

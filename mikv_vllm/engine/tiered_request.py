@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from mikv_vllm.engine.step_plan import BlockTable
-from mikv_vllm.tiers.blocks import EMPTY, BlockPlanner, TailStep
+from mikv_vllm.tiers.blocks import EMPTY, BlockForm, BlockPlanner, TailStep
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
 
@@ -79,6 +79,8 @@ class Growth:
     step: TailStep
     begins: bool
     """Whether it is a new block."""
+    sealed: BlockForm | None = None
+    """What it is written anew as in this step, if that fills it."""
 
 
 class TieredRequest:
@@ -139,7 +141,7 @@ class TieredRequest:
         """Begin a new tail."""
         assert self.tail.is_full, "the tail is not full"
         start = self.num_tokens
-        low_format = self.planner.form(start).low_format
+        low_format = self.planner.tail_form(start).low_format
         self.blocks.append(Block(start, self._capacity(start), sizes, low_format))
         self.resize(sizes)
         self.mark_demotion()
@@ -178,7 +180,7 @@ class TieredRequest:
         if longest > tail.start + whole:
             return True
         if self._last_pages is None or self._last_pages[0] != tail.start:
-            last = self.planner.tail(tail.start, longest - tail.start).pages
+            last = self.planner.tail(tail.start, min(longest - tail.start, whole - 1)).pages
             self._last_pages = tail.start, last
         return self._last_pages[1] > len(tail.pages)
 
@@ -224,8 +226,21 @@ class TieredRequest:
                 start += capacity
                 capacity, sizes = self._capacity(start), EMPTY
             joining = min(count, capacity - sizes.num_tokens)
-            step = planner.extend(start, sizes, joining)
-            before = planner.lengthen(sizes, step.after.pages)
-            growths.append(Growth(before, step, begins))
-            sizes, count = step.after, count - joining
+            growth = self._grow_block(start, sizes, joining, num_tokens == self.num_tokens + 1)
+            growths.append(replace(growth, begins=begins))
+            sizes, count = growth.step.after, count - joining
         return growths
+
+    def _grow_block(self, start: int, sizes: TierSizes, joining: int, is_decode: bool) -> Growth:
+        """How ``joining`` tokens change a block of these sizes.
+
+        A decode step attends over the full tail, and seals it then. The tokens of a prompt chunk
+        join the sealed block at once.
+        """
+        planner = self.planner
+        is_whole = sizes.num_tokens + joining == planner.block_tokens
+        sealed = planner.sealed_form(start) if is_whole else None
+        if sealed and not is_decode:
+            return Growth(sizes, planner.seal(start, sizes, joining), False, sealed)
+        step = planner.extend(start, sizes, joining)
+        return Growth(planner.lengthen(sizes, step.after.pages), step, False, sealed)

@@ -79,6 +79,9 @@ class WorkerContext:
         """
         plan = self.plan
         self.tiers.end_step(self._appended)
+        for request_id, change in plan.decode.items():
+            if change.sealed:
+                self.tiers.seal(request_id, change.sealed)
         for request_id, step in plan.extend.items():
             self.tiers.extend(request_id, step)
         for request_id, done in plan.compress.items():

@@ -1,13 +1,15 @@
 """The operations of one attention layer on its cache, which each device implements."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from mikv_vllm.tiers.blocks import TailStep
-from mikv_vllm.tiers.formats import HeaderLayout, LowFormat
+from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, HeaderLayout, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
+from mikv_vllm.tiers.records import high_record_offset
 
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
 """The compressed rows of a decode step, as the kernels of a device read them."""
@@ -40,6 +42,8 @@ class LayerOps(Protocol[Batch_contra]):
     """
 
     head_dim: int
+    num_kv_heads: int
+    geometry: TierGeometry
 
     @abstractmethod
     def score(
@@ -176,6 +180,87 @@ class LayerOps(Protocol[Batch_contra]):
             recent: number of the newest tokens, which stay high.
             keep: factor of the stored scores of high tokens, before ``scores`` are added to them.
         """
+
+    @abstractmethod
+    def read_native(
+        self, native: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy keys and values ``[num_tokens, kv_heads, head_dim]`` out of native pages.
+
+        Args:
+            native: native pages, from that of the first token on.
+        """
+
+    def high_scores(self, cache: torch.Tensor, tiered_table: Any, sizes: TierSizes) -> torch.Tensor:
+        """The stored importance scores of a block's high tokens, float32 ``[kv_heads, high]``.
+
+        Args:
+            cache: tiered pages.
+            tiered_table: page ids of the block.
+            sizes: sizes of the block.
+        """
+        geometry = self.geometry
+        table = torch.as_tensor(tiered_table, device=cache.device).long()
+        records = torch.arange(-(-sizes.high_tokens // HIGH_RECORD_TOKENS), device=cache.device)
+        offsets = high_record_offset(geometry, records) + geometry.high.scores
+        # The scores of a record are one line, which is in one page.
+        numbers = offsets % geometry.page_bytes // 4
+        numbers = numbers[:, None] + torch.arange(HIGH_RECORD_TOKENS, device=cache.device)
+        words = cache.flatten(2).view(torch.float32)
+        pages = words[table[offsets // geometry.page_bytes]]
+        index = numbers[:, None].expand(-1, self.num_kv_heads, -1)
+        return pages.gather(2, index).movedim(1, 0).flatten(1)[:, : sizes.high_tokens]
+
+    def seal(
+        self,
+        cache: torch.Tensor,
+        tiered_table: Any,
+        sizes: TierSizes,
+        low_format: LowFormat,
+        native: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> None:
+        """Write a sealed block from native tokens. Its first page has its header already.
+
+        Args:
+            cache: in and out, tiered pages.
+            tiered_table: page ids of the block.
+            sizes: sizes of the block.
+            low_format: format of the low tier.
+            native: native pages outside of ``cache``, from that of the first token on.
+            scores: float32 ``[kv_heads, >= sizes.num_tokens]``, in the order of the native tokens.
+                The tokens with the highest scores become high tokens.
+        """
+        keys, values = self.read_native(native, sizes.num_tokens)
+        empty = replace(sizes, high_tokens=0, low_records=0)
+        step = TailStep(len(keys), (), False, sizes.low_records, sizes)
+        table = (cache, tiered_table, empty, step, low_format)
+        self.extend(*table, keys, values, scores, recent=0, keep=0.0)
+
+    def seal_tail(
+        self,
+        cache: torch.Tensor,
+        tail: tuple[Any, TierSizes, LowFormat],
+        block: tuple[Any, TierSizes, LowFormat],
+        native: torch.Tensor,
+    ) -> None:
+        """Write a full tail anew as a sealed block.
+
+        Low tokens of the tail become high tokens only if the block has more of them.
+
+        Args:
+            cache: in and out, tiered pages.
+            tail, block: page ids, sizes, and format of the low tier. They can have pages in common,
+                and they have the first page in common, which contains the header.
+            native: native pages outside of ``cache``, with room for the tokens. They are
+                overwritten.
+        """
+        table, sizes, low_format = tail
+        self.restore(cache, table, sizes, low_format, native)
+        shape = self.num_kv_heads, sizes.num_tokens
+        scores = torch.full(shape, -1.0, device=cache.device)
+        scores[:, : sizes.high_tokens] = self.high_scores(cache, table, sizes)
+        self.seal(cache, *block, native, scores)
 
 
 def check_shape(

@@ -9,11 +9,12 @@ inserted between them. A page that both tiers are in is copied, so that each tie
     page         0        1        2
     tail     | high   | hi lo  |           high grows up, low grows down
     longer   | high   | hi     |     lo |  page 1 was copied, and both copies have room
-    sealed   | high            low      |  the sizes of BlockPlanner.form()
 
-So no record ever moves within its page. All sizes are pure functions of the ratio, the position of
-the block in the request, and the number of its tokens. The scheduler computes them; nothing here
-reads a key or a value.
+So no record ever moves within its page. When the tail is full, it is written anew as a sealed block,
+with fewer bytes: the newest tokens receive most of the attention, so the pages that sealed blocks
+save are worth more in the tail. All sizes are pure functions of the ratio, the position of the
+block in the request, and the number of its tokens. The scheduler computes them; nothing here reads
+a key or a value.
 """
 
 import math
@@ -38,6 +39,11 @@ EMPTY = TierSizes(pages=0, high_tokens=0, low_records=0, low_end_bytes=0)
 BLOCK_NATIVE_PAGES = 64
 """Native pages that the tokens of a sealed block would take; measured in
 docs/notes/quality-history.md."""
+SAVED_PAGES = 1
+"""Pages that a sealed block takes less than its share of the ratio."""
+MOST_SAVED_PAGES = 4
+"""Pages that the sealed blocks of a request save together, at most. The tail gets them; measured in
+docs/notes/quality-history.md."""
 LEAST_IMPORTANT = 16
 """Tokens besides the recent ones that stay in the high tier of a tail, at least."""
 
@@ -49,7 +55,7 @@ def block_tokens(block_size: int) -> int:
 
 @dataclass(frozen=True)
 class BlockForm:
-    """What a block becomes when it is sealed: its low format and its sizes."""
+    """Low format and sizes of a block."""
 
     low_format: LowFormat
     sizes: TierSizes
@@ -110,13 +116,37 @@ class BlockPlanner:
         """Pages that ``num_tokens`` uncompressed tokens take."""
         return -(-num_tokens // self.geometry.block_size)
 
-    def form(self, start: int) -> BlockForm:
-        """What a block becomes when it is sealed with all its tokens.
+    def sealed_budget(self, num_tokens: int) -> int:
+        """Pages for the sealed blocks of the first ``num_tokens`` tokens of a request."""
+        saved = num_tokens // self.block_tokens * self._saved_pages
+        return self.budget(num_tokens) - min(saved, MOST_SAVED_PAGES)
+
+    @cached_property
+    def _saved_pages(self) -> int:
+        """Pages that each sealed block saves, as far as the ladder reaches."""
+        share = self.budget(self.block_tokens)
+        return max(0, min(SAVED_PAGES, share - self._form(1).sizes.pages))
+
+    def sealed_form(self, start: int) -> BlockForm:
+        """The form of a sealed block with all its tokens.
 
         Args:
             start: position of its first token in the request.
         """
-        pages = self.budget(start + self.block_tokens) - self.budget(start)
+        end = start + self.block_tokens
+        return self._form(self.sealed_budget(end) - self.sealed_budget(start))
+
+    def tail_form(self, start: int) -> BlockForm:
+        """The form of a tail when its last token has joined, before it is sealed.
+
+        A shorter tail has the same low format.
+
+        Args:
+            start: position of its first token in the request.
+        """
+        return self._form(self.budget(start + self.block_tokens) - self.sealed_budget(start))
+
+    def _form(self, pages: int) -> BlockForm:
         pages = max(1, pages)
         if pages not in self._forms:
             self._forms[pages] = self._richest_form(pages)
@@ -124,7 +154,7 @@ class BlockPlanner:
 
     @cached_property
     def _forms(self) -> dict[int, BlockForm]:
-        """Forms by the pages that the ratio gives to a block."""
+        """Forms of blocks with all their tokens, by the pages that they may take."""
         return {}
 
     def _richest_form(self, pages: int) -> BlockForm:
@@ -147,27 +177,42 @@ class BlockPlanner:
         return self.recent + max(LEAST_IMPORTANT, int(LEAST_HIGH_FRACTION / 2 * num_tokens))
 
     def tail(self, start: int, num_tokens: int) -> TierSizes:
-        """Sizes of a block if ``num_tokens`` tokens, at most a whole block, join it at once."""
-        form = self.form(start)
-        if num_tokens == self.block_tokens:
-            return form.sizes
+        """Sizes of a tail if ``num_tokens`` tokens, fewer than a whole block, join it at once."""
         limit = self._limit(start, num_tokens)
         return self._choose(start, num_tokens, EMPTY, limit, self.least_high(num_tokens))
 
-    def compress(self, num_tokens: int) -> list[TierSizes] | None:
-        """Sizes of the blocks of a native request, a tail last; None if no page is saved."""
+    def block(self, start: int, num_tokens: int) -> BlockForm:
+        """The form of a block that is written at once: sealed if it is whole, else a tail."""
+        if num_tokens == self.block_tokens:
+            return self.sealed_form(start)
+        return BlockForm(self.tail_form(start).low_format, self.tail(start, num_tokens))
+
+    def compress(self, num_tokens: int) -> list[BlockForm] | None:
+        """The blocks of a native request, a tail last; None if no page is saved."""
         blocks = self.blocks(num_tokens)
-        pages = sum(sizes.pages for sizes in blocks)
+        pages = sum(block.sizes.pages for block in blocks)
         return blocks if pages < self.native_pages(num_tokens) else None
 
     def starts(self, num_tokens: int) -> range:
         """Positions of the first tokens of :meth:`blocks`."""
         return range(0, num_tokens, self.block_tokens)
 
-    def blocks(self, num_tokens: int) -> list[TierSizes]:
-        """Sizes of all blocks of a request that is compressed at once."""
+    def blocks(self, num_tokens: int) -> list[BlockForm]:
+        """All blocks of a request that is compressed at once."""
         whole, starts = self.block_tokens, self.starts(num_tokens)
-        return [self.tail(start, min(whole, num_tokens - start)) for start in starts]
+        return [self.block(start, min(whole, num_tokens - start)) for start in starts]
+
+    def most_pages(self, num_tokens: int) -> int:
+        """Pages that a request takes until it holds ``num_tokens`` tokens.
+
+        A tail takes the most just before it is sealed.
+        """
+        pages = [form.sizes.pages for form in self.blocks(num_tokens)]
+        whole = num_tokens // self.block_tokens
+        if not whole:
+            return sum(pages)
+        full = self.tail_form((whole - 1) * self.block_tokens).sizes.pages
+        return max(sum(pages), sum(pages[: whole - 1]) + full)
 
     def append(self, start: int, sizes: TierSizes) -> TailStep:
         """Plan how a tail takes one token."""
@@ -180,7 +225,7 @@ class BlockPlanner:
 
         As long as they do not meet, nothing demotes, and no page is inserted.
         """
-        low_begin = sizes.low_end_bytes - self._low_bytes(self.form(start), sizes)
+        low_begin = sizes.low_end_bytes - self._low_bytes(self.tail_form(start), sizes)
         records = (low_begin - self.geometry.header_bytes) // self.geometry.high.num_bytes
         return HIGH_RECORD_TOKENS * records - sizes.high_tokens
 
@@ -205,15 +250,26 @@ class BlockPlanner:
         return self._tail_step(start, sizes, after, 1 + joined)
 
     def extend(self, start: int, sizes: TierSizes, count: int) -> TailStep:
-        """Plan how a tail takes ``count`` tokens, up to a whole block."""
+        """Plan how a tail takes ``count`` tokens, up to a whole block, and is not sealed yet."""
         num_tokens = sizes.num_tokens + count
         assert num_tokens <= self.block_tokens, "these tokens belong to the next block"
         if num_tokens == self.block_tokens:
-            after = self.form(start).sizes
+            after = self.tail_form(start).sizes
         else:
             limit = max(self._limit(start, num_tokens), sizes.pages)
             after = self._choose(start, num_tokens, sizes, limit, self.least_high(num_tokens))
         return self._tail_step(start, sizes, after, count)
+
+    def seal(self, start: int, sizes: TierSizes, count: int) -> TailStep:
+        """Plan how a block takes its last ``count`` tokens and is sealed in the same step.
+
+        It is written anew, in its present pages as far as it needs them.
+        """
+        after = self.sealed_form(start).sizes
+        assert sizes.num_tokens + count == after.num_tokens, "the block is not full"
+        new_positions = tuple(range(sizes.pages, after.pages))
+        demoted = after.low_records - sizes.low_records
+        return TailStep(count, new_positions, False, demoted, after)
 
     def _tail_step(self, start: int, sizes: TierSizes, after: TierSizes, count: int) -> TailStep:
         """The step in which ``count`` tokens change a tail from ``sizes`` to ``after``."""
@@ -221,7 +277,7 @@ class BlockPlanner:
         high_bytes = self.geometry.high_bytes(sizes.high_tokens) if sizes.pages else 0
         first = -(-high_bytes // page_bytes)
         new_positions = tuple(range(first, first + after.pages - sizes.pages))
-        low_begin = sizes.low_end_bytes - self._low_bytes(self.form(start), sizes)
+        low_begin = sizes.low_end_bytes - self._low_bytes(self.tail_form(start), sizes)
         has_both = sizes.low_records > 0 and low_begin < first * page_bytes
         demoted = after.low_records - sizes.low_records
         return TailStep(count, new_positions, bool(new_positions) and has_both, demoted, after)
@@ -239,7 +295,7 @@ class BlockPlanner:
         high, or :attr:`recent` and :data:`LEAST_IMPORTANT` if no other sizes fit. No record and no
         page of ``before`` is removed.
         """
-        form, best = self.form(start), None
+        form, best = self.tail_form(start), None
         fewest = self.recent + LEAST_IMPORTANT
         for low in range(before.low_records, form.sizes.low_records + 1):
             high = num_tokens - LOW_RECORD_TOKENS * low
@@ -260,7 +316,7 @@ class BlockPlanner:
 
     def _limit(self, start: int, num_tokens: int) -> int:
         """Pages that a tail of ``num_tokens`` tokens should take."""
-        return max(1, self.budget(start + num_tokens) - self.budget(start))
+        return max(1, self.budget(start + num_tokens) - self.sealed_budget(start))
 
     def _fits(self, form: BlockForm, sizes: TierSizes) -> bool:
         high_bytes = self.geometry.high_bytes(sizes.high_tokens)
@@ -298,10 +354,9 @@ def pages_needed(
     One more than the ratio allows for: a step may take the next page early.
     """
     blocks = planner(geometry, ratio, recent, ladder)
-    sizes = blocks.compress(num_tokens) if ratio > 1.0 else None
-    if sizes is None:
+    if ratio == 1.0 or blocks.compress(num_tokens) is None:
         return blocks.native_pages(num_tokens)
-    return sum(one.pages for one in sizes) + 1
+    return blocks.most_pages(num_tokens) + 1
 
 
 @lru_cache(256)

@@ -1,5 +1,7 @@
 """Reading and writing the records of a stream in plain torch, on the bytes of real pages."""
 
+from typing import TypeVar
+
 import torch
 
 from mikv_vllm.tiers import codec, packing
@@ -57,8 +59,11 @@ def write_frame(stream: Stream, geometry: TierGeometry, frame: KeyFrame) -> None
     stream.write(layout.order, frame.order.to(torch.uint8))
 
 
-def high_record_offset(geometry: TierGeometry, record: int) -> int:
-    """Stream offset of a high record."""
+Index = TypeVar("Index", int, torch.Tensor)
+
+
+def high_record_offset(geometry: TierGeometry, record: Index) -> Index:
+    """Stream offset of a high record, or of several."""
     return geometry.header_bytes + record * geometry.high.num_bytes
 
 

@@ -123,6 +123,8 @@ def _keep_high(
         scores: ``[high_tokens]``, the new scores.
         tokens: keys and values ``[high_tokens, head_dim]``, dequantized.
     """
+    if not len(keep):
+        return
     if geometry.high_bits == 16:
         keys, values = (part[keep].to(dtype) for part in tokens)
         write_high(stream, geometry, 0, keys, values, scores[keep])
@@ -178,6 +180,32 @@ def restore(
         parts.append(read_low_record(stream, geometry, low_format, offset))
     all_keys, all_values = zip(*parts, strict=True)
     return torch.cat(all_keys), torch.cat(all_values)
+
+
+def seal(
+    tail: Stream,
+    tail_format: LowFormat,
+    tail_sizes: TierSizes,
+    block: Stream,
+    low_format: LowFormat,
+    sizes: TierSizes,
+    geometry: TierGeometry,
+    dtype: torch.dtype,
+) -> None:
+    """Write a full tail anew as a sealed block.
+
+    Args:
+        tail, tail_format, tail_sizes: the tail.
+        block, low_format, sizes: the sealed block. Its stream begins with the same page.
+        dtype: of the cache.
+    """
+    keys, values = (x.to(dtype) for x in restore(tail, geometry, tail_format, tail_sizes, dtype))
+    scores = torch.full((tail_sizes.num_tokens,), -1.0)
+    stored = read_high(tail, geometry, tail_sizes.high_tokens, dtype)[2]
+    scores[: tail_sizes.high_tokens] = stored
+    empty = replace(sizes, high_tokens=0, low_records=0)
+    step = TailStep(len(keys), (), False, sizes.low_records, sizes)
+    extend(block, geometry, low_format, empty, step, keys, values, scores, keep=0.0, recent=0)
 
 
 def extend(

@@ -193,10 +193,11 @@ class ShadowWorkers:
         A tail that grew token by token may have fewer high tokens than one that is written at once.
         """
         planner = self.scheduler.store.planner(request_id)
-        own = planner.tail(start, block.sizes.num_tokens)
-        bits = planner.form(start).low_format.token_bits
+        own = planner.block(start, block.sizes.num_tokens)
+        bits = own.low_format.token_bits
         assert block.low_format.token_bits >= bits, "a poorer block was found"
-        assert is_tail or block.sizes.high_tokens >= own.high_tokens, "a poorer block was found"
+        high_tokens = own.sizes.high_tokens
+        assert is_tail or block.sizes.high_tokens >= high_tokens, "a poorer block was found"
         return self._content(block)
 
     def _adopt(self, request_id: str, blocks) -> None:
@@ -263,14 +264,27 @@ class ShadowWorkers:
             for page in change.new_pages:
                 self._check_private(page, request_id)
                 self._memory[page] = content
-            if change.new_pages and not change.begins:
+            if change.new_pages and not change.begins and (is_decode or not change.sealed):
                 self._check_split(tables[-1], change)
             tables[-1] = change.append.insert(tables[-1], change.new_pages)
-            assert len(tables[-1]) == change.append.after.pages
             self._append_tokens(content, request_id, first, joining, change.append, is_decode)
             first += joining
+            if change.sealed:
+                self._seal(content, tables[-1], change.sealed, request_id)
+            else:
+                assert len(tables[-1]) == change.append.after.pages
         if is_decode:
             assert tables[-1] == list(blocks[-1].pages), "the worker has other pages"
+
+    def _seal(self, content: Content, table: list[int], block, request_id: str) -> None:
+        """A full block is written anew, and leaves pages."""
+        for page in block.pages:
+            self._check_private(page, request_id)
+        assert table[: len(block.pages)] == list(block.pages), "the header is in another page"
+        assert len(block.pages) == block.sizes.pages
+        for page in table[len(block.pages) :]:
+            self._memory[page] = {}
+        content.low_format, content.surely_high = block.low_format, 0
 
     def _check_split(self, table: list[int], change) -> None:
         """New pages come between the tiers; a page that has both was copied."""

@@ -16,11 +16,10 @@ WHOLE = PLANNER.block_tokens
 
 def add(tables: TierTables, name: str, num_tokens: int) -> None:
     blocks, page = [], 0
-    starts = PLANNER.starts(num_tokens)
-    for start, sizes in zip(starts, PLANNER.blocks(num_tokens), strict=True):
-        pages = tuple(range(page, page + sizes.pages))
-        blocks.append(BlockTable(pages, sizes, PLANNER.form(start).low_format))
-        page += sizes.pages
+    for block in PLANNER.blocks(num_tokens):
+        pages = tuple(range(page, page + block.sizes.pages))
+        blocks.append(BlockTable(pages, block.sizes, block.low_format))
+        page += block.sizes.pages
     tables.add(name, blocks)
 
 
@@ -42,7 +41,7 @@ def draft_rows(tables: TierTables, **lengths: int):
 
 @pytest.mark.parametrize("rejected", [0, 3])
 def test_a_draft_joins_the_tail_behind_the_accepted_tokens(tables, rejected):
-    tails = PLANNER.blocks(600)[-1], PLANNER.blocks(WHOLE + 700)[-1]
+    tails = [PLANNER.blocks(count)[-1].sizes for count in (600, WHOLE + 700)]
     rooms = [PLANNER.free_slots(0, tails[0]), PLANNER.free_slots(WHOLE, tails[1])]
     for step in range(max(rooms) + rejected + 2):
         more = step - rejected

@@ -193,7 +193,8 @@ def test_levels_match_the_published_ones():
 def test_mikv_matches_the_bytes_of_the_oracle(cache, ratio, codec):
     geometry = TierGeometry(HEAD_DIM, 32)
     planner = BlockPlanner(geometry, ratio, 16, LADDERS[codec])
-    (sizes,), low_format = planner.compress(TOKENS), planner.form(0).low_format
+    (block,) = planner.compress(TOKENS)
+    sizes, low_format = block.sizes, block.low_format
     pages = torch.zeros(sizes.pages, 1, geometry.page_bytes, dtype=torch.uint8)
     table = list(range(sizes.pages))
     reference.compress(

@@ -170,7 +170,7 @@ def test_a_long_row_is_split_between_threads(threads):
 def test_many_steps_as_the_planner_plans_them(ratio, poison):
     shape = Shape(64, kv_heads=2, queries_per_kv_head=2, block_size=32)
     planner = BlockPlanner(shape.geometry, ratio, RECENT)
-    sizes, low_format = planner.tail(0, 300), planner.form(0).low_format
+    sizes, low_format = planner.tail(0, 300), planner.tail_form(0).low_format
     pages = new_pages(shape, 60, poison)
     free = torch.randperm(len(pages)).tolist()
     table = [free.pop() for _ in range(sizes.pages)]

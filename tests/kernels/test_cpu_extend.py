@@ -8,6 +8,7 @@ from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import LowFormat
 
 from .cpu_layer import RECENT, layer
+from .seals import SEALS, check_seal
 from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, permutation, tokens
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -80,3 +81,10 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
     assert_same_tiers(pages, expected, table, shape, low_format, step.after)
     others = [page for page in range(len(pages)) if page not in table]
     assert torch.equal(pages[others], before[others])
+
+
+@pytest.mark.parametrize("order", [None, 1])
+@pytest.mark.parametrize(("shape", "tail", "high", "low", "block", "low_after"), SEALS)
+def test_a_sealed_tail_has_the_oracles_bytes(shape, tail, high, low, block, low_after, order):
+    ops = layer(shape, permutation(shape, order))
+    check_seal(ops, shape, tail, high, low, block, low_after, lambda tensor: tensor.clone())

@@ -58,7 +58,7 @@ def test_the_benchmark_covers_every_contender(device, monkeypatch):
     heads = cases.Heads("toy", 64, 1, 2)
     rows = list(cases.decode_rows(heads, 704, [2, 999], [1, 4], 1e9, 10**6, True))
     geometry = TierGeometry(64, cases.BLOCK_SIZE)
-    form = BlockPlanner(geometry, 4, cases.RECENT).form(0)
+    form = BlockPlanner(geometry, 4, cases.RECENT).tail_form(0)
     assert [(row["batch"], row["contender"]) for row in rows] == [
         *((2, name) for name in ("torch flash", "xformers int4", "ours 16-bit")),
         (2, f"ours {form.low_format.name}"),

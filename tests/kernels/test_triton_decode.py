@@ -196,7 +196,7 @@ def test_a_long_row_is_split(device):
 def test_many_steps_as_the_planner_plans_them(device):
     shape = Shape(64, kv_heads=1, queries_per_kv_head=2, block_size=16)
     planner = BlockPlanner(shape.geometry, 4.0, RECENT)
-    sizes, low_format = planner.tail(0, 480), planner.form(0).low_format
+    sizes, low_format = planner.tail(0, 480), planner.tail_form(0).low_format
     pages = new_pages(shape, 50)
     free = torch.randperm(len(pages)).tolist()
     table = [free.pop() for _ in range(sizes.pages)]
@@ -259,7 +259,7 @@ def test_unsupported_parameters_are_refused(changed, message):
 def test_a_captured_step_follows_the_tiers_sizes():
     shape = Shape(64, kv_heads=2, queries_per_kv_head=2, block_size=32)
     planner = BlockPlanner(shape.geometry, 4.0, RECENT)
-    sizes, low_format = planner.tail(0, 300), planner.form(0).low_format
+    sizes, low_format = planner.tail(0, 300), planner.tail_form(0).low_format
     pages = new_pages(shape, 40, poison=None)
     free = torch.randperm(len(pages)).tolist()
     table = [free.pop() for _ in range(sizes.pages)]

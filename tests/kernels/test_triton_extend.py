@@ -7,6 +7,7 @@ from mikv_vllm.tiers import records, reference
 from mikv_vllm.tiers.blocks import BlockPlanner
 from mikv_vllm.tiers.formats import LowFormat
 
+from .seals import SEALS, check_seal
 from .tiered_cache import (
     Shape,
     assert_same_tiers,
@@ -99,7 +100,7 @@ def test_extend_writes_the_oracles_bytes(shape, low_format, ratio, first, more, 
 def test_a_prompt_chunk_by_chunk(device):
     shape = Shape(64, kv_heads=1, block_size=16)
     planner = BlockPlanner(shape.geometry, 4.0, RECENT)
-    sizes, low_format = planner.tail(0, 100), planner.form(0).low_format
+    sizes, low_format = planner.tail(0, 100), planner.tail_form(0).low_format
     pages, table, free = compressed(shape, low_format, sizes, spare=20)
     ops = layer(shape, device)
     for more in (60, 1, 33, 16, 150, 40):
@@ -160,3 +161,9 @@ def check_extend(ops, shape, low_format, sizes, step, pages, table, more, keep, 
         assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
     others = [page for page in range(len(pages)) if page not in table[: step.after.pages]]
     assert torch.equal(pages[others], before[others])
+
+
+@pytest.mark.parametrize(("shape", "tail", "high", "low", "block", "low_after"), SEALS)
+def test_a_sealed_tail_has_the_oracles_bytes(shape, tail, high, low, block, low_after, device):
+    ops = layer(shape, device)
+    check_seal(ops, shape, tail, high, low, block, low_after, lambda tensor: tensor.to(device))

@@ -55,7 +55,7 @@ def test_scratch_is_little_more_than_one_layer_of_the_longest_request(scratch):
     chunk = zeros(CHUNK, KV_HEADS, HEAD_DIM)
     for ratio in (1.5, 2.0, 4.0, 6.0):
         planner = BlockPlanner(geometry, ratio, RECENT)
-        block, low = planner.form(0).sizes, planner.form(0).low_format
+        block, low = planner.sealed_form(0).sizes, planner.tail_form(0).low_format
         ops.score(native, table, TOKENS, q[:32], scores)
         ops.compress(cache, table, table, block, low, scores, q[:32], 0, native=native)
         ops.restore(cache, table, block, low, native)
@@ -66,7 +66,7 @@ def test_scratch_is_little_more_than_one_layer_of_the_longest_request(scratch):
         # One of the longest requests and many short ones.
         rows = []
         for request, num_tokens in enumerate([TOKENS] + (ROWS - 1) * [1024 + 256]):
-            *sealed, tail = planner.blocks(num_tokens - 1)
+            *sealed, tail = (block.sizes for block in planner.blocks(num_tokens - 1))
             step = TailStep(1, (), False, 0, tail)
             for sizes in sealed:
                 read = TailStep(0, (), False, 0, sizes)

@@ -51,11 +51,11 @@ class MiKV(CacheMethod):
         if blocks is None:
             return Stored(cache.keys, cache.values, cache.native_bytes)
         keys, values, num_pages, first = [], [], 0, 0
-        for sizes in blocks:
+        for block in blocks:
+            sizes = block.sizes
             part = cache.part(first, first + sizes.num_tokens)
-            recent = min(self.recent, sizes.high_tokens) if sizes is blocks[-1] else 0
-            low_format = planner.form(first).low_format
-            stored = store_tiers(part, sizes.high_tokens, recent, low_format)
+            recent = min(self.recent, sizes.high_tokens) if block is blocks[-1] else 0
+            stored = store_tiers(part, sizes.high_tokens, recent, block.low_format)
             keys.append(stored[0])
             values.append(stored[1])
             num_pages += sizes.pages

@@ -10,7 +10,7 @@ from mikv_vllm.kernels.batch import round_up
 from mikv_vllm.kernels.cpu._C import Layer
 from mikv_vllm.kernels.cpu.batch import DecodeBatch
 from mikv_vllm.tiers.blocks import TailStep
-from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat
+from mikv_vllm.tiers.formats import LINE_BYTES, LowFormat, TierGeometry
 from mikv_vllm.tiers.plan import TierSizes
 
 HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 128, 256)
@@ -77,6 +77,9 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
         assert all(len(i) == block_size * head_dim for i in index), "index of the wrong size"
         sinks = None if sinks is None else sinks.float().contiguous()
         self.head_dim = head_dim
+        self.num_kv_heads = num_kv_heads
+        self.geometry = TierGeometry(head_dim, block_size, high_bits)
+        self._native_index = tuple(i.long().unflatten(0, (block_size, head_dim)) for i in index)
         self._layer = Layer(
             head_dim,
             num_heads,
@@ -92,7 +95,6 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
             index[0].data_ptr(),
             index[1].data_ptr(),
         )
-        self._num_kv_heads = num_kv_heads
         self._draft_weights = torch.zeros(0, num_kv_heads, 0, 0)
 
     def score(
@@ -182,7 +184,7 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
         if slots < least[0] or drafts < least[1] or high < least[2]:
             slots, drafts = max(slots, round_up(least[0], 8)), max(drafts, least[1])
             high = max(high, round_up(least[2], 256))
-            self._draft_weights = torch.zeros(slots, self._num_kv_heads, drafts, high)
+            self._draft_weights = torch.zeros(slots, self.num_kv_heads, drafts, high)
             self._draft_weights[: len(known), :, : known.shape[2], : known.shape[3]] = known
         weights = self._draft_weights
         return weights.data_ptr(), weights.stride(0), weights.stride(1), weights.stride(2)
@@ -229,3 +231,14 @@ class LayerOps(layer_ops.LayerOps[DecodeBatch]):
             recent,
             keep,
         )
+
+    def read_native(
+        self, native: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        block_size = self.geometry.block_size
+        parts = native[: -(-num_tokens // block_size)].flatten(2)
+        keys, values = (
+            parts[:, :, index].transpose(1, 2).flatten(0, 1)[:num_tokens].contiguous()
+            for index in self._native_index
+        )
+        return keys, values

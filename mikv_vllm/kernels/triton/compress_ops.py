@@ -36,7 +36,7 @@ class CompressOps(LayerSetup):
         q: torch.Tensor,
         scores: torch.Tensor,
     ) -> None:
-        layout, heads = self._layout, self._kv_heads
+        layout, heads = self._layout, self.num_kv_heads
         rows = len(q) * layout.queries_per_kv_head
         sums = self._scratch.take("sums", (heads, PARTS, 2, rows), torch.float32)
         keys, _ = self._native(cache)
@@ -86,7 +86,7 @@ class CompressOps(LayerSetup):
                 if they are not in ``cache``. The tables must not share pages of one tensor, because
                 some programs write while others read: pass a copy.
         """
-        layout, heads, tokens = self._layout, self._kv_heads, sizes.num_tokens
+        layout, heads, tokens = self._layout, self.num_kv_heads, sizes.num_tokens
         key_cache, value_cache = self._native(cache if native is None else native)
         strides_and_table = (*key_cache.stride()[:3], native_table)
         both = (key_cache, value_cache, *strides_and_table)
@@ -136,7 +136,7 @@ class CompressOps(LayerSetup):
             tiered: cache as words, its strides and the block table of the tiers.
             order: of ``select_kernel``.
         """
-        layout, heads, tokens = self._layout, self._kv_heads, sizes.num_tokens
+        layout, heads, tokens = self._layout, self.num_kv_heads, sizes.num_tokens
         take = self._scratch.take
         partial = take("keys", (heads, PARTS, 3, layout.padded), torch.float32)
         ranges = take("ranges", (heads, PARTS, layout.padded), torch.float64)

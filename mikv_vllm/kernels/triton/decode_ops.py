@@ -28,7 +28,7 @@ class DecodeOps(LayerSetup):
     ) -> None:
         if batch.changes:
             self.change(cache, batch, k.dtype)
-        append_kernel[(self._kv_heads, len(batch.rows))](
+        append_kernel[(self.num_kv_heads, len(batch.rows))](
             *self._pages(cache, batch), k, k.stride(0), v, v.stride(0), LAYER=self._layout
         )
         self.attend(cache, batch, q, out)
@@ -43,7 +43,7 @@ class DecodeOps(LayerSetup):
             cache: in and out, tiered pages.
             dtype: dtype of 16-bit high tokens.
         """
-        heads, rows = self._kv_heads, len(batch.rows)
+        heads, rows = self.num_kv_heads, len(batch.rows)
         take, stride = self._scratch.take, batch.num_high + rows * LOW_RECORD_TOKENS
         scores = take("scores", (heads, stride), torch.float32)
         order = take("order", (heads, stride), torch.int32)
@@ -72,7 +72,7 @@ class DecodeOps(LayerSetup):
 
         Arguments are as in ``decode``. ``out`` can have any floating-point dtype.
         """
-        layout, heads, rows = self._layout, self._kv_heads, len(batch.rows)
+        layout, heads, rows = self._layout, self.num_kv_heads, len(batch.rows)
         splits = most_splits(self._programs, rows * heads)
         take = self._scratch.take
         shape = (rows, heads, splits, layout.heads, layout.padded)

@@ -33,7 +33,7 @@ class ExtendOps(LayerSetup):
         low_format: LowFormat,
         native: torch.Tensor,
     ) -> None:
-        layout, heads = self._layout, self._kv_heads
+        layout, heads = self._layout, self.num_kv_heads
         keys, values = self._native(native)
         places = (keys, values, *keys.stride()[:3], *words(cache), tiered_table)
         high, records = sizes.high_tokens, sizes.low_records
@@ -51,6 +51,13 @@ class ExtendOps(LayerSetup):
             FORMAT=LowLines(layout.head_dim, low_format),
         )
 
+    def read_native(
+        self, native: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pages = native[: triton.cdiv(num_tokens, self.geometry.block_size)]
+        keys, values = (part.flatten(0, 1)[:num_tokens] for part in self._native(pages))
+        return keys.contiguous(), values.contiguous()
+
     def extend(
         self,
         cache: torch.Tensor,
@@ -64,7 +71,7 @@ class ExtendOps(LayerSetup):
         recent: int,
         keep: float,
     ) -> None:
-        layout, heads, take = self._layout, self._kv_heads, self._scratch.take
+        layout, heads, take = self._layout, self.num_kv_heads, self._scratch.take
         low = LowLines(layout.head_dim, low_format)
         tiered = (*words(cache), tiered_table)
         high = sizes.high_tokens

@@ -35,7 +35,8 @@ class LayerSetup:
         check_shape(head_dim, HEAD_DIMS, num_heads, num_kv_heads, block_size)
         self.head_dim = head_dim
         self._layout = Layout(head_dim, num_heads // num_kv_heads, block_size, high_bits)
-        self._kv_heads = num_kv_heads
+        self.geometry = self._layout.geometry
+        self.num_kv_heads = num_kv_heads
         self._scale = scale
         self._softcap = float(softcap or 0.0)
         self._sinks = None if sinks is None else sinks.float().contiguous()
