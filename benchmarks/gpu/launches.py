@@ -98,7 +98,12 @@ def decode_step(requests: int, demoting: bool) -> Callable[[], None]:
         step = TailStep(1, (), False, demoted, after)
         rows.append((row, range(tail.pages), tail, step, last.low_format))
     batch = DecodeBatch.build(rows, "cpu")
-    shape = (max(tail.pages, *(block.sizes.pages for block in sealed)), KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    shape = (
+        max(tail.pages, *(block.sizes.pages for block in sealed)),
+        KV_HEADS,
+        BLOCK_SIZE,
+        2 * HEAD_DIM,
+    )
     cache = torch.zeros(shape, dtype=torch.bfloat16)
     q = torch.zeros(requests, HEADS, HEAD_DIM, dtype=torch.bfloat16)
     k = torch.zeros(requests, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)

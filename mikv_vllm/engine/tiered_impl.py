@@ -84,8 +84,8 @@ class TieredImpl(AttentionImpl[Any]):
             self._ops(layer, kv_cache).begin(kv_cache, *begun)
         if decode is not None:
             self._ops(layer, kv_cache).decode(kv_cache, decode, query, key, value, output)
-        for row in sealed:
-            self._seal(self._ops(layer, kv_cache), kv_cache, row)
+        for full in sealed:
+            self._seal(self._ops(layer, kv_cache), kv_cache, full)
         for extend, metadata in extended:
             t = extend.tokens
             self._extend(layer, query[t], key[t], value[t], kv_cache, extend, metadata, output[t])
@@ -144,12 +144,14 @@ class TieredImpl(AttentionImpl[Any]):
 
     def _seal(self, ops: LayerOps[Any], kv_cache: torch.Tensor, row: SealedRow) -> None:
         """Write a full tail anew as a sealed block."""
+        assert context.compression is not None
         tail, block = row.tail, row.block
         ops.seal_tail(
             kv_cache,
             (tail.table, tail.sizes, tail.low_format),
             (block.table, block.sizes, block.low_format),
             context.workspace(kv_cache, -(-tail.sizes.num_tokens // kv_cache.shape[2])),
+            context.compression.recent,
         )
 
     def _extend(
@@ -188,14 +190,16 @@ class TieredImpl(AttentionImpl[Any]):
             if change.source is not None:
                 ops.begin(kv_cache, [change.source], [change.target])
             count = change.step.append.new_tokens
-            if block := change.step.sealed:
+            newest = recent if change is row.changes[-1] else 0
+            if sealed := change.step.sealed:
                 added = scores[:, change.first_token :]
                 if keep and not change.step.begins:
                     tail = row.blocks[-1]
                     stored = ops.high_scores(kv_cache, tail.table, tail.sizes)
                     added[:, : tail.sizes.high_tokens] += keep * stored
                 source = native[change.first_token // block_size :]
-                ops.seal(kv_cache, change.table, block.sizes, block.low_format, source, added)
+                form = sealed.sizes, sealed.low_format
+                ops.seal(kv_cache, change.table, *form, source, added, newest)
                 joined += count
                 continue
             ops.extend(
@@ -207,7 +211,7 @@ class TieredImpl(AttentionImpl[Any]):
                 key[joined : joined + count],
                 value[joined : joined + count],
                 scores[:, change.first_token :],
-                recent if change is row.changes[-1] else 0,
+                newest,
                 keep,
             )
             joined += count

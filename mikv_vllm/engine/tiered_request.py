@@ -215,7 +215,7 @@ class TieredRequest:
         return Growth(planner.lengthen(sizes, step.after.pages), step, tail.is_full)
 
     def _grow(self, num_tokens: int) -> list[Growth]:
-        planner, growths, tail = self.planner, [], self.tail
+        growths, tail = [], self.tail
         start, capacity, sizes = tail.start, tail.capacity, tail.sizes
         count = num_tokens - self.num_tokens
         if 1 < count <= 1 + self.drafts:

@@ -14,6 +14,9 @@ from mikv_vllm.tiers.records import high_record_offset
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
 """The compressed rows of a decode step, as the kernels of a device read them."""
 
+MOST_IMPORTANT = 1e30
+"""Score of tokens that stay high in any case."""
+
 
 class LayerOps(Protocol[Batch_contra]):
     """Score, compress, decode, restore and extend.
@@ -219,6 +222,7 @@ class LayerOps(Protocol[Batch_contra]):
         low_format: LowFormat,
         native: torch.Tensor,
         scores: torch.Tensor,
+        recent: int,
     ) -> None:
         """Write a sealed block from native tokens. Its first page has its header already.
 
@@ -230,12 +234,13 @@ class LayerOps(Protocol[Batch_contra]):
             native: native pages outside of ``cache``, from that of the first token on.
             scores: float32 ``[kv_heads, >= sizes.num_tokens]``, in the order of the native tokens.
                 The tokens with the highest scores become high tokens.
+            recent: number of the last tokens, which become high tokens.
         """
         keys, values = self.read_native(native, sizes.num_tokens)
         empty = replace(sizes, high_tokens=0, low_records=0)
         step = TailStep(len(keys), (), False, sizes.low_records, sizes)
         table = (cache, tiered_table, empty, step, low_format)
-        self.extend(*table, keys, values, scores, recent=0, keep=0.0)
+        self.extend(*table, keys, values, scores, recent, keep=0.0)
 
     def seal_tail(
         self,
@@ -243,6 +248,7 @@ class LayerOps(Protocol[Batch_contra]):
         tail: tuple[Any, TierSizes, LowFormat],
         block: tuple[Any, TierSizes, LowFormat],
         native: torch.Tensor,
+        recent: int,
     ) -> None:
         """Write a full tail anew as a sealed block.
 
@@ -254,13 +260,15 @@ class LayerOps(Protocol[Batch_contra]):
                 and they have the first page in common, which contains the header.
             native: native pages outside of ``cache``, with room for the tokens. They are
                 overwritten.
+            recent: number of the newest tokens, which stay high.
         """
         table, sizes, low_format = tail
         self.restore(cache, table, sizes, low_format, native)
         shape = self.num_kv_heads, sizes.num_tokens
         scores = torch.full(shape, -1.0, device=cache.device)
         scores[:, : sizes.high_tokens] = self.high_scores(cache, table, sizes)
-        self.seal(cache, *block, native, scores)
+        scores[:, sizes.high_tokens - recent : sizes.high_tokens] = MOST_IMPORTANT
+        self.seal(cache, *block, native, scores, recent=0)
 
 
 def check_shape(

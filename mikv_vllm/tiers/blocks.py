@@ -10,11 +10,11 @@ inserted between them. A page that both tiers are in is copied, so that each tie
     tail     | high   | hi lo  |           high grows up, low grows down
     longer   | high   | hi     |     lo |  page 1 was copied, and both copies have room
 
-So no record ever moves within its page. When the tail is full, it is written anew as a sealed block,
-with fewer bytes: the newest tokens receive most of the attention, so the pages that sealed blocks
-save are worth more in the tail. All sizes are pure functions of the ratio, the position of the
-block in the request, and the number of its tokens. The scheduler computes them; nothing here reads
-a key or a value.
+So no record ever moves within its page. When the tail is full, it is written anew as a sealed
+block, which has fewer bytes: the newest tokens receive most of the attention, so the pages that
+sealed blocks save are worth more in the tail. All sizes are pure functions of the ratio, the
+position of the block in the request, and the number of its tokens. The scheduler computes them;
+nothing here reads a key or a value.
 """
 
 import math

@@ -183,29 +183,23 @@ def restore(
 
 
 def seal(
-    tail: Stream,
-    tail_format: LowFormat,
-    tail_sizes: TierSizes,
-    block: Stream,
+    stream: Stream,
+    geometry: TierGeometry,
     low_format: LowFormat,
     sizes: TierSizes,
-    geometry: TierGeometry,
-    dtype: torch.dtype,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
 ) -> None:
-    """Write a full tail anew as a sealed block.
+    """Write a sealed block from its tokens. Its header is in the stream already.
 
     Args:
-        tail, tail_format, tail_sizes: the tail.
-        block, low_format, sizes: the sealed block. Its stream begins with the same page.
-        dtype: of the cache.
+        keys, values: ``[tokens, head_dim]`` in the dtype of the cache.
+        scores: ``[tokens]``; the tokens with the highest ones become high tokens.
     """
-    keys, values = (x.to(dtype) for x in restore(tail, geometry, tail_format, tail_sizes, dtype))
-    scores = torch.full((tail_sizes.num_tokens,), -1.0)
-    stored = read_high(tail, geometry, tail_sizes.high_tokens, dtype)[2]
-    scores[: tail_sizes.high_tokens] = stored
     empty = replace(sizes, high_tokens=0, low_records=0)
     step = TailStep(len(keys), (), False, sizes.low_records, sizes)
-    extend(block, geometry, low_format, empty, step, keys, values, scores, keep=0.0, recent=0)
+    extend(stream, geometry, low_format, empty, step, keys, values, scores, keep=0.0, recent=0)
 
 
 def extend(

@@ -4,9 +4,10 @@ import pytest
 
 from mikv_vllm.evaluation.quality import QualityRun
 from mikv_vllm.evaluation.tasks import split_turns
-from mikv_vllm.evaluation.windows import Window
+from mikv_vllm.evaluation.windows import Window, cut_windows
+from mikv_vllm.tiers.blocks import block_tokens
 
-from .conftest import idle_stats
+from .conftest import BLOCK_SIZE, idle_stats
 from .mutants import MUTATIONS, mutated
 
 pytestmark = pytest.mark.engine
@@ -83,6 +84,20 @@ def test_a_tail_that_grows_without_its_copies_is_noticed(engine, windows):
     quality.close()
     print(right, wrong)
     assert right < 2 * MOST_DIVERGENCE[4.0] < wrong
+
+
+def test_an_answer_that_fills_its_tail_is_as_good(engine):
+    """The 32nd token of the answer fills the tail, which is written anew as a sealed block."""
+    engine.reset_prefix_cache()
+    prompt = block_tokens(BLOCK_SIZE) - 32
+    quality = QualityRun(engine, cut_windows(engine.get_tokenizer(), 2, prompt, 96))
+    right = quality.measure(4.0)
+    with mutated(engine, "zeroed workspace"):
+        wrong = quality.measure(4.0).divergence
+    quality.close()
+    print(right, wrong)
+    assert right.achieved_ratio >= 3.9
+    assert right.divergence < 2 * MOST_DIVERGENCE[4.0] < wrong
 
 
 def test_a_conversation_that_goes_on_from_its_tail_is_as_good(engine, windows):

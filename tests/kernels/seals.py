@@ -2,11 +2,13 @@
 
 import torch
 
+from mikv_vllm.kernels.layer_ops import MOST_IMPORTANT
 from mikv_vllm.tiers import records, reference
 from mikv_vllm.tiers.formats import LowFormat
 
 from .tiered_cache import Shape, assert_same_tiers, filled, new_pages, sizes_of
 
+RECENT = 16
 SEALS = [
     # shape; low format, high tokens and low records of the tail; low format and low records of the
     # block
@@ -34,27 +36,29 @@ def check_seal(ops, shape, tail_name, high, low, name, low_after, on_device):
     table = [free.pop() for _ in range(tail.pages)]
     filled(shape, tail_format, tail, pages, table, seed=high)
     block = (table + free)[: sizes.pages]
-    expected, before = pages.clone(), pages.clone()
-    for head in range(shape.kv_heads):
-        streams = [records.Stream(part, t, head) for part, t in ((pages, table), (expected, block))]
-        scores = records.read_high(streams[0], shape.geometry, high, shape.dtype)[2]
-        assert len(scores.unique()) > 1
-        reference.seal(
-            streams[0],
-            tail_format,
-            tail,
-            streams[1],
-            low_format,
-            sizes,
-            shape.geometry,
-            shape.dtype,
-        )
-    cache = on_device(pages)
+    before = pages.clone()
     count = -(-tail.num_tokens // shape.block_size)
     native_shape = (count, shape.kv_heads, shape.block_size, 2 * shape.head_dim)
     native = on_device(torch.full(native_shape, 7.0, dtype=shape.dtype))
+    cache = on_device(pages)
     tables = [on_device(torch.tensor(t, dtype=torch.int32)) for t in (table, block)]
-    ops.seal_tail(cache, (tables[0], tail, tail_format), (tables[1], sizes, low_format), native)
+    blocks = (tables[0], tail, tail_format), (tables[1], sizes, low_format)
+    ops.seal_tail(cache, *blocks, native, RECENT)
+    # They may differ from the oracle's by rounding, so the block is compared with their seal.
+    keys, values = (part.cpu() for part in ops.read_native(native, tail.num_tokens))
+    expected, geometry = before.clone(), shape.geometry
+    for head in range(shape.kv_heads):
+        stream = records.Stream(before, table, head)
+        restored = reference.restore(stream, geometry, tail_format, tail, shape.dtype)
+        for part, numbers in zip((keys, values), restored, strict=True):
+            torch.testing.assert_close(part[:, head].float(), numbers, rtol=2**-7, atol=1e-5)
+        scores = torch.full((tail.num_tokens,), -1.0)
+        scores[:high] = records.read_high(stream, geometry, high, shape.dtype)[2]
+        assert len(scores[:high].unique()) > 1
+        scores[high - RECENT : high] = MOST_IMPORTANT
+        tokens = (keys[:, head], values[:, head], scores)
+        stream = records.Stream(expected, block, head)
+        reference.seal(stream, geometry, low_format, sizes, *tokens)
     pages.copy_(cache)
     assert_same_tiers(pages, expected, block, shape, low_format, sizes)
     for head in range(shape.kv_heads):

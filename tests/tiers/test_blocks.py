@@ -54,7 +54,8 @@ def check_new_pages(planner, start, before, step):
         assert not step.is_split
         return
     assert positions == tuple(range(positions[0], positions[0] + len(positions)))
-    low_bytes = before.low_records * planner.geometry.low(planner.tail_form(start).low_format).num_bytes
+    low = planner.geometry.low(planner.tail_form(start).low_format)
+    low_bytes = before.low_records * low.num_bytes
     high_pages = {*range(-(-planner.geometry.high_bytes(before.high_tokens) // page))}
     low_pages = {
         *range((before.low_end_bytes - low_bytes) // page, before.pages if low_bytes else 0)
