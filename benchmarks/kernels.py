@@ -107,6 +107,38 @@ class Prompt:
             first += block.sizes.num_tokens
 
 
+class FullTail:
+    """A full tail in one layer, which is written anew as a sealed block.
+
+    Args:
+        geometry: sizes of pages and records.
+        heads, kv_heads: query heads and KV heads.
+        ratio: requested compression ratio.
+    """
+
+    def __init__(self, geometry: TierGeometry, heads: int, kv_heads: int, ratio: float) -> None:
+        self.ops = layer_ops(geometry, heads, kv_heads)
+        planner = BlockPlanner(geometry, ratio, RECENT)
+        self.tail, self.block = planner.tail_form(0), planner.sealed_form(0)
+        self.num_tokens, pages = planner.block_tokens, self.tail.sizes.pages
+        count = planner.native_pages(self.num_tokens)
+        self.native = torch.randn(count, kv_heads, geometry.page_bytes // 2).to(torch.bfloat16)
+        self.cache = torch.cat([self.native, torch.zeros_like(self.native[:pages])])
+        self.table = torch.arange(count, count + pages, dtype=torch.int32)
+        q = torch.randn(32, heads, geometry.head_dim, dtype=torch.bfloat16)
+        scores = torch.rand(kv_heads, self.num_tokens)
+        table = torch.arange(count, dtype=torch.int32)
+        form = self.tail.sizes, self.tail.low_format
+        self.ops.compress(self.cache, table, self.table, *form, scores, q, RECENT)
+        self.filled = self.cache.clone()
+
+    def seal(self) -> None:
+        self.cache.copy_(self.filled)
+        tail = self.table, self.tail.sizes, self.tail.low_format
+        block = self.table[: self.block.sizes.pages], self.block.sizes, self.block.low_format
+        self.ops.seal_tail(self.cache, tail, block, self.native, RECENT)
+
+
 class Decode:
     """A decode step of several layers and requests, all with the same sizes.
 
@@ -224,11 +256,15 @@ def main() -> None:
         cpu.set_isa(isa)
         decode_rows(isa, bandwidth)
         prompt = Prompt(geometry, HEADS, KV_HEADS, args.tokens, 4.0)
-        taken = args.tokens * KV_HEADS * geometry.token_bytes
-        for name, run in (("score 32 queries", prompt.score), ("compress", prompt.compress)):
-            time_taken = seconds(run)
+        full = FullTail(geometry, HEADS, KV_HEADS, 4.0)
+        for name, run, tokens in (
+            ("score 32 queries", prompt.score, args.tokens),
+            ("compress", prompt.compress, args.tokens),
+            ("seal a tail", full.seal, full.num_tokens),
+        ):
+            taken, time_taken = tokens * KV_HEADS * geometry.token_bytes, seconds(run)
             print(
-                f"{isa:7} {f'{name}, {args.tokens} tokens':42} {1e-6 * taken:8.2f}"
+                f"{isa:7} {f'{name}, {tokens} tokens':42} {1e-6 * taken:8.2f}"
                 f" {1e3 * time_taken:9.3f} {1e-9 * taken / time_taken:6.1f}"
             )
 
