@@ -55,7 +55,7 @@ class StepPlanner:
         store = self._store
         decode: dict[str, DecodeStep] = {}
         extend: dict[str, ExtendStep] = {}
-        for request_id, changes in store.drain_steps().items():
+        for request_id, changes in store.changes.drain_steps().items():
             num_new = num_scheduled_tokens[request_id]
             if num_new == 1 or request_id in drafts:
                 (decode[request_id],) = changes
@@ -78,15 +78,15 @@ class StepPlanner:
                 compress[request_id] = done
                 self._scoring.discard(request_id)
         store.seal(requests)
-        store.release_pages()
+        store.changes.release_pages()
         return StepPlan(
             score=score,
             compress=compress,
             decode=decode,
             extend=extend,
             verified=self.drafts.begin_step(drafts),
-            adopt=store.drain_adopted(),
-            copy=store.drain_copies(),
+            adopt=store.changes.drain_adopted(),
+            copy=store.changes.drain_copies(),
             zero=store.dirty.drain(),
         )
 

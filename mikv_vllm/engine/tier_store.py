@@ -11,9 +11,11 @@ from mikv_vllm.config import CompressionConfig
 from mikv_vllm.engine.block_cache import BlockCache, Hit
 from mikv_vllm.engine.dirty_pages import DirtyPages
 from mikv_vllm.engine.eviction import SpentPages
+from mikv_vllm.engine.step_changes import StepChanges
 from mikv_vllm.engine.step_plan import OPERATIONS, BlockTable, CompressStep, DecodeStep
 from mikv_vllm.engine.tiered_request import Block, Growth, TieredRequest, TierTotals
 from mikv_vllm.tiers.blocks import (
+    MOST_SAVED_PAGES,
     BlockForm,
     BlockPlanner,
     block_tokens,
@@ -22,15 +24,16 @@ from mikv_vllm.tiers.blocks import (
 )
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, TierGeometry
 
-BRANCH_PAGES = 4
-"""Most pages that a request takes in addition if it seals a short block."""
+BRANCH_PAGES = 4 + MOST_SAVED_PAGES
+"""Most pages that a request takes in addition if it seals a short block, which is as rich as a
+tail."""
 
 
 class TierStore:
     """Allocates, shares and releases the pages of blocks in vLLM's pool.
 
     Calls come in pairs: :meth:`admit` and :meth:`forget`, :meth:`adopt` or :meth:`compress` and
-    :meth:`release`. Changes of a step are collected; the scheduler drains them into the plan.
+    :meth:`release`. Changes of a step are collected in :attr:`changes`, for the plan.
     """
 
     def __init__(
@@ -64,11 +67,7 @@ class TierStore:
         self.spent = SpentPages(pool)
         self._unsealed: dict[str, int] = {}
         """Requests with full blocks that are not in the prefix cache: index of the first."""
-        self._steps: dict[str, list[DecodeStep]] = {}
-        self._adopted: dict[str, tuple[BlockTable, ...]] = {}
-        self._copies: dict[int, int] = {}
-        """Pages that begin the step as copies: the page that each one is a copy of."""
-        self._released: list[KVCacheBlock] = []
+        self.changes = StepChanges(pool)
 
     def _evict(self, pages: Iterable[int]) -> None:
         self.operations["evict"] += self.cache.evict(pages)
@@ -128,7 +127,9 @@ class TierStore:
         """Let a compressed request take tokens until it has ``num_tokens``."""
         tiered = self.requests[request_id]
         growths = tiered.grow(num_tokens)
-        self._steps[request_id] = [self._grow(request_id, tiered, growth) for growth in growths]
+        self.changes.steps[request_id] = [
+            self._grow(request_id, tiered, growth) for growth in growths
+        ]
 
     def _grow(self, request_id: str, tiered: TieredRequest, growth: Growth) -> DecodeStep:
         step = growth.step
@@ -143,7 +144,7 @@ class TierStore:
         low_format = tail.low_format
         tail.pages = step.insert(tail.pages, new)
         if step.is_split:
-            self._copy(tail.pages[step.new_positions[0] - 1], new[-1])
+            self.changes.copy(tail.pages[step.new_positions[0] - 1], new[-1])
         tiered.resize(step.after)
         demoted, sealed = step.demoted_records, None
         if growth.sealed:
@@ -161,15 +162,11 @@ class TierStore:
     def _rewrite(self, tiered: TieredRequest, form: BlockForm) -> BlockTable:
         """Give the tail the form of a sealed block, and release the pages that it leaves."""
         tail, count = tiered.tail, form.sizes.pages
-        self._released += tail.pages[count:]
+        self.changes.release(tail.pages[count:])
         del tail.pages[count:]
         tail.low_format = form.low_format
         tiered.resize(form.sizes)
         return tail.table()
-
-    def _copy(self, source: KVCacheBlock, target: KVCacheBlock) -> None:
-        """Let workers copy a page before the step. They read all sources before they write."""
-        self._copies[target.block_id] = self._copies.get(source.block_id, source.block_id)
 
     def remove_tokens(self, request_id: str, count: int) -> None:
         """Remove the newest ``count`` tokens of a tail, which are high. It keeps its pages."""
@@ -220,8 +217,8 @@ class TierStore:
             blocks[-1].pages = copies
             sources = hit.tail.pages
             for source, copy in zip(sources, copies, strict=True):
-                self._copy(source, copy)
-            self._released += sources
+                self.changes.copy(source, copy)
+            self.changes.release(sources)
             self.spent.add(sources)
             self.operations["copy"] += 1
         droppable = hit.droppable if hit.tail else None
@@ -229,14 +226,14 @@ class TierStore:
         planner = self.planner(request_id)
         tiered = TieredRequest(planner, blocks, hit.num_tokens, branch, droppable)
         self._hold(request_id, tiered, "adopt")
-        self._adopted[request_id] = tuple(block.table() for block in blocks)
+        self.changes.adopted[request_id] = tuple(block.table() for block in blocks)
 
     def compress(
         self, request: Request, num_tokens: int, native: list[KVCacheBlock]
     ) -> CompressStep | None:
         """Move a native request into blocks. Blocks that the prefix cache has are shared.
 
-        The native pages stay allocated until :meth:`release_pages`: other requests of the same
+        The native pages stay allocated until the plan is made: other requests of the same
         step must not write to them before the workers have read them.
 
         Returns:
@@ -275,7 +272,7 @@ class TierStore:
         ids = {page.block_id for page in written}
         in_place = any(page.block_id in ids for page in native)
         left = [page for page in reversed(native) if page.block_id not in ids]
-        self._released += left
+        self.changes.release(left)
         self.spent.add(left)
         branch = self.branches.get(request.request_id, 0)
         num_reused = sum(block.capacity for block in reused)
@@ -327,8 +324,7 @@ class TierStore:
     def _allocate(self, count: int) -> list[KVCacheBlock]:
         self.spent.evict_first(count)
         pages = self.pool.get_new_blocks(count)
-        for page in pages:
-            self._copies.pop(page.block_id, None)  # it was freed again in this step
+        self.changes.begin_pages(pages)
         return pages
 
     def _hold(self, request_id: str, tiered: TieredRequest, operation: str) -> None:
@@ -350,8 +346,8 @@ class TierStore:
             if not block.users:
                 self.totals.count(self.geometry, block, -1)
                 self.cache.keep(block)
-        for by_request in (self._steps, self._adopted, self._unsealed):
-            by_request.pop(request_id, None)
+        self._unsealed.pop(request_id, None)
+        self.changes.forget(request_id)
 
     # The prefix cache.
 
@@ -381,7 +377,7 @@ class TierStore:
         request_id = request.request_id
         tiered = self.requests.get(request_id)
         # With a planned change, the step of the request may have been withdrawn.
-        if tiered is None or not self.enable_caching or request_id in self._steps:
+        if tiered is None or not self.enable_caching or request_id in self.changes.steps:
             return
         num_tokens = min(request.num_computed_tokens, request.num_tokens)
         for block in tiered.all_blocks():
@@ -394,25 +390,3 @@ class TierStore:
         """Remember the tokens of a request that ends, to find the branches of later ones."""
         if self.enable_caching and request.request_id in self.ratios:
             self.cache.remember(request)
-
-    # What the plan of a step gets.
-
-    def drain_steps(self) -> dict[str, list[DecodeStep]]:
-        """Drain the changes since the last call that are more than :meth:`append_token`."""
-        steps, self._steps = self._steps, {}
-        return steps
-
-    def drain_adopted(self) -> dict[str, tuple[BlockTable, ...]]:
-        """Drain the requests that begin with blocks of the prefix cache."""
-        adopted, self._adopted = self._adopted, {}
-        return adopted
-
-    def drain_copies(self) -> tuple[tuple[int, int], ...]:
-        """Drain the pages to copy, from and to."""
-        copies, self._copies = self._copies, {}
-        return tuple((source, target) for target, source in copies.items())
-
-    def release_pages(self) -> None:
-        """Return the pages that are not needed after this step to the pool."""
-        self.pool.free_blocks(self._released)
-        self._released = []

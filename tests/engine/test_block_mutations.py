@@ -73,7 +73,7 @@ def share_tails(patch) -> None:
             droppable,
         )
         self._hold(request_id, tiered, "adopt")
-        self._adopted[request_id] = tuple(block.table() for block in blocks)
+        self.changes.adopted[request_id] = tuple(block.table() for block in blocks)
 
     patch.setattr(TierStore, "adopt", adopt)
 

@@ -18,10 +18,16 @@ MOST_DIVERGENCE = {3.0: 0.0033, 4.0: 0.006, 5.0: 0.02}
 
 
 @pytest.fixture(scope="module")
+def windows(engine):
+    """Four windows of 1,536 + 128 tokens."""
+    return cut_windows(engine.get_tokenizer(), 4, 1536, 128)
+
+
+@pytest.fixture(scope="module")
 def run(engine, windows):
     # Prompts found in the prefix cache would be cut into other chunks, and rounded otherwise.
     engine.reset_prefix_cache()
-    quality = QualityRun(engine, windows[:4])
+    quality = QualityRun(engine, windows)
     yield quality
     quality.close()
 
@@ -96,7 +102,7 @@ def test_an_answer_that_fills_its_tail_is_as_good(engine):
         wrong = quality.measure(4.0).divergence
     quality.close()
     print(right, wrong)
-    assert right.achieved_ratio >= 3.9
+    assert right.achieved_ratio >= 3.8
     assert right.divergence < 2 * MOST_DIVERGENCE[4.0] < wrong
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.engine
 MODEL = "smollm2-135m-instruct"
 FLAGS = [
     *("--max-model-len", "8192"),
-    *("--kv-cache-memory-bytes", str(160 << 20)),  # 7,232 native tokens
+    *("--kv-cache-memory-bytes", str(96 << 20)),  # 4,320 native tokens
     *("--kv-compression-ratio", "4"),
 ]
 TWO = ["--data-parallel-size", "2"]
@@ -101,10 +101,10 @@ def test_stats_are_sums_over_both_engines(server, expected):
 
 
 def test_a_prompt_that_fits_into_no_engine_is_an_error_400(server):
-    body = {"model": MODEL, "prompt": [7] * 7400, "max_tokens": 4}
+    body = {"model": MODEL, "prompt": [7] * 4400, "max_tokens": 4}
     refused = server.client.post("/v1/completions", json=body | {"kv_compression_ratio": 1.0})
     error = refused.json()["error"]
     assert (refused.status_code, error["param"]) == (400, "kv_compression_ratio")
-    assert "holds 7232" in error["message"]
+    assert "holds 4320" in error["message"]
     answer = server.client.post("/v1/completions", json=body)
     assert answer.json()["kv_compression"]["achieved_ratio"] > 3.6
