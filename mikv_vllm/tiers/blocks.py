@@ -124,7 +124,7 @@ class BlockPlanner:
     @cached_property
     def _saved_pages(self) -> int:
         """Pages that each sealed block saves, as far as the ladder reaches."""
-        share = self.budget(self.block_tokens)
+        share = math.floor(BLOCK_NATIVE_PAGES / self.ratio)
         return max(0, min(SAVED_PAGES, share - self._form(1).sizes.pages))
 
     def sealed_form(self, start: int) -> BlockForm:

@@ -10,6 +10,8 @@ from mikv_vllm.tiers.blocks import (
     BLOCK_NATIVE_PAGES,
     EMPTY,
     LEAST_IMPORTANT,
+    MOST_SAVED_PAGES,
+    SAVED_PAGES,
     BlockPlanner,
     most_tokens,
     pages_needed,
@@ -147,6 +149,44 @@ def test_the_blocks_of_a_request_follow_its_ratio(geometry, ratio, num_tokens):
     assert sum(block.sizes.num_tokens for block in blocks) == num_tokens
     for start, block in zip(planner.starts(num_tokens), blocks, strict=True):
         check(planner, start, block.sizes)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES[:4], ids=str)
+@pytest.mark.parametrize("ratio", [2.0, 3.0, 4.0, 4.5, 5.0])
+def test_sealed_blocks_save_pages_and_the_tail_gets_them(geometry, ratio):
+    planner = BlockPlanner(geometry, ratio, RECENT)
+    saved = 0
+    for start in range(0, 8 * planner.block_tokens, planner.block_tokens):
+        share = planner.budget(start + planner.block_tokens) - planner.budget(start)
+        tail, sealed = planner.tail_form(start), planner.sealed_form(start)
+        assert tail.sizes.pages == share + saved
+        saves = SAVED_PAGES if saved < MOST_SAVED_PAGES else 0
+        assert sealed.sizes.pages == share - saves
+        assert tail.low_format.token_bits >= sealed.low_format.token_bits
+        saved += saves
+    assert saved == MOST_SAVED_PAGES
+
+
+def test_blocks_in_the_poorest_format_save_nothing():
+    planner = BlockPlanner(GEOMETRIES[0], 100, RECENT)
+    for start in range(0, 8 * planner.block_tokens, planner.block_tokens):
+        assert planner.sealed_form(start) == planner.sealed_form(0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ratio=RATIO, index=st.integers(0, 7), count=st.integers(1, 2048))
+def test_a_block_that_a_chunk_fills_keeps_its_pages(ratio, index, count):
+    planner = BlockPlanner(GEOMETRIES[0], ratio, RECENT)
+    start = index * planner.block_tokens
+    before = EMPTY
+    if count < planner.block_tokens:
+        before = planner.tail(start, planner.block_tokens - count)
+    step = planner.seal(start, before, count)
+    assert step.after == planner.sealed_form(start).sizes
+    assert step.new_tokens == count
+    pages = step.insert(range(before.pages), [-1] * len(step.new_positions))
+    assert pages[: before.pages] == [*range(before.pages)]
+    assert len(pages) == max(before.pages, step.after.pages)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64])
