@@ -90,7 +90,7 @@ def start_engine(folder: str, batch: Batch, **settings):
         enforce_eager=True,
         kv_cache_memory_bytes=(batch.pages + 1) * PAGE_BYTES,
         block_size=BLOCK_SIZE,
-        max_model_len=256 if batch.pages < 32 else 1280,
+        max_model_len=256 if batch.pages < 32 else 1344,
         max_num_batched_tokens=256,
         max_logprobs=VOCABULARY,
         enable_prefix_caching=False,
