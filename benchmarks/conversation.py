@@ -7,8 +7,8 @@ from mikv_vllm.evaluation.tasks import split_turns, windows_of
 from mikv_vllm.evaluation.windows import Window
 
 RATIOS = (3.0, 4.0, 5.0)
-PROMPT = 3072
-"""Tokens of the prompt of the fourth turn. The third turn fills a block of 2,048 tokens."""
+PROMPT = 1536
+"""Tokens of the prompt of the fourth turn."""
 CONTINUATION = 128
 WINDOWS = 4
 KEYS = 40
