@@ -191,8 +191,8 @@ class TieredImpl(AttentionImpl[Any]):
                 ops.begin(kv_cache, [change.source], [change.target])
             count = change.step.append.new_tokens
             newest = recent if change is row.changes[-1] else 0
+            added = scores[:, change.first_token :]
             if sealed := change.step.sealed:
-                added = scores[:, change.first_token :]
                 if keep and not change.step.begins:
                     tail = row.blocks[-1]
                     stored = ops.high_scores(kv_cache, tail.table, tail.sizes)
@@ -200,18 +200,17 @@ class TieredImpl(AttentionImpl[Any]):
                 source = native[change.first_token // block_size :]
                 form = sealed.sizes, sealed.low_format
                 ops.seal(kv_cache, change.table, *form, source, added, newest)
-                joined += count
-                continue
-            ops.extend(
-                kv_cache,
-                change.table,
-                change.step.before,
-                change.step.append,
-                change.step.low_format,
-                key[joined : joined + count],
-                value[joined : joined + count],
-                scores[:, change.first_token :],
-                newest,
-                keep,
-            )
+            else:
+                ops.extend(
+                    kv_cache,
+                    change.table,
+                    change.step.before,
+                    change.step.append,
+                    change.step.low_format,
+                    key[joined : joined + count],
+                    value[joined : joined + count],
+                    added,
+                    newest,
+                    keep,
+                )
             joined += count
