@@ -30,6 +30,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
     "config/model.py": {
         "ModelConfig.dtype": None,
         "ModelConfig.get_head_size": "self",
+        "ModelConfig.get_num_kv_heads": "self parallel_config",
         "ModelConfig.get_sliding_window": "self",
         "ModelConfig.hf_text_config": None,
         "ModelConfig.model": None,
@@ -42,9 +43,11 @@ VLLM_API: dict[str, dict[str, str | None]] = {
     },
     "config/speculative.py": {
         "SpeculativeConfig.disable_padded_drafter_batch": None,
+        "SpeculativeConfig.draft_model_config": None,
         "SpeculativeConfig.method": None,
         "SpeculativeConfig.parallel_drafting": None,
-        "SpeculativeConfig.use_eagle": "self",
+        "SpeculativeConfig.uses_draft_kv_cache": "self",
+        "SpeculativeConfig.uses_draft_model": "self",
     },
     "config/utils.py": {"get_attr_docs": "cls"},
     "config/vllm.py": {
@@ -156,6 +159,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
             "self common_prefix_len common_attn_metadata fast_build"
         ),
         "CPUAttentionMetadataBuilder.kv_cache_spec": None,
+        "CPUAttentionMetadataBuilder.vllm_config": None,
     },
     "v1/attention/backends/flash_attn.py": {
         "FlashAttentionBackend.get_builder_cls": "",

@@ -3,6 +3,7 @@
 The batch is split, and vLLM's kernel runs over the native rows only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,11 @@ from mikv_vllm.engine.tiered_metadata import (
     ScoredRow,
     SealedRow,
     native_part,
+    native_selection,
     restored_part,
     split_batch,
     split_draft_pass,
-    token_selection,
+    split_first_draft_pass,
 )
 from mikv_vllm.engine.worker_context import context
 from mikv_vllm.kernels.cpu import DecodeBatch, LayerOps
@@ -60,17 +62,18 @@ class TieredCPUAttentionMetadata(CPUAttentionMetadata):
 
     native_tokens: slice | torch.Tensor | None = None
     """The tokens of native rows; None if there are none."""
-    decode: DecodeBatch | None = None
-    """Blocks of the compressed rows with one token; None if there are none."""
+    decode: list[DecodeBatch] = field(default_factory=list)
+    """Blocks of the compressed rows that decode; in the first pass of a draft model, then those of
+    the rows that one more token joins."""
     begun: tuple[list[int], list[int]] = ([], [])
     """See :class:`~mikv_vllm.engine.tiered_metadata.BatchSplit`."""
-    sealed: list[SealedRow] = field(default_factory=list)
+    sealed: Sequence[SealedRow] = ()
     """Tails that the step fills."""
-    scored: list[ScoredRow] = field(default_factory=list)
+    scored: Sequence[ScoredRow] = ()
     extended: list[tuple[ExtendedRow, CPUAttentionMetadata]] = field(default_factory=list)
     """Rows with a prompt chunk, and vLLM's metadata of each in the workspace."""
-    skipped: slice | torch.Tensor | None = None
-    """Tokens whose output is 0; None if there are none."""
+    skipped: torch.Tensor | None = None
+    """Tokens whose output is 0, int64 ``[tokens]``; None if there are none."""
 
 
 class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -86,7 +89,8 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         batch = common_attn_metadata
         starts = batch.query_start_loc_cpu.numpy()
-        return self._build_split(batch, split_batch(context, starts, batch.block_table_tensor))
+        split = split_batch(context, starts[:-1], starts[1:], batch.block_table_tensor)
+        return self._build_split(batch, split)
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
@@ -96,26 +100,32 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         The first pass computes the tokens of the step, and its plan changes the tiers of draft
         layers as it does those of the model. Each later pass computes one drafted token a request.
         """
-        if draft_index == 0 or not isinstance(self.kv_cache_spec, TieredAttentionSpec):
-            return super().build_for_drafting(common_attn_metadata, draft_index)
+        batch, spec = common_attn_metadata, self.kv_cache_spec
+        if not isinstance(spec, TieredAttentionSpec):
+            return super().build_for_drafting(batch, draft_index)
+        if draft_index == 0:
+            speculative = self.vllm_config.speculative_config
+            assert speculative is not None
+            if context.is_native or not speculative.uses_draft_model():
+                return super().build_for_drafting(batch, draft_index)
+            return self._build_split(batch, split_first_draft_pass(context, batch, spec.geometry))
         context.end_step()
         if not len(context.tiers):
-            return super().build_for_drafting(common_attn_metadata, draft_index)
-        split = split_draft_pass(context, common_attn_metadata, self.kv_cache_spec.geometry)
-        return self._build_split(common_attn_metadata, split)
+            return super().build_for_drafting(batch, draft_index)
+        return self._build_split(batch, split_draft_pass(context, batch, spec.geometry))
 
     def _build_split(
         self, batch: CommonAttentionMetadata, split: BatchSplit
     ) -> TieredCPUAttentionMetadata:
         """Build the metadata of a batch that is split."""
-        starts = batch.query_start_loc_cpu.numpy()
+        num_tokens = int(batch.query_start_loc_cpu[-1])
+        is_native = torch.zeros(num_tokens, dtype=torch.bool)
         native_tokens: slice | torch.Tensor | None = None
-        native = batch
         if len(split.native_rows):
-            native_tokens = token_selection(split.native_rows, starts)
-            if len(split.native_rows) < len(starts) - 1:
-                native = native_part(batch, split.native_rows, starts)
-            metadata = super().build(0, native)
+            native_tokens = native_selection(split)
+            is_native[native_tokens] = True
+            is_whole = bool(is_native.all())
+            metadata = super().build(0, batch if is_whole else native_part(batch, split))
         else:
             metadata = CPUAttentionMetadata(
                 num_actual_tokens=0,
@@ -127,29 +137,23 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 slot_mapping=batch.slot_mapping,
                 scheduler_metadata=None,
             )
-        skipped = None
-        if len(split.skipped_rows):
-            skipped = token_selection(split.skipped_rows, starts)
-            batch.slot_mapping[skipped] = -1
-        decode = None
-        if len(split.rows):
-            decode = DecodeBatch.of(*split.decode)
-            # vLLM's slots of these tokens are in pages that the request has released.
-            batch.slot_mapping[token_selection(split.rows, starts)] = -1
+        # vLLM's slots of the other tokens are in pages that the requests have released.
+        batch.slot_mapping[:num_tokens].masked_fill_(~is_native, -1)
         extended = []
         for chunk in split.extended:
-            batch.slot_mapping[chunk.tokens] = -1
             part = restored_part(batch, chunk, self.block_size)
             extended.append((chunk, super().build(0, part)))
+        decode = [split.decode, split.joined] if split.joined else [split.decode]
+        skipped = split.skipped_tokens
         return TieredCPUAttentionMetadata(
             **vars(metadata),
             native_tokens=native_tokens,
-            decode=decode,
+            decode=[DecodeBatch.of(*part) for part in decode if len(part[0])],
             begun=split.begun,
             sealed=split.sealed,
             scored=split.scored,
             extended=extended,
-            skipped=skipped,
+            skipped=torch.from_numpy(skipped) if len(skipped) else None,
         )
 
 

@@ -45,7 +45,8 @@ class TieredGPUImpl(TieredImpl):
             output_block_scale,
         )
         if tiered is not None:
-            rows = (tiered.scored, tiered.begun, tiered.decode, tiered.sealed, tiered.extended)
+            decode = [] if tiered.decode is None else [tiered.decode]
+            rows = (tiered.scored, tiered.begun, decode, tiered.sealed, tiered.extended)
             self.run_tiered_rows(layer, query, key, value, kv_cache, output, *rows)
         return output
 

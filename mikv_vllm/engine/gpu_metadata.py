@@ -4,6 +4,7 @@ vLLM's kernel runs over the whole batch, so that no rows are gathered or scatter
 row is as short as its queries, and its output is overwritten by our kernels.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +42,9 @@ class TieredMetadata:
     """Blocks of the compressed rows with one token; None if there are none."""
     begun: tuple[list[int], list[int]]
     """See :class:`~mikv_vllm.engine.tiered_metadata.BatchSplit`."""
-    sealed: list[SealedRow]
+    sealed: Sequence[SealedRow]
     """Tails that the step fills."""
-    scored: list[ScoredRow]
+    scored: Sequence[ScoredRow]
     extended: list[tuple[ExtendedRow, Any]]
     """Rows with a prompt chunk, and vLLM's metadata of each in the workspace."""
 
@@ -69,7 +70,7 @@ class TieredMetadataBuilder(AttentionMetadataBuilder[Any]):
         if context.is_native or not isinstance(self.kv_cache_spec, TieredAttentionSpec):
             return super().build(common_prefix_len, batch, fast_build)
         starts = batch.query_start_loc_cpu.numpy()
-        split = split_batch(context, starts, batch.block_table_tensor)
+        split = split_batch(context, starts[:-1], starts[1:], batch.block_table_tensor)
         native = copy(batch)
         native.seq_lens = batch.seq_lens.clone()
         decode = None

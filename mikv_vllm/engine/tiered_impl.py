@@ -63,7 +63,7 @@ class TieredImpl(AttentionImpl[Any]):
         output: torch.Tensor,
         scored: Iterable[ScoredRow],
         begun: tuple[list[int], list[int]],
-        decode: Any,
+        decode: Iterable[Any],
         sealed: Iterable[SealedRow],
         extended: Iterable[tuple[ExtendedRow, Any]],
     ) -> None:
@@ -74,7 +74,7 @@ class TieredImpl(AttentionImpl[Any]):
                 written.
             begun: pages of new tails, see
                 :class:`~mikv_vllm.engine.tiered_metadata.BatchSplit`.
-            decode: the batch of compressed rows with one token, or None.
+            decode: batches of compressed rows that decode, one after the other.
             sealed: tails that it fills.
             extended: rows with a prompt chunk, and vLLM's metadata of each in the workspace.
         """
@@ -82,8 +82,8 @@ class TieredImpl(AttentionImpl[Any]):
             self._score(layer, query, kv_cache, row)
         if begun[0]:
             self._ops(layer, kv_cache).begin(kv_cache, *begun)
-        if decode is not None:
-            self._ops(layer, kv_cache).decode(kv_cache, decode, query, key, value, output)
+        for rows in decode:
+            self._ops(layer, kv_cache).decode(kv_cache, rows, query, key, value, output)
         for full in sealed:
             self._seal(self._ops(layer, kv_cache), kv_cache, full)
         for extend, metadata in extended:
@@ -95,11 +95,10 @@ class TieredImpl(AttentionImpl[Any]):
     ) -> None:
         """Score a native row from its last queries, and compress it if the plan says so."""
         ops, step = self._ops(layer, kv_cache), row.score
-        by_layer = context.scores[row.request_id]
-        scores = by_layer.get(layer.layer_name)
+        scores = row.scores.get(layer.layer_name)
         if scores is None:
             scores = torch.zeros(self.num_kv_heads, step.capacity, device=kv_cache.device)
-            by_layer[layer.layer_name] = scores
+            row.scores[layer.layer_name] = scores
         queries = query[row.queries]
         ops.score(kv_cache, row.native_pages, step.num_tokens, queries, scores)
         if row.compress is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -77,7 +77,6 @@ class SealedRow:
 class ScoredRow:
     """A native row whose tokens are scored after attention. It can be compressed then."""
 
-    request_id: str
     queries: slice
     """Tokens of the batch whose queries score the tokens of the request."""
     native_pages: torch.Tensor
@@ -86,6 +85,8 @@ class ScoredRow:
     compress: CompressStep | None
     blocks: list[BlockRow]
     """Blocks to compress into, with ``compress``."""
+    scores: dict[str, torch.Tensor]
+    """Importance scores of the request, by layer name: float32 ``[kv_heads, capacity]``."""
 
 
 @dataclass(frozen=True)
@@ -106,32 +107,40 @@ class ExtendedRow:
 class BatchSplit:
     """The batch of one step, split by the kernels that compute each row."""
 
+    starts: np.ndarray
+    """First token of each row, int32 ``[rows]``."""
+    native_rows: np.ndarray
+    """Ascending, int64 ``[rows]``."""
+    native_ends: np.ndarray
+    """End of the tokens of each row that vLLM's kernel computes, if it is native, ``[rows]``."""
     rows: np.ndarray
     """Indices of the compressed rows that decode, int64 ``[rows]``."""
     decode: tuple[np.ndarray, np.ndarray]
     """Rows and tables of their blocks, as the kernels read them."""
-    begun: tuple[list[int], list[int]]
+    begun: tuple[list[int], list[int]] = ([], [])
     """First pages of the blocks before new tails, and of the new tails."""
-    sealed: list[SealedRow]
-    extended: list[ExtendedRow]
-    scored: list[ScoredRow]
-    native_rows: np.ndarray
-    """Ascending, int64 ``[rows]``."""
-    skipped_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """Compressed rows whose output is 0, int64 ``[rows]``; see :func:`split_draft_pass`."""
+    sealed: Sequence[SealedRow] = ()
+    extended: Sequence[ExtendedRow] = ()
+    scored: Sequence[ScoredRow] = ()
+    joined: tuple[np.ndarray, np.ndarray] | None = None
+    """Rows and tables of tokens that join after those of ``decode``; see
+    :func:`split_first_draft_pass`."""
+    skipped_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Tokens of draft layers whose output is 0, int64 ``[tokens]``."""
 
 
 def split_batch(
-    context: WorkerContext, query_start_loc: np.ndarray, block_table: torch.Tensor
+    context: WorkerContext, starts: np.ndarray, ends: np.ndarray, block_table: torch.Tensor
 ) -> BatchSplit:
     """Split a batch according to the plan.
 
     Args:
-        query_start_loc: first token of each row, and the end of the last row.
+        starts: first token of each row, ``[rows]``.
+        ends: end of the tokens of the step in each row, ``[rows]``.
         block_table: vLLM's block table, int32 ``[rows, pages]``; valid for native rows only.
     """
-    plan, tiers, starts = context.plan, context.tiers, query_start_loc
-    request_ids = context.request_ids()[: len(starts) - 1]
+    plan, tiers = context.plan, context.tiers
+    request_ids = context.request_ids()[: len(starts)]
     slots = tiers.slots(request_ids)
     native = slots < 0
     extended, scored = [], []
@@ -141,18 +150,19 @@ def split_batch(
         for request_id, extend in plan.extend.items():
             row = rows[request_id]
             slots[row] = -1
-            span = slice(int(starts[row]), int(starts[row + 1]))
+            span = slice(int(starts[row]), int(ends[row]))
             known = tiers.blocks(request_id)
             blocks = BlockRow.of_request(known, device)
             changes = changed_blocks(known, extend, device)
             extended.append(ExtendedRow(row, span, blocks, changes, extend))
         for request_id, score in plan.score.items():
             row = rows[request_id]
-            end = int(starts[row + 1])
+            end = int(ends[row])
             compress = plan.compress.get(request_id)
             blocks = BlockRow.of_request(compress.blocks if compress else (), device)
             queries = slice(end - score.num_queries, end)
-            scored.append(ScoredRow(request_id, queries, block_table[row], score, compress, blocks))
+            scores = context.scores[request_id]
+            scored.append(ScoredRow(queries, block_table[row], score, compress, blocks, scores))
     begun = tiers.begun(request_id for request_id, step in plan.decode.items() if step.begins)
     sealed = [
         SealedRow.of_step(tiers.blocks(request_id)[-1], step, block_table.device)
@@ -163,8 +173,34 @@ def split_batch(
     tokens = starts[tiered]
     decode = tiers.rows(slots[tiered], tokens)
     counts = decode[0][decode[0][:, BLOCKS] > 0, QUERIES]
-    assert (starts[tiered + 1] == tokens + counts).all(), "a row has other tokens than planned"
-    return BatchSplit(tiered, decode, begun, sealed, extended, scored, np.flatnonzero(native))
+    assert (ends[tiered] == tokens + counts).all(), "a row has other tokens than planned"
+    return BatchSplit(
+        starts, np.flatnonzero(native), ends, tiered, decode, begun, sealed, extended, scored
+    )
+
+
+def split_first_draft_pass(
+    context: WorkerContext, batch: CommonAttentionMetadata, geometry: TierGeometry
+) -> BatchSplit:
+    """Split the batch of the first pass of a draft model, and end the step.
+
+    The pass computes the tokens of the step and one more token of each row. If drafts were
+    rejected, the sampled token takes the place of the first of them, and the row ends with padding.
+    Otherwise the row ends with the sampled token, which joins the tail as in a later pass.
+    """
+    starts = batch.query_start_loc_cpu.numpy()
+    last = starts[1:] - 1
+    split = split_batch(context, starts[:-1], last, batch.block_table_tensor)
+    context.end_step()
+    is_padding = batch.slot_mapping.numpy()[last] < 0
+    candidates = split.rows[~is_padding[split.rows]]
+    rows, joined = _join_tails(context, batch, candidates, last[candidates], geometry)
+    # Native rows that the step compresses are among them: there is no page for one more token.
+    tiered = np.flatnonzero(context.tiers.slots(context.request_ids()[: batch.num_reqs]) >= 0)
+    native_ends = last + 1
+    native_ends[tiered] = last[tiered]
+    skipped = last[np.setdiff1d(tiered, rows)]
+    return replace(split, native_ends=native_ends, joined=joined, skipped_tokens=skipped)
 
 
 def split_draft_pass(
@@ -176,13 +212,35 @@ def split_draft_pass(
     and the tail's pages have room. Otherwise the row is skipped: its further drafts are arbitrary,
     and the model rejects them.
     """
+    starts = batch.query_start_loc_cpu.numpy()
     slots = context.tiers.slots(context.request_ids()[: batch.num_reqs])
-    tiered = np.flatnonzero(slots >= 0)
-    lengths = (batch.seq_lens.numpy()[tiered] - 1) * np.isin(slots[tiered], context.decoded)
-    rows, tables, has_room = context.tiers.draft_rows(slots[tiered], tiered, lengths, geometry)
-    native = np.flatnonzero(slots < 0)
-    decode = rows, tables
-    return BatchSplit(tiered[has_room], decode, ([], []), [], [], [], native, tiered[~has_room])
+    native, tiered = np.flatnonzero(slots < 0), np.flatnonzero(slots >= 0)
+    rows, decode = _join_tails(context, batch, tiered, starts[tiered], geometry)
+    skipped = starts[np.setdiff1d(tiered, rows)]
+    return BatchSplit(starts[:-1], native, starts[1:], rows, decode, skipped_tokens=skipped)
+
+
+def _join_tails(
+    context: WorkerContext,
+    batch: CommonAttentionMetadata,
+    rows: np.ndarray,
+    tokens: np.ndarray,
+    geometry: TierGeometry,
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Let the last token of some rows join their tails, after the step.
+
+    Args:
+        rows: compressed rows, int64 ``[rows]``.
+        tokens: the token of each of them in the batch, ``[rows]``.
+
+    Returns:
+        The rows whose token can join; and the rows and tables of their blocks, as the kernels read
+        them.
+    """
+    slots = context.tiers.slots(context.request_ids()[: batch.num_reqs])[rows]
+    lengths = (batch.seq_lens.numpy()[rows] - 1) * np.isin(slots, context.decoded)
+    numbers, tables, has_room = context.tiers.draft_rows(slots, tokens, lengths, geometry)
+    return rows[has_room], (numbers, tables)
 
 
 def changed_blocks(
@@ -205,20 +263,21 @@ def changed_blocks(
     return changes
 
 
-def token_selection(rows: np.ndarray, query_start_loc: np.ndarray) -> slice | torch.Tensor:
-    """Return the tokens of ``rows``: a slice if they are consecutive, else an int64 index."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(int(query_start_loc[rows[0]]), int(query_start_loc[rows[-1] + 1]))
-    chosen = np.zeros(len(query_start_loc) - 1, bool)
-    chosen[rows] = True
-    return torch.from_numpy(np.flatnonzero(chosen.repeat(np.diff(query_start_loc))))
+def native_selection(split: BatchSplit) -> slice | torch.Tensor:
+    """Return the tokens of native rows: a slice if they are consecutive, else an int64 index."""
+    rows = split.native_rows
+    starts, ends = split.starts[rows], split.native_ends[rows]
+    if (starts[1:] == ends[:-1]).all():
+        return slice(int(starts[0]), int(ends[-1]))
+    spans = zip(starts, ends, strict=True)
+    return torch.from_numpy(np.concatenate([np.arange(*span) for span in spans]))
 
 
-def native_part(
-    batch: CommonAttentionMetadata, rows: np.ndarray, query_start_loc: np.ndarray
-) -> CommonAttentionMetadata:
-    """Return vLLM's metadata for a batch that contains only ``rows``."""
-    lengths = np.diff(query_start_loc)[rows]
+def native_part(batch: CommonAttentionMetadata, split: BatchSplit) -> CommonAttentionMetadata:
+    """Return vLLM's metadata for a batch that contains only the native rows of ``batch``."""
+    rows = split.native_rows
+    lengths = split.native_ends[rows] - split.starts[rows]
+    left_out = batch.query_start_loc_cpu.numpy()[1:][rows] - split.native_ends[rows]
     starts = torch.zeros(len(rows) + 1, dtype=batch.query_start_loc.dtype)
     starts[1:] = torch.from_numpy(lengths.cumsum())
     index = torch.from_numpy(rows)
@@ -227,7 +286,7 @@ def native_part(
     part.num_actual_tokens = int(starts[-1])
     part.max_query_len = int(lengths.max())
     part.query_start_loc = part.query_start_loc_cpu = starts
-    part.seq_lens = batch.seq_lens[index]
+    part.seq_lens = batch.seq_lens[index] - torch.from_numpy(left_out)
     part.max_seq_len = int(part.seq_lens.max())
     part.block_table_tensor = batch.block_table_tensor[index]
     return part

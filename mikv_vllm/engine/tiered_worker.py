@@ -29,7 +29,7 @@ class TieredWorker(Worker):
             register_backend(AttentionBackendEnum[name], f"mikv_vllm.engine.{path}")
         super().init_device()
         speculative = self.vllm_config.speculative_config
-        self._has_draft_layers = speculative is not None and speculative.use_eagle()
+        self._has_draft_layers = speculative is not None and speculative.uses_draft_kv_cache()
         self._follow_batches()
 
     def _follow_batches(self) -> None:

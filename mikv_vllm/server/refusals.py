@@ -19,7 +19,7 @@ UNSUPPORTED = {
     "diffusion_config": "diffusion models rewrite cached tokens",
 }
 """Unsupported engine arguments, and the reason."""
-DRAFT_METHODS = ("ngram", "suffix", "eagle", "eagle3")
+DRAFT_METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 """Methods of speculative decoding: those without draft layers, and those whose draft layers first
 compute the tokens of each step, as the model's own layers do."""
 PARTIAL_ATTENTION = ("sliding_attention", "chunked_attention", "linear_attention")
@@ -144,15 +144,28 @@ def _check_speculation(vllm_config: "VllmConfig") -> None:
     if method not in DRAFT_METHODS:
         raise _unsupported(
             f"--speculative-config with the method {method}",
-            "its draft layers compute other tokens, or are not tested",
+            "its draft layers have no compressed cache",
             f"use one of the methods {', '.join(DRAFT_METHODS)}",
         )
-    if speculative.use_eagle() and (
-        speculative.disable_padded_drafter_batch or speculative.parallel_drafting
-    ):
+    if not speculative.uses_draft_kv_cache():
+        return
+    if speculative.disable_padded_drafter_batch or speculative.parallel_drafting:
         raise _unsupported(
             "--speculative-config with disable_padded_drafter_batch or parallel_drafting",
             "draft layers have to compute the tokens of each step",
+        )
+    drafts, model = speculative.draft_model_config, vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    heads = [
+        (config.get_num_kv_heads(parallel), config.get_head_size()) for config in (drafts, model)
+    ]
+    if heads[0] != heads[1]:
+        (kv_heads, size), (wanted_heads, wanted_size) = heads
+        raise _unsupported(
+            f"--speculative-config with the model {drafts.model}",
+            f"its layers share pages with the model's and have {kv_heads} KV heads of size {size}, "
+            f"but the model has {wanted_heads} of size {wanted_size}",
+            "use a draft model with the same KV heads, or n-grams",
         )
 
 

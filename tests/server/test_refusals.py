@@ -71,8 +71,16 @@ def test_rust_frontend_is_refused(monkeypatch):
 def speculative(method: str, **differs) -> SimpleNamespace:
     """As much of a SpeculativeConfig as the check reads."""
     flags = {"disable_padded_drafter_batch": False, "parallel_drafting": False}
-    has_layers = method in ("eagle", "eagle3")
-    return SimpleNamespace(method=method, use_eagle=lambda: has_layers, **(flags | differs))
+    has_layers = method in ("eagle", "draft_model")
+    heads = {"model": "some/drafts", "get_num_kv_heads": lambda parallel: 8}
+    head_dim = differs.pop("head_dim", 64)
+    drafts = SimpleNamespace(**heads, get_head_size=lambda: head_dim)
+    return SimpleNamespace(
+        method=method,
+        uses_draft_kv_cache=lambda: has_layers,
+        draft_model_config=drafts,
+        **(flags | differs),
+    )
 
 
 def config(
@@ -100,7 +108,9 @@ def config(
             **(fields | model),
             get_sliding_window=lambda: window,
             get_head_size=lambda: head_dim,
+            get_num_kv_heads=lambda parallel: 8,
         ),
+        parallel_config=None,
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=not_hybrid),
         speculative_config=speculative,
         kv_transfer_config=transfer,
@@ -137,6 +147,10 @@ def config(
             {"speculative": speculative("eagle", disable_padded_drafter_batch=True)},
             "disable_padded_drafter_batch",
         ),
+        (
+            {"speculative": speculative("draft_model", head_dim=128)},
+            "some/drafts .* 8 KV heads of size 128, but the model has 8 of size 64",
+        ),
         ({"transfer": object()}, "--kv-transfer-config"),
     ],
 )
@@ -155,6 +169,7 @@ def test_model_is_refused_in_one_sentence(differs, said):
         {"layer_types": 13 * ["full_attention"] + 12 * ["sliding_attention"]},
         {"layer_types": ["full_attention"], "not_hybrid": True},
         {"speculative": speculative("eagle")},
+        {"speculative": speculative("draft_model")},
     ],
 )
 def test_model_with_full_attention_passes(differs):

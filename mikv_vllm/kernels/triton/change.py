@@ -14,7 +14,7 @@ from mikv_vllm.kernels.triton.high_tier import (
 )
 from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.low_tier import write_low_record
+from mikv_vllm.kernels.triton.low_tier import write_low_record, write_low_values
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.select import split_tokens
 from mikv_vllm.kernels.triton.stream import load_frame
@@ -65,7 +65,8 @@ def demote(
     first = tl.load(victims)
     # The new low record may use the freed bytes, so its keys and values are already in registers.
     compact(stream, kept, first, high - LOW_RECORD_TOKENS, DTYPE, LAYER)
-    write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)
+    write_low_values(stream, line, rotated, integers, LAYER, FORMAT)
+    write_low_record(stream, line, keys, center, unit, integers, LAYER, FORMAT)
 
 
 @kernel(

@@ -7,7 +7,7 @@ from mikv_vllm.kernels.triton.dot import dot
 from mikv_vllm.kernels.triton.high_tier import store_high
 from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.low_tier import write_low_record
+from mikv_vllm.kernels.triton.low_tier import write_low_record, write_low_values
 from mikv_vllm.kernels.triton.native import NATIVE_STRIDES, NativePages, load_native
 from mikv_vllm.kernels.triton.quantize import INFINITY, clamp, key_tops
 from mikv_vllm.kernels.triton.select import split_tokens
@@ -254,4 +254,5 @@ def write_low_kernel(
     # Loaded after the product, which needs most registers.
     center, unit, key_channel = load_frame(stream, LAYER)
     k = load_native(keys + head * native_head_stride, native, token, key_channel, every, LAYER)
-    write_low_record(stream, line, k, center, unit, rotated, integers, LAYER, FORMAT)
+    write_low_values(stream, line, rotated, integers, LAYER, FORMAT)
+    write_low_record(stream, line, k, center, unit, integers, LAYER, FORMAT)

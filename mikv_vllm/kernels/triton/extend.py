@@ -18,7 +18,7 @@ from mikv_vllm.kernels.triton.high_tier import (
 )
 from mikv_vllm.kernels.triton.jit import kernel
 from mikv_vllm.kernels.triton.layout import Stream
-from mikv_vllm.kernels.triton.low_tier import write_low_record
+from mikv_vllm.kernels.triton.low_tier import write_low_record, write_low_values
 from mikv_vllm.kernels.triton.select import BLOCK, split_tokens
 from mikv_vllm.kernels.triton.stream import load_frame
 
@@ -201,13 +201,16 @@ def extend_low_kernel(
     v = load_new(v + head * LAYER.head_dim, v_stride, new, channel, is_new, LAYER).to(tl.float32)
     values = tl.where(is_new[:, None], v, values)
     signs = tl.load(hadamard + channel[:, None] * LAYER.padded + channel[None, :])
-    rotated = dot_signs(values, signs) * hadamard_scale
-    # Read after the product, which needs most registers.
+    line = low_line - (record + 1) * FORMAT.count
+    write_low_values(
+        stream, line, dot_signs(values, signs) * hadamard_scale, integers, LAYER, FORMAT
+    )
+    # The keys are read when the values are written: both do not fit into the registers.
+    tl.debug_barrier()
     center, unit, key_channel = load_frame(stream, LAYER)
     keys = read_high_keys(before, old, key_channel, k.dtype.element_ty, LAYER)
     k = load_new(k + head * LAYER.head_dim, k_stride, new, key_channel, is_new, LAYER).to(
         tl.float32
     )
     keys = tl.where(is_new[:, None], k, keys)
-    line = low_line - (record + 1) * FORMAT.count
-    write_low_record(stream, line, keys, center, unit, rotated, integers, LAYER, FORMAT)
+    write_low_record(stream, line, keys, center, unit, integers, LAYER, FORMAT)

@@ -15,29 +15,41 @@ def store_signed(stream, line, byte, numbers, mask, LAYER: tl.constexpr):
 
 
 @triton.jit
-def write_low_record(
-    stream, line, keys, center, unit, values, integers, LAYER: tl.constexpr, FORMAT: tl.constexpr
-):
-    """Quantize 32 tokens and write them as the low record at ``line``.
+def write_low_values(stream, line, values, integers, LAYER: tl.constexpr, FORMAT: tl.constexpr):
+    """Quantize the values of 32 tokens, and write their scales into the low record at ``line``.
 
     Args:
-        keys: ``[32, padded]``, by rank; center, unit: float32 ``[padded]``, from the header.
-        values: rotated values, float32 ``[32, padded]``.
-        integers: scratch, uint8 ``[2, 32, head_dim]``.
+        values: rotated, float32 ``[32, padded]``.
+        integers: scratch, uint8 ``[2, 32, head_dim]``; the second half is written.
     """
     row = tl.arange(0, 32)[:, None]
     channel = tl.arange(0, LAYER.padded)
     inside = channel < LAYER.head_dim
-    place = integers + row * LAYER.head_dim + channel[None, :]
-
+    place = integers + (32 + row) * LAYER.head_dim + channel[None, :]
     numbers, codes, zeros = quantize_tokens(values, inside, FORMAT.value_groups, FORMAT.value_bits)
-    tl.store(place + 32 * LAYER.head_dim, numbers.to(tl.uint8), mask=inside[None, :])
+    tl.store(place, numbers.to(tl.uint8), mask=inside[None, :])
     byte = 32 * tl.arange(0, FORMAT.value_groups)[None, :] + row
     tl.store(byte_pointer(stream, line + FORMAT.value_scales, byte, LAYER), codes.to(tl.uint8))
     store_signed(
         stream, line + FORMAT.value_scales, 32 * FORMAT.value_groups + byte, zeros, byte >= 0, LAYER
     )
 
+
+@triton.jit
+def write_low_record(
+    stream, line, keys, center, unit, integers, LAYER: tl.constexpr, FORMAT: tl.constexpr
+):
+    """Quantize the keys of 32 tokens, and write the low record at ``line`` except for value scales.
+
+    Call :func:`write_low_values` before it.
+
+    Args:
+        keys: ``[32, padded]``, by rank; center, unit: float32 ``[padded]``, from the header.
+        integers: scratch, uint8 ``[2, 32, head_dim]``; the first half is written.
+    """
+    channel = tl.arange(0, LAYER.padded)
+    inside = channel < LAYER.head_dim
+    place = integers + tl.arange(0, 32)[:, None] * LAYER.head_dim + channel[None, :]
     x = keys.to(tl.float32) - center[None, :]
     numbers, scales, zeros = quantize_keys(x, unit, LAYER, FORMAT)
     tl.store(place, numbers.to(tl.uint8), mask=inside[None, :])

@@ -1,0 +1,153 @@
+"""Whether speculative decoding over compressed caches makes answers loop.
+
+Prompts with tools, and prompts whose text repeats itself, are answered at temperature 0 with and
+without drafts of n-grams. An answer loops if it ends with the same tokens again and again; without
+drafts some answers of a small model loop, too. Ends with status 1 if an answer loops with drafts
+only, and parted from the one without drafts elsewhere than at a near tie.
+
+  python -m benchmarks.loops --prompts 500
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+from benchmarks.engines import Contender, engines
+from mikv_vllm.evaluation.served_tasks.filler import numbers, paragraphs, people, places
+from mikv_vllm.evaluation.tables import markdown_table
+
+LONGEST_PERIOD = 24
+"""Tokens that a loop repeats, at most."""
+LEAST_REPEATED = 72
+"""Tokens at the end of an answer that are those before them again, at least."""
+NEAR = 0.25
+"""Largest difference of log-probabilities at a near tie."""
+CHARACTERS = 1500
+"""Of the text in a prompt with tools."""
+POOL_BYTES = 512 << 20
+
+
+def period(tokens: Sequence[int]) -> int | None:
+    """Return the number of tokens that an answer repeats to its end; None without a loop."""
+    for length in range(1, LONGEST_PERIOD + 1):
+        end = tokens[-LEAST_REPEATED - length :]
+        if len(end) == LEAST_REPEATED + length and end[length:] == end[:-length]:
+            return length
+    return None
+
+
+def tool(rng: random.Random, place: str) -> dict[str, Any]:
+    """A function with three parameters."""
+    names = rng.sample(("name", "date", "floor", "guests", "price", "reason", "colour"), 3)
+    properties = {name: {"type": rng.choice(("string", "integer", "boolean"))} for name in names}
+    return {
+        "name": "book_" + place.replace(" ", "_"),
+        "description": f"Books a room in the {place}.",
+        "parameters": {"type": "object", "properties": properties, "required": names},
+    }
+
+
+def with_tools(rng: random.Random) -> list[dict[str, str]]:
+    """Messages that offer tools and ask for calls of three."""
+    tools = [tool(rng, place) for place in places(rng, 6)]
+    offered = "\n".join(json.dumps(one) for one in tools)
+    wanted = ", ".join(one["name"] for one in rng.sample(tools, 3))
+    text = "\n\n".join(paragraphs(rng, CHARACTERS))
+    (person,), (number,) = people(rng, 1), numbers(rng, 1, 3)
+    return [
+        {"role": "system", "content": f"Answer with JSON calls of these tools only:\n{offered}"},
+        {"role": "user", "content": f"{text}\n\nCall {wanted} for {person} and {number} guests."},
+    ]
+
+
+def repetitive(rng: random.Random) -> list[dict[str, str]]:
+    """Messages with lines of one form, to be written again."""
+    facts = zip(people(rng, 20), places(rng, 20), numbers(rng, 20, 3), strict=True)
+    lines = [f"{person} booked the {place} for {number} guests." for person, place, number in facts]
+    text = "\n".join(2 * lines)
+    return [{"role": "user", "content": f"{text}\n\nWrite these lines again, the number first."}]
+
+
+def prompts(tokenizer: Any, count: int) -> list[list[int]]:
+    """Prompts as token ids. Half of them have tools, half repeat themselves."""
+    rng = random.Random(0)
+    kinds = with_tools, repetitive
+    texts = [
+        tokenizer.apply_chat_template(kinds[i % 2](rng), add_generation_prompt=True, tokenize=False)
+        for i in range(count)
+    ]
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def answers(llm: LLM, texts: list[list[int]], tokens: int, contender: Contender) -> list[Any]:
+    """Answer prompts at temperature 0, with the likeliest tokens of each place."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=tokens, logprobs=2, extra_args=contender.extra_args
+    )
+    requests: Any = [{"prompt_token_ids": text, "cache_salt": contender.name} for text in texts]
+    return [output.outputs[0] for output in llm.generate(requests, params)]
+
+
+def parts_at_near_tie(one: Any, other: Any) -> bool | None:
+    """Whether two answers part at a near tie of one of them; None if they are equal."""
+    for mine, yours, *both in zip(
+        one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=False
+    ):
+        if mine != yours:
+            return any(
+                mine in probable
+                and yours in probable
+                and abs(probable[mine].logprob - probable[yours].logprob) <= NEAR
+                for probable in both
+            )
+    return None if len(one.token_ids) == len(other.token_ids) else False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loops",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="default: 500")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="default: 200")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 4.0], metavar="RATIO")
+    parser.add_argument("--model", help="a local folder (default: the embedded model)")
+    args = parser.parse_args()
+    settings = {"model": args.model} if args.model else {}
+    rows, faults = [], 0
+    with engines({"mikv", "mikv drafts"}, POOL_BYTES, max_logprobs=2, **settings) as llms:
+        texts = prompts(llms["mikv"].get_tokenizer(), args.prompts)
+        for ratio in args.ratios:
+            plain, drafted = (
+                answers(llms[name], texts, args.tokens, Contender(f"{name} {ratio}", name, ratio))
+                for name in ("mikv", "mikv drafts")
+            )
+            parted = [parts_at_near_tie(*pair) for pair in zip(plain, drafted, strict=True)]
+            loops = [[period([*one.token_ids]) for one in found] for found in (plain, drafted)]
+            only = [i for i, (a, b) in enumerate(zip(*loops, strict=True)) if b and not a]
+            faults += sum(parted[i] is not True for i in only)
+            counts = [sum(map(bool, found)) for found in loops]
+            rows.append(
+                {
+                    "ratio": f"{ratio:g}",
+                    "answers": len(texts),
+                    "equal": parted.count(None),
+                    "parted at a near tie": parted.count(True),
+                    "parted elsewhere": parted.count(False),
+                    "loops without drafts": counts[0],
+                    "with drafts": counts[1],
+                    "with drafts only": len(only),
+                }
+            )
+    print(markdown_table(rows))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
