@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.gpu import sass
 from mikv_vllm.kernels.triton import attend, change, compress, extend, merge, restore, score
-from mikv_vllm.kernels.triton.layout import Layout, LowLines
+from mikv_vllm.kernels.triton.layout import Layout, LowFormats, LowLines
 from mikv_vllm.kernels.triton.native import PARTS
 from mikv_vllm.kernels.triton.score import SCORE_ROWS
 from mikv_vllm.tiers.formats import LADDER, LADDERS, LowFormat
@@ -98,12 +98,16 @@ class Job:
     low_format: LowFormat
     dtype: str
     target: int
+    ladder: tuple[LowFormat, ...] = ()
+    """Low formats of the decode kernel; without them, :attr:`low_format` only."""
 
     @property
     def name(self) -> str:
         layout = self.layout
         parts = [self.kernel, f"{layout.head_dim}x{layout.queries_per_kv_head}", self.dtype]
-        if self.kernel in BY_FORMAT:
+        if self.ladder:
+            parts.append(f"{len(self.ladder)} formats")
+        elif self.kernel in BY_FORMAT:
             parts.append(self.low_format.name)
         if layout.high_bits != 8:
             parts.append(f"high{layout.high_bits}")
@@ -131,6 +135,7 @@ def compile_job(job: Job) -> Needs:
     constants = {
         "LAYER": job.layout,
         "FORMAT": LowLines(job.layout.head_dim, low),
+        "FORMATS": LowFormats(job.layout.head_dim, job.ladder or (low,)),
         "SOFTCAP": 0.0,
         "HAS_SINKS": False,
         "PARTS": PARTS,
@@ -199,6 +204,8 @@ def jobs(quick: bool, targets: list[int]) -> list[Job]:
                 if first or not quick or target == 90:
                     names = KERNELS if first else by_format
                     every += [Job(name, layout, low_format, dtype, target) for name in names]
+            if not i or not quick:
+                every.append(Job("attend", layout, formats[0], dtype, target, tuple(formats)))
     return every
 
 

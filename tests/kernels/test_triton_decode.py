@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mikv_vllm.kernels import triton as kernels
+from mikv_vllm.kernels.triton.jit import Kernel
 from mikv_vllm.tiers.blocks import BlockPlanner, TailStep
-from mikv_vllm.tiers.formats import LowFormat
+from mikv_vllm.tiers.formats import LADDER, LowFormat
 from mikv_vllm.tiers.plan import TierSizes
 
 from .tiered_cache import (
@@ -230,6 +231,36 @@ def test_a_batch_with_rows_that_have_no_request(device):
     assert torch.equal(pages.cpu(), step.pages)
     fill_batch(batch, step.rows())
     step.run(ops, batch, device)
+
+
+@pytest.mark.parametrize("ladder", [(), LADDER], ids=["formats of the rows", "ladder"])
+def test_a_step_has_the_same_launches_whatever_formats_its_rows_have(device, monkeypatch, ladder):
+    launched = []
+    launch = Kernel.__getitem__
+
+    def count(kernel, grid):
+        launched.append(kernel.jit.fn.__name__)
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(Kernel, "__getitem__", count)
+    shape = Shape(64, kv_heads=1)
+    ops = layer(shape, device)
+    for names in (["K6433V3"] * 3, ["K6655V5", "K4221V2", "K5332V3"]):
+        low_formats = [LowFormat.parse(name) for name in names]
+        befores = [sizes_of(shape, one, 40 + i, 2 + i) for i, one in enumerate(low_formats)]
+        pages = new_pages(shape, sum(before.pages for before in befores))
+        free = torch.randperm(len(pages)).tolist()
+        tables = [[free.pop() for _ in range(before.pages)] for before in befores]
+        steps = []
+        for i, before in enumerate(befores):
+            filled(shape, low_formats[i], before, pages, tables[i], seed=i)
+            high, low, end = before.high_tokens, before.low_records, before.low_end_bytes
+            after = TierSizes(before.pages, high + 1, low, end)
+            steps.append(TailStep(1, (), False, 0, after))
+        step = Step(shape, low_formats, befores, steps, pages, tables, seed=9)
+        launched.clear()
+        step.run(ops, kernels.DecodeBatch.build(step.rows(), device, ladder), device)
+        assert launched == ["append_kernel", "attend_kernel", "merge_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Logits are ``keys [32, channels] @ queries [channels, heads]``. Outputs are
 tensor core's tile, because few query heads share a KV head.
 """
 
+import triton
 import triton.language as tl
 
 from mikv_vllm.kernels.triton.attend_high import attend_high, attend_high_16
@@ -16,6 +17,41 @@ from mikv_vllm.kernels.triton.queries import load_queries
 from mikv_vllm.kernels.triton.row import load_row
 from mikv_vllm.kernels.triton.softmax import LOG2E
 from mikv_vllm.kernels.triton.splits import splits_of
+
+
+@triton.jit
+def attend_low_split(
+    row,
+    stream,
+    q,
+    split,
+    low_splits,
+    partial_out,
+    partial_sums,
+    scale,
+    SOFTCAP: tl.constexpr,
+    LAYER: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Compute one split of the low tier of a row, if the row has this low format.
+
+    Arguments are as in :func:`attend_kernel`; ``partial_out`` and ``partial_sums`` point to the
+    split.
+    """
+    if (row.key_code == FORMAT.key_code) & (row.value_bits == FORMAT.value_bits):
+        first = row.low_records * split // low_splits
+        last = row.low_records * (split + 1) // low_splits
+        low_line = row.low_end_line - row.low_records * FORMAT.count
+        top, total, sums = attend_low(
+            stream, q, first, last, low_line, scale, SOFTCAP, LAYER, FORMAT
+        )
+        GROUPS: tl.constexpr = FORMAT.value_groups
+        CHANNELS: tl.constexpr = LAYER.padded // GROUPS
+        for g in tl.static_range(GROUPS):
+            rotated = CHANNELS * g + value_channel_order(CHANNELS)
+            tl.store(partial_out + rotated[:, None], sums[g])
+        tl.store(partial_sums, top)
+        tl.store(partial_sums + LAYER.heads, total)
 
 
 @kernel(
@@ -42,12 +78,13 @@ def attend_kernel(
     scale,
     SOFTCAP: tl.constexpr,
     LAYER: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FORMATS: tl.constexpr,
 ):
     """Write the unnormalized output, and the softmax maximum and sum, of one split.
 
     A split of the high tier of a tail also writes the logits of its tokens. Grid
-    ``(splits, kv_heads, rows)``. Programs of rows with another low format return at once.
+    ``(splits, kv_heads, rows)``. The code for each low format is in one kernel, so that a step has
+    the same launches whatever formats its rows have.
 
     Args:
         pages: the cache as int32 words; page_stride, head_stride: in words.
@@ -62,7 +99,7 @@ def attend_kernel(
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = load_row(rows, index)
-    if (row.token < 0) | (row.key_code != FORMAT.key_code) | (row.value_bits != FORMAT.value_bits):
+    if row.token < 0:
         return
     blocks = tl.cdiv(row.high_tokens, 32)
     splits, low_splits = splits_of(row.low_records, blocks, tl.num_programs(0))
@@ -77,19 +114,20 @@ def attend_kernel(
     partial_out += part * LAYER.heads * LAYER.padded + column[None, :] * LAYER.padded
     scale *= LOG2E
     if split < low_splits:
-        first = row.low_records * split // low_splits
-        last = row.low_records * (split + 1) // low_splits
-        low_line = row.low_end_line - row.low_records * FORMAT.count
-        top, total, sums = attend_low(
-            stream, q, first, last, low_line, scale, SOFTCAP, LAYER, FORMAT
-        )
-        GROUPS: tl.constexpr = FORMAT.value_groups
-        CHANNELS: tl.constexpr = LAYER.padded // GROUPS
-        for g in tl.static_range(GROUPS):
-            rotated = CHANNELS * g + value_channel_order(CHANNELS)
-            tl.store(partial_out + rotated[:, None], sums[g])
-        tl.store(partial_sums, top)
-        tl.store(partial_sums + LAYER.heads, total)
+        for i in tl.static_range(FORMATS.count):
+            attend_low_split(
+                row,
+                stream,
+                q,
+                split,
+                low_splits,
+                partial_out,
+                partial_sums,
+                scale,
+                SOFTCAP,
+                LAYER,
+                FORMATS.lines[i],
+            )
     else:
         first = blocks * (split - low_splits) // (splits - low_splits)
         last = blocks * (split - low_splits + 1) // (splits - low_splits)

@@ -39,9 +39,10 @@ class DecodeBatch:
         tables: int32 ``[rows, max_pages]``, page ids.
         starts: int32 ``[rows]``, result of :func:`high_starts`.
         num_high: number of positions for the high tokens of all tails in scratch.
-        low_formats: low formats that rows can have. Each one costs a launch, whose programs of rows
-            with another format return at once.
-        changes: whether a row can demote. This costs another launch for each low format.
+        low_formats: low formats that rows can have. The kernel of attention is compiled for all of
+            them.
+        changing: low formats of the rows that can demote. Each one costs a launch, whose programs
+            of other rows return at once.
     """
 
     rows: torch.Tensor
@@ -49,7 +50,7 @@ class DecodeBatch:
     starts: torch.Tensor
     num_high: int
     low_formats: tuple[LowFormat, ...]
-    changes: bool = True
+    changing: tuple[LowFormat, ...]
 
     @classmethod
     def of(
@@ -68,17 +69,28 @@ class DecodeBatch:
             numbers: ``rows`` on the host.
             ladder: low formats that rows can have.
         """
+        known = {(f.key_code, f.value_bits): f for f in ladder}
         found = {tuple(bits) for bits in numbers[:, [KEY_CODE, VALUE_BITS]].tolist()}
-        low_formats = tuple(f for f in ladder if (f.key_code, f.value_bits) in found)
-        assert len(low_formats) == len(found), "a row has a low format that is not in the ladder"
-        changes = bool(numbers[:, DEMOTED].any())
-        return cls(rows, tables, starts, int(_high_space(numbers).sum()), low_formats, changes)
+        assert found <= set(known), "a row has a low format that is not in the ladder"
+        demoting = numbers[numbers[:, DEMOTED] > 0]
+        bits = {tuple(bits) for bits in demoting[:, [KEY_CODE, VALUE_BITS]].tolist()}
+        changing = tuple(known[one] for one in sorted(bits))
+        return cls(rows, tables, starts, int(_high_space(numbers).sum()), tuple(ladder), changing)
 
     @classmethod
-    def build(cls, rows: Sequence[DecodeRow], device: torch.device | str) -> "DecodeBatch":
-        """Describe the compressed rows of a step and copy them to the device."""
+    def build(
+        cls,
+        rows: Sequence[DecodeRow],
+        device: torch.device | str,
+        ladder: Sequence[LowFormat] = (),
+    ) -> "DecodeBatch":
+        """Describe the compressed rows of a step and copy them to the device.
+
+        Args:
+            ladder: as in :meth:`of`; without it, the low formats of the rows.
+        """
         numbers, tables = describe_rows(rows)
         arrays = (numbers, tables, high_starts(numbers))
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
-        low_formats = sorted({row[4] for row in rows})
+        low_formats = ladder or sorted({row[4] for row in rows})
         return cls.of(on_device[0], on_device[1], on_device[2], numbers, low_formats)

@@ -8,7 +8,7 @@ from mikv_vllm.kernels.triton.attend import attend_kernel
 from mikv_vllm.kernels.triton.batch import DecodeBatch
 from mikv_vllm.kernels.triton.change import append_kernel, change_kernel
 from mikv_vllm.kernels.triton.layer_setup import DTYPES, LayerSetup, words
-from mikv_vllm.kernels.triton.layout import LowLines
+from mikv_vllm.kernels.triton.layout import LowFormats, LowLines
 from mikv_vllm.kernels.triton.merge import merge_kernel
 from mikv_vllm.kernels.triton.splits import most_splits
 from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS
@@ -26,7 +26,7 @@ class DecodeOps(LayerSetup):
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        if batch.changes:
+        if batch.changing:
             self.change(cache, batch, k.dtype)
         append_kernel[(self.num_kv_heads, len(batch.rows))](
             *self._pages(cache, batch), k, k.stride(0), v, v.stride(0), LAYER=self._layout
@@ -49,7 +49,7 @@ class DecodeOps(LayerSetup):
         order = take("order", (heads, stride), torch.int32)
         shape = (rows, heads, 2, LOW_RECORD_TOKENS, self._layout.head_dim)
         integers = take("integers", shape, torch.uint8)
-        for low_format in batch.low_formats:
+        for low_format in batch.changing:
             change_kernel[(heads, rows)](
                 *self._pages(cache, batch),
                 self._hadamard,
@@ -81,18 +81,17 @@ class DecodeOps(LayerSetup):
         partial_sums = take("partial_sums", shape, torch.float32)
         logits = take("logits", (heads, layout.queries_per_kv_head, batch.num_high), torch.float32)
         partials = (partial_out, partial_sums, logits, batch.starts, batch.num_high)
-        for low_format in batch.low_formats:
-            attend_kernel[(splits, heads, rows)](
-                *self._pages(cache, batch),
-                q,
-                q.stride(0),
-                *partials,
-                self._scale,
-                SOFTCAP=self._softcap,
-                LAYER=layout,
-                FORMAT=LowLines(layout.head_dim, low_format),
-                num_warps=layout.warps,
-            )
+        attend_kernel[(splits, heads, rows)](
+            *self._pages(cache, batch),
+            q,
+            q.stride(0),
+            *partials,
+            self._scale,
+            SOFTCAP=self._softcap,
+            LAYER=layout,
+            FORMATS=LowFormats(layout.head_dim, batch.low_formats),
+            num_warps=layout.warps,
+        )
         merge_kernel[(splits, heads, rows)](
             *self._pages(cache, batch),
             *partials,

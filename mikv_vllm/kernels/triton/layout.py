@@ -209,6 +209,23 @@ class LowLines:
         return per_line if self.head_dim // 16 % per_line == 0 else 1
 
 
+@dataclass(frozen=True)
+class LowFormats:
+    """The low formats that the rows of a batch can have. One compile-time argument."""
+
+    head_dim: int
+    low_formats: tuple[LowFormat, ...]
+
+    @property
+    def lines(self) -> tuple[LowLines, ...]:
+        """The sizes and offsets of each format."""
+        return tuple(LowLines(self.head_dim, low_format) for low_format in self.low_formats)
+
+    @property
+    def count(self) -> int:
+        return len(self.low_formats)
+
+
 class Stream(NamedTuple):
     """The stream of a request in one KV head, for device functions."""
 

@@ -1,6 +1,6 @@
 """Compilation of the kernels before the first request needs them."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ def warm_up(
     geometry: TierGeometry,
     num_heads: int,
     kv_cache: torch.Tensor,
-    low_formats: Iterable[LowFormat],
+    low_formats: Sequence[LowFormat],
 ) -> None:
     """Run every operation once for each low format, on newly allocated pages.
 
@@ -45,5 +45,5 @@ def warm_up(
         ops.extend(cache, tiered, before, extending, low_format, new, new, scores, 0, 1.0)
         ops.compress(cache, native, tiered, before, low_format, scores, queries, 0)
         row = (0, tiered.cpu().numpy(), before, demoting, low_format)
-        batch = DecodeBatch.build([row], device)
+        batch = DecodeBatch.build([row], device, low_formats)
         ops.decode(cache, batch, queries, new, new, torch.empty_like(queries))
