@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -337,6 +338,13 @@ def main() -> None:
         default=DEFAULT_RATIO,
         help="default ratio of the server at --url (default: %(default)s)",
     )
+    parser.add_argument(
+        "--server-flags",
+        type=shlex.split,
+        default=[],
+        metavar="FLAGS",
+        help="more flags of the server that is started, in one argument",
+    )
     args = parser.parse_args()
 
     server = None
@@ -346,7 +354,7 @@ def main() -> None:
         log = Path(tempfile.mkdtemp(prefix="mikv-soak-")) / "server.log"
         print(f"starting mikv-serve, log in {log} …", flush=True)
         os.environ.update(SMALL_CACHE)
-        server = RunningServer(SMALL_POOL_FLAGS, log)
+        server = RunningServer([*SMALL_POOL_FLAGS, *args.server_flags], log)
         args.url, args.pid = server.url, server.process.pid
     try:
         if server is not None:

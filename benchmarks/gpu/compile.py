@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.gpu import sass
 from mikv_vllm.kernels.triton import attend, change, compress, extend, merge, restore, score
+from mikv_vllm.kernels.triton.batch import families_of
 from mikv_vllm.kernels.triton.layout import Layout, LowFormats, LowLines
 from mikv_vllm.kernels.triton.native import PARTS
 from mikv_vllm.kernels.triton.score import SCORE_ROWS
@@ -204,8 +205,12 @@ def jobs(quick: bool, targets: list[int]) -> list[Job]:
                 if first or not quick or target == 90:
                     names = KERNELS if first else by_format
                     every += [Job(name, layout, low_format, dtype, target) for name in names]
-            if not i or not quick:
-                every.append(Job("attend", layout, formats[0], dtype, target, tuple(formats)))
+            if not quick or (not i and target == 90):
+                every += [
+                    Job("attend", layout, family[0], dtype, target, family)
+                    for family in families_of(formats)
+                    if len(family) > 1
+                ]
     return every
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,10 +11,12 @@ from statistics import fmean
 import torch
 
 from mikv_vllm.evaluation.methods import CacheMethod, HeadCache, Stored
-from mikv_vllm.evaluation.methods.mikv import store_tiers
+from mikv_vllm.evaluation.methods.mikv import MiKV, store_tiers
 from mikv_vllm.evaluation.reference_model import Prefill, ReferenceModel, divergence
 from mikv_vllm.evaluation.windows import Window
+from mikv_vllm.tiers.calibrations import ModelShape
 from mikv_vllm.tiers.formats import HIGH_RECORD_TOKENS, LOW_RECORD_TOKENS, LowFormat, TierGeometry
+from mikv_vllm.tiers.plan import largest_ratio
 
 KEY_BITS = (
     *((6, 6, 5, 5), (6, 5, 5, 4), (6, 5, 4, 4), (6, 4, 4, 3), (6, 4, 3, 3), (5, 4, 3, 2)),
@@ -31,6 +33,8 @@ LEAST_STEP = 1.07
 NEAR = 1.25
 """Largest factor between the divergence of a format and of a mixture of two others with the same
 bytes. In practice such a mixture is made of more high tokens, which is slightly worse."""
+RATIOS = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+"""Requested ratios whose divergence is measured, as far as the ladder reaches them."""
 MOST_DIVERGENCE = 0.05
 """Largest divergence of a format of the ladder, in nats."""
 
@@ -181,17 +185,41 @@ class Calibration:
         run = self._model.continue_with(prefill, tokens, method)
         return divergence(reference, run.log_probs), run.ratio
 
+    def by_ratio(self, ladder: tuple[LowFormat, ...]) -> dict[float, float]:
+        """Return the divergence of prompts that are compressed as a server does, by ratio.
 
-def write(points: list[Point], model: str, path: Path) -> None:
+        Args:
+            ladder: low formats, richest first.
+        """
+        largest = largest_ratio(self._runs[0][0].layers[0][0].head_dim, ladder=ladder)
+        return {
+            ratio: fmean(self._measure(MiKV(ratio, ladder=ladder), *run)[0] for run in self._runs)
+            for ratio in RATIOS
+            if ratio <= largest
+        }
+
+
+def write(
+    points: list[Point],
+    by_ratio: Mapping[float, float],
+    model: str,
+    shape: ModelShape | None,
+    path: Path,
+) -> None:
     """Write a ladder and its measurements as JSON, for ``--kv-low-formats``.
 
     Args:
         points: the ladder, richest first.
+        by_ratio: mean KL divergence by requested ratio, nats.
         model: name of the model.
+        shape: sizes of the model.
         path: file to write.
     """
-    measured = [vars(point) for point in points]
-    names = [point.name for point in points]
-    path.write_text(
-        json.dumps({"model": model, "low_formats": names, "measured": measured}, indent=2) + "\n"
-    )
+    data = {
+        "model": model,
+        "shape": shape and vars(shape),
+        "low_formats": [point.name for point in points],
+        "measured": [vars(point) for point in points],
+        "by_ratio": [{"ratio": r, "divergence": value} for r, value in by_ratio.items()],
+    }
+    path.write_text(json.dumps(data, indent=2) + "\n")

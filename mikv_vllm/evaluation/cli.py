@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="file to write (default: %(default)s)",
     )
+    calibrate.add_argument("--name", help="name of the model in FILE (default: --model)")
     _add_windows(calibrate, 4, "prompts")
 
     compare = command(
@@ -195,23 +196,25 @@ def run_curve(args: argparse.Namespace) -> None:
     from mikv_vllm.evaluation.reference_model import ReferenceModel
     from mikv_vllm.evaluation.tasks import windows_of
     from mikv_vllm.models import embedded_model
+    from mikv_vllm.tiers.calibrations import ladder_of
     from mikv_vllm.tiers.plan import largest_ratio
 
     if args.quick:
         args.windows, args.prompt, args.continuation = 2, 512, 64
-    methods = every_method(args.ratios, args.block_size)
+    model_path = args.model or embedded_model()
+    config = transformers.AutoConfig.from_pretrained(model_path)
+    ladder = ladder_of(config)
+    methods = every_method(args.ratios, args.block_size, ladder)
     families = list(dict.fromkeys(method.family for method in methods))
     if args.methods:
         if unknown := set(args.methods) - set(families):
             names = ", ".join(sorted(unknown))
             raise ValueError(f"--methods: unknown names {names}; choose from {', '.join(families)}")
         methods = [method for method in methods if method.family in args.methods]
-    model_path = args.model or embedded_model()
-    config = transformers.AutoConfig.from_pretrained(model_path)
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    most = largest_ratio(head_dim)
+    most = largest_ratio(head_dim, ladder=ladder)
     if wrong := [ratio for ratio in args.ratios if not 1.0 < ratio <= most]:
         raise ValueError(
             f"--ratios: {wrong[0]:g} is out of range; give ratios above 1, up to {most:g}"
@@ -256,6 +259,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     from mikv_vllm.evaluation.tables import markdown_table
     from mikv_vllm.evaluation.windows import calibration_text, cut_windows
     from mikv_vllm.models import embedded_model
+    from mikv_vllm.tiers.formats import LowFormat
 
     model = ReferenceModel(args.model or embedded_model())
     text = args.text.read_text() if args.text else calibration_text()
@@ -267,7 +271,15 @@ def run_calibrate(args: argparse.Namespace) -> None:
         for p in points
     ]
     print(markdown_table(rows))
-    calibration.write(points, args.model or "SmolLM2-135M-Instruct", args.out)
+    ladder = tuple(LowFormat.parse(point.name) for point in points)
+    by_ratio = found.by_ratio(ladder)
+    print(
+        markdown_table(
+            [{"ratio": f"{r:g}", "KL divergence": f"{d:.5f}"} for r, d in by_ratio.items()]
+        )
+    )
+    name = args.name or args.model or "SmolLM2-135M-Instruct"
+    calibration.write(points, by_ratio, name, model.shape, args.out)
     print(f"written: {args.out}")
 
 

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mikv_vllm.evaluation.methods.base import CacheMethod, HeadCache
+from mikv_vllm.tiers.calibrations import ModelShape
 
 ATTENTION = "mikv_recording"
 """Name of :func:`_attention` in transformers."""
@@ -129,6 +130,11 @@ class ReferenceModel:
             path, dtype=torch.float32, attn_implementation=ATTENTION
         ).eval()
         self._window = window
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """The sizes of the model, by which its calibration is found."""
+        return ModelShape.of_config(self._model.config)
 
     @contextmanager
     def _recorded(self, every_query: bool) -> Iterator[_Recording]:

@@ -67,7 +67,7 @@ def prepare(args: Namespace, config: CompressionConfig) -> None:
 
     from mikv_vllm.server.address import check_address
     from mikv_vllm.server.refusals import Refusal, check_frontend
-    from mikv_vllm.server.start import check_and_echo
+    from mikv_vllm.server.start import calibrated, check_and_echo
 
     given: dict[str, Any] = vars(args)
     args.model = args.model_tag or args.model
@@ -87,6 +87,8 @@ def prepare(args: Namespace, config: CompressionConfig) -> None:
     vllm_config = engine_args.create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER, headless=args.headless
     )
+    config = calibrated(vllm_config, config)
+    args.additional_config = args.additional_config | config.to_additional_config()
     try:
         check_and_echo(vllm_config, config, "--kv-compression-ratio")
     except RatioError as error:

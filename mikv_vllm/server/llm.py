@@ -17,7 +17,7 @@ from mikv_vllm.server.capacity import check_capacity
 from mikv_vllm.server.metrics import install_metrics
 from mikv_vllm.server.options import make_config
 from mikv_vllm.server.reports import collect_reports
-from mikv_vllm.server.start import check_and_echo
+from mikv_vllm.server.start import calibrated, check_and_echo
 from mikv_vllm.server.wiring import wire
 
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
@@ -56,6 +56,8 @@ class LLM(vllm.LLM):
             model = str(embedded_model())
             kwargs.setdefault("served_model_name", EMBEDDED_NAME)
         vllm_config = _engine_args(model, kwargs).create_engine_config(UsageContext.LLM_CLASS)
+        config = calibrated(vllm_config, config)
+        kwargs["additional_config"] |= config.to_additional_config()
         self._largest_ratio = check_and_echo(vllm_config, config, "kv_compression_ratio")
         super().__init__(model, **kwargs)
         check_capacity(self.llm_engine.input_processor, self.llm_engine.vllm_config, config)

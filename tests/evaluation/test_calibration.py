@@ -2,13 +2,17 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.evaluation import cli
 from mikv_vllm.evaluation.calibration import KEY_BITS, VALUE_BITS, Point, frontier, write
 from mikv_vllm.evaluation.windows import calibration_text, topics_text, word_runs
+from mikv_vllm.server.start import calibrated
+from mikv_vllm.tiers.calibrations import Calibration, ModelShape, find, known
 from mikv_vllm.tiers.formats import LADDERS, TierGeometry
 
 
@@ -44,10 +48,57 @@ def test_a_format_that_is_worse_at_more_bytes_is_left_out():
 
 def test_a_server_reads_the_file_that_is_written(tmp_path):
     path = tmp_path / "low-formats.json"
-    write([Point("K6433V4", 3.5, 0.0003), Point("K4222V2", 5.8, 0.01)], "a model", path)
-    assert json.loads(path.read_text())["model"] == "a model"
+    points = [Point("K6433V4", 3.5, 0.0003), Point("K4222V2", 5.8, 0.01)]
+    shape = ModelShape(28, 1536, 12, 2, 128, 151936)
+    write(points, {2.0: 0.0001, 4.0: 0.00056}, "a model", shape, path)
     config = CompressionConfig(low_formats=str(path))
     assert config.low_formats == ("K6433V4", "K4222V2")
+    found = Calibration.read(path.read_text())
+    assert (found.model, found.shape) == ("a model", shape)
+    assert found.low_formats == config.low_formats
+    assert found.describe() == "ratio 2: 0.0001, ratio 4: 0.00056"
+
+
+def llama(**differs):
+    return LlamaConfig(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        **differs,
+    )
+
+
+def test_a_calibration_is_found_by_the_shape_of_the_model():
+    found = find(ModelShape.of_config(llama()))
+    assert found.model == "SmolLM2-135M-Instruct"
+    assert found.low_formats == tuple(one.name for one in LADDERS["channel"])
+    assert find(ModelShape.of_config(llama(head_dim=96))) is None
+    assert ModelShape.of_config(object()) is None
+
+
+def test_calibrations_of_the_package_differ_in_shape_and_can_be_served():
+    assert len({one.shape for one in known()}) == len(known()) >= 2
+    for one in known():
+        assert CompressionConfig(low_formats=one.low_formats).low_formats == one.low_formats
+        assert list(one.divergences.values()) == sorted(one.divergences.values())
+
+
+def test_a_server_uses_the_low_formats_of_its_model(caplog):
+    caplog.set_level("INFO", "vllm.mikv")
+    known_model = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=llama()))
+    other = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=llama(head_dim=96)))
+    found = find(ModelShape.of_config(llama()))
+    assert calibrated(known_model, CompressionConfig()).low_formats == found.low_formats
+    assert f"low formats of {found.model}. Its mean KL divergence" in caplog.text
+    assert found.describe() in caplog.text
+    caplog.clear()
+    for config in (CompressionConfig(low_formats="K6433V4"), CompressionConfig(codec="balanced")):
+        assert calibrated(known_model, config) is config
+    assert not caplog.text
+    assert calibrated(other, CompressionConfig()).low_formats is None
+    assert "no calibration for a model of this shape" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -84,8 +135,11 @@ def test_calibrate_writes_a_ladder(model_path, tmp_path):
     path = tmp_path / "low-formats.json"
     command = ["calibrate", "--model", str(model_path), "--out", str(path), "--windows", "1"]
     assert cli.main([*command, "--prompt", "512", "--continuation", "64"]) == 0
-    measured = json.loads(path.read_text())["measured"]
+    written = json.loads(path.read_text())
+    measured = written["measured"]
     ratios = [point["ratio"] for point in measured]
     assert len(measured) > 4
     assert ratios == sorted(ratios)
     assert measured[-1]["divergence"] > 10 * measured[0]["divergence"]
+    assert [point["ratio"] for point in written["by_ratio"]][:4] == [2.0, 3.0, 4.0, 5.0]
+    assert written["shape"]["layers"] == 30

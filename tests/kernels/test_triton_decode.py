@@ -233,8 +233,15 @@ def test_a_batch_with_rows_that_have_no_request(device):
     step.run(ops, batch, device)
 
 
-@pytest.mark.parametrize("ladder", [(), LADDER], ids=["formats of the rows", "ladder"])
-def test_a_step_has_the_same_launches_whatever_formats_its_rows_have(device, monkeypatch, ladder):
+@pytest.mark.parametrize(
+    ("names", "launches"),
+    [
+        (["K6544V4", "K6544V4", "K6544V4"], 1),
+        (["K6544V4", "K6655V5", "K6544V5"], 1),
+        (["K6655V5", "K4221V2", "K5332V3"], 3),
+    ],
+)
+def test_neighbours_of_the_ladder_share_a_launch(device, monkeypatch, names, launches):
     launched = []
     launch = Kernel.__getitem__
 
@@ -244,23 +251,21 @@ def test_a_step_has_the_same_launches_whatever_formats_its_rows_have(device, mon
 
     monkeypatch.setattr(Kernel, "__getitem__", count)
     shape = Shape(64, kv_heads=1)
-    ops = layer(shape, device)
-    for names in (["K6433V3"] * 3, ["K6655V5", "K4221V2", "K5332V3"]):
-        low_formats = [LowFormat.parse(name) for name in names]
-        befores = [sizes_of(shape, one, 40 + i, 2 + i) for i, one in enumerate(low_formats)]
-        pages = new_pages(shape, sum(before.pages for before in befores))
-        free = torch.randperm(len(pages)).tolist()
-        tables = [[free.pop() for _ in range(before.pages)] for before in befores]
-        steps = []
-        for i, before in enumerate(befores):
-            filled(shape, low_formats[i], before, pages, tables[i], seed=i)
-            high, low, end = before.high_tokens, before.low_records, before.low_end_bytes
-            after = TierSizes(before.pages, high + 1, low, end)
-            steps.append(TailStep(1, (), False, 0, after))
-        step = Step(shape, low_formats, befores, steps, pages, tables, seed=9)
-        launched.clear()
-        step.run(ops, kernels.DecodeBatch.build(step.rows(), device, ladder), device)
-        assert launched == ["append_kernel", "attend_kernel", "merge_kernel"]
+    low_formats = [LowFormat.parse(name) for name in names]
+    befores = [sizes_of(shape, one, 40 + i, 2 + i) for i, one in enumerate(low_formats)]
+    pages = new_pages(shape, sum(before.pages for before in befores))
+    free = torch.randperm(len(pages)).tolist()
+    tables = [[free.pop() for _ in range(before.pages)] for before in befores]
+    steps = []
+    for i, before in enumerate(befores):
+        filled(shape, low_formats[i], before, pages, tables[i], seed=i)
+        high, low, end = before.high_tokens, before.low_records, before.low_end_bytes
+        after = TierSizes(before.pages, high + 1, low, end)
+        steps.append(TailStep(1, (), False, 0, after))
+    step = Step(shape, low_formats, befores, steps, pages, tables, seed=9)
+    batch = kernels.DecodeBatch.build(step.rows(), device, LADDER)
+    step.run(layer(shape, device), batch, device)
+    assert launched == ["append_kernel", *launches * ["attend_kernel"], "merge_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def empty_batch(rows, max_pages, low_formats, max_high, device):
     space = -(-max_high // LOW_RECORD_TOKENS) * LOW_RECORD_TOKENS
     starts = torch.arange(0, rows * space, space, dtype=torch.int32, device=device)
     low_formats = tuple(low_formats)
-    return kernels.DecodeBatch(numbers, tables, starts, rows * space, low_formats, low_formats)
+    return kernels.DecodeBatch(numbers, tables, starts, rows * space, (low_formats,), low_formats)
 
 
 def fill_batch(batch, rows):

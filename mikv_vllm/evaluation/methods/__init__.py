@@ -18,6 +18,7 @@ from mikv_vllm.evaluation.methods.per_token import PerToken
 from mikv_vllm.evaluation.methods.snapkv import SnapKV
 from mikv_vllm.evaluation.methods.streaming_llm import StreamingLLM
 from mikv_vllm.evaluation.methods.turboquant import TurboQuant
+from mikv_vllm.tiers.formats import LowFormat
 
 __all__ = [
     "BITS",
@@ -65,17 +66,20 @@ BY_RATIO: list[Callable[[float], CacheMethod]] = [StreamingLLM, H2O, SnapKV]
 
 
 def every_method(
-    ratios: list[float], block_sizes: Sequence[int] = (DEFAULT_PAGE,)
+    ratios: list[float],
+    block_sizes: Sequence[int] = (DEFAULT_PAGE,),
+    ladder: tuple[LowFormat, ...] | None = None,
 ) -> list[CacheMethod]:
     """List all methods in the order of the reports.
 
     Args:
         ratios: compression ratios at which each method that takes one is included.
         block_sizes: numbers of tokens of a native page, for :class:`MiKV`.
+        ladder: low formats of :class:`MiKV`, richest first; None for those of the codec.
     """
     methods = FIXED + [method(bits) for bits in BITS for method in BY_BITS]
     for ratio in ratios:
         methods += [method(ratio) for method in BY_RATIO]
         for size in block_sizes:
-            methods += [MiKV(ratio, size), MiKV(ratio, size, codec="balanced")]
+            methods += [MiKV(ratio, size, ladder=ladder), MiKV(ratio, size, codec="balanced")]
     return methods

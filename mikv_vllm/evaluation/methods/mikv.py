@@ -28,12 +28,15 @@ class MiKV(CacheMethod):
         recent (int, default 16): newest tokens, which stay in the high tier.
         codec (str, default ``channel``): codec of the keys in the low tier, ``channel`` or
             ``balanced``.
+        ladder (tuple of LowFormat, optional): low formats, richest first; None for those of the
+            codec.
     """
 
     ratio: float
     block_size: int = DEFAULT_PAGE
     recent: int = 16
     codec: Codec = "channel"
+    ladder: tuple[LowFormat, ...] | None = None
 
     @property
     def family(self) -> str:  # type: ignore[override]
@@ -46,7 +49,8 @@ class MiKV(CacheMethod):
 
     def store(self, cache: HeadCache) -> Stored:
         geometry = TierGeometry(cache.head_dim, self.block_size)
-        planner = BlockPlanner(geometry, self.ratio, self.recent, LADDERS[self.codec])
+        ladder = self.ladder or LADDERS[self.codec]
+        planner = BlockPlanner(geometry, self.ratio, self.recent, ladder)
         blocks = planner.compress(cache.num_tokens)
         if blocks is None:
             return Stored(cache.keys, cache.values, cache.native_bytes)

@@ -20,6 +20,13 @@ from mikv_vllm.kernels.triton.splits import splits_of
 
 
 @triton.jit
+def has_format(row, FORMATS: tl.constexpr, INDEX: tl.constexpr):
+    """Whether a row has the low format at ``INDEX``."""
+    FORMAT: tl.constexpr = FORMATS.lines[INDEX]
+    return (row.key_code == FORMAT.key_code) & (row.value_bits == FORMAT.value_bits)
+
+
+@triton.jit
 def attend_low_split(
     row,
     stream,
@@ -31,14 +38,16 @@ def attend_low_split(
     scale,
     SOFTCAP: tl.constexpr,
     LAYER: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FORMATS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """Compute one split of the low tier of a row, if the row has this low format.
+    """Compute one split of the low tier of a row, if the row has the low format at ``INDEX``.
 
-    Arguments are as in :func:`attend_kernel`; ``partial_out`` and ``partial_sums`` point to the
-    split.
+    Other arguments are as in :func:`attend_kernel`; ``partial_out`` and ``partial_sums`` point to
+    the split.
     """
-    if (row.key_code == FORMAT.key_code) & (row.value_bits == FORMAT.value_bits):
+    FORMAT: tl.constexpr = FORMATS.lines[INDEX]
+    if has_format(row, FORMATS, INDEX):
         first = row.low_records * split // low_splits
         last = row.low_records * (split + 1) // low_splits
         low_line = row.low_end_line - row.low_records * FORMAT.count
@@ -83,8 +92,8 @@ def attend_kernel(
     """Write the unnormalized output, and the softmax maximum and sum, of one split.
 
     A split of the high tier of a tail also writes the logits of its tokens. Grid
-    ``(splits, kv_heads, rows)``. The code for each low format is in one kernel, so that a step has
-    the same launches whatever formats its rows have.
+    ``(splits, kv_heads, rows)``. Programs of rows with another low format than ``FORMATS`` return
+    at once.
 
     Args:
         pages: the cache as int32 words; page_stride, head_stride: in words.
@@ -99,7 +108,10 @@ def attend_kernel(
     """
     split, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = load_row(rows, index)
-    if row.token < 0:
+    matches = 0
+    for i in tl.static_range(len(FORMATS.lines)):
+        matches += has_format(row, FORMATS, i).to(tl.int32)
+    if (row.token < 0) | (matches == 0):
         return
     blocks = tl.cdiv(row.high_tokens, 32)
     splits, low_splits = splits_of(row.low_records, blocks, tl.num_programs(0))
@@ -114,7 +126,7 @@ def attend_kernel(
     partial_out += part * LAYER.heads * LAYER.padded + column[None, :] * LAYER.padded
     scale *= LOG2E
     if split < low_splits:
-        for i in tl.static_range(FORMATS.count):
+        for i in tl.static_range(len(FORMATS.lines)):
             attend_low_split(
                 row,
                 stream,
@@ -126,7 +138,8 @@ def attend_kernel(
                 scale,
                 SOFTCAP,
                 LAYER,
-                FORMATS.lines[i],
+                FORMATS,
+                i,
             )
     else:
         first = blocks * (split - low_splits) // (splits - low_splits)

@@ -17,6 +17,9 @@ from mikv_vllm.kernels.batch import (
 )
 from mikv_vllm.tiers.formats import LOW_RECORD_TOKENS, LowFormat
 
+FAMILY = 3
+"""Low formats in one kernel of attention. The time to compile it grows with their square."""
+
 
 def _high_space(numbers: np.ndarray) -> np.ndarray:
     """Positions for the high tokens of each tail, before a demotion, in multiples of 32."""
@@ -30,6 +33,11 @@ def high_starts(numbers: np.ndarray) -> np.ndarray:
     return (space.cumsum() - space).astype(np.int32)
 
 
+def families_of(ladder: Sequence[LowFormat]) -> tuple[tuple[LowFormat, ...], ...]:
+    """Split a ladder into neighbours that one kernel of attention computes."""
+    return tuple(tuple(ladder[first : first + FAMILY]) for first in range(0, len(ladder), FAMILY))
+
+
 @dataclass(frozen=True)
 class DecodeBatch:
     """Built once per step, and read by every layer.
@@ -39,8 +47,8 @@ class DecodeBatch:
         tables: int32 ``[rows, max_pages]``, page ids.
         starts: int32 ``[rows]``, result of :func:`high_starts`.
         num_high: number of positions for the high tokens of all tails in scratch.
-        low_formats: low formats that rows can have. The kernel of attention is compiled for all of
-            them.
+        families: low formats that rows can have, in tuples. Each tuple costs a launch of attention,
+            whose programs of other rows return at once.
         changing: low formats of the rows that can demote. Each one costs a launch, whose programs
             of other rows return at once.
     """
@@ -49,7 +57,7 @@ class DecodeBatch:
     tables: torch.Tensor
     starts: torch.Tensor
     num_high: int
-    low_formats: tuple[LowFormat, ...]
+    families: tuple[tuple[LowFormat, ...], ...]
     changing: tuple[LowFormat, ...]
 
     @classmethod
@@ -72,10 +80,15 @@ class DecodeBatch:
         known = {(f.key_code, f.value_bits): f for f in ladder}
         found = {tuple(bits) for bits in numbers[:, [KEY_CODE, VALUE_BITS]].tolist()}
         assert found <= set(known), "a row has a low format that is not in the ladder"
+        families = tuple(
+            family
+            for family in families_of(ladder)
+            if any((one.key_code, one.value_bits) in found for one in family)
+        )
         demoting = numbers[numbers[:, DEMOTED] > 0]
         bits = {tuple(bits) for bits in demoting[:, [KEY_CODE, VALUE_BITS]].tolist()}
         changing = tuple(known[one] for one in sorted(bits))
-        return cls(rows, tables, starts, int(_high_space(numbers).sum()), tuple(ladder), changing)
+        return cls(rows, tables, starts, int(_high_space(numbers).sum()), families, changing)
 
     @classmethod
     def build(

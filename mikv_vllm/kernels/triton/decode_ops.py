@@ -81,17 +81,18 @@ class DecodeOps(LayerSetup):
         partial_sums = take("partial_sums", shape, torch.float32)
         logits = take("logits", (heads, layout.queries_per_kv_head, batch.num_high), torch.float32)
         partials = (partial_out, partial_sums, logits, batch.starts, batch.num_high)
-        attend_kernel[(splits, heads, rows)](
-            *self._pages(cache, batch),
-            q,
-            q.stride(0),
-            *partials,
-            self._scale,
-            SOFTCAP=self._softcap,
-            LAYER=layout,
-            FORMATS=LowFormats(layout.head_dim, batch.low_formats),
-            num_warps=layout.warps,
-        )
+        for family in batch.families:
+            attend_kernel[(splits, heads, rows)](
+                *self._pages(cache, batch),
+                q,
+                q.stride(0),
+                *partials,
+                self._scale,
+                SOFTCAP=self._softcap,
+                LAYER=layout,
+                FORMATS=LowFormats(layout.head_dim, family),
+                num_warps=layout.warps,
+            )
         merge_kernel[(splits, heads, rows)](
             *self._pages(cache, batch),
             *partials,

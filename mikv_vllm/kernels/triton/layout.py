@@ -221,10 +221,6 @@ class LowFormats:
         """The sizes and offsets of each format."""
         return tuple(LowLines(self.head_dim, low_format) for low_format in self.low_formats)
 
-    @property
-    def count(self) -> int:
-        return len(self.low_formats)
-
 
 class Stream(NamedTuple):
     """The stream of a request in one KV head, for device functions."""
