@@ -5,6 +5,7 @@
 """
 
 FORWARD = "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+BUILD = "self common_prefix_len common_attn_metadata fast_build"
 
 MOVED = {
     "entrypoints/launchers/cli_args.py": "entrypoints/common/cli_args.py",
@@ -155,9 +156,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "CPUAttentionBackendImpl.sinks": None,
         "CPUAttentionMetadata": None,
         "CPUAttentionMetadataBuilder.block_size": None,
-        "CPUAttentionMetadataBuilder.build": (
-            "self common_prefix_len common_attn_metadata fast_build"
-        ),
+        "CPUAttentionMetadataBuilder.build": BUILD,
         "CPUAttentionMetadataBuilder.kv_cache_spec": None,
         "CPUAttentionMetadataBuilder.vllm_config": None,
     },
@@ -173,9 +172,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "FlashAttentionImpl.scale": None,
         "FlashAttentionImpl.sinks": None,
         "FlashAttentionMetadataBuilder._cudagraph_support": None,
-        "FlashAttentionMetadataBuilder.build": (
-            "self common_prefix_len common_attn_metadata fast_build"
-        ),
+        "FlashAttentionMetadataBuilder.build": BUILD,
         "FlashAttentionMetadataBuilder.get_cudagraph_support": "cls vllm_config kv_cache_spec",
         "FlashAttentionMetadataBuilder.supports_update_block_table": None,
     },
@@ -200,9 +197,7 @@ VLLM_API: dict[str, dict[str, str | None]] = {
         "TritonAttentionImpl.scale": None,
         "TritonAttentionImpl.sinks": None,
         "TritonAttentionMetadataBuilder._cudagraph_support": None,
-        "TritonAttentionMetadataBuilder.build": (
-            "self common_prefix_len common_attn_metadata fast_build"
-        ),
+        "TritonAttentionMetadataBuilder.build": BUILD,
     },
     "v1/core/block_pool.py": {
         "BlockPool.evict_blocks": "self block_ids",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mikv_vllm.config import CompressionConfig
+from mikv_vllm.tiers.calibrations import known
 from mikv_vllm.tiers.formats import LADDER
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,8 @@ def test_the_ladder_is_what_was_measured():
     for point in measured["measured"]:
         row = f"| {point['name']} | {point['ratio']:.2f} | {point['divergence']:.5f} |"
         assert row in quality
+    (calibration,) = (one for one in known() if one.model == measured["model"])
+    assert f"{calibration.describe()}." in quality
 
 
 def test_every_setting_is_documented():

@@ -91,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
         help="also measure engines of this dtype: MiKV, and stock vLLM with its fp8 cache",
     )
     curve.add_argument(
+        "--prompt-precision",
+        choices=("highest", "medium"),
+        default="highest",
+        help="precision of the products in the prompt, whose cache is the same for all methods: "
+        "float32, or bfloat16 where PyTorch has it, for long prompts (default: %(default)s)",
+    )
+    curve.add_argument(
         "--quick", action="store_true", help="2 short prompts per task, which takes about 3 minutes"
     )
 
@@ -219,7 +226,7 @@ def run_curve(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--ratios: {wrong[0]:g} is out of range; give ratios above 1, up to {most:g}"
         )
-    model = ReferenceModel(model_path)
+    model = ReferenceModel(model_path, prompt_precision=args.prompt_precision)
     served = None
     if args.served:
         from mikv_vllm.evaluation.served import Served

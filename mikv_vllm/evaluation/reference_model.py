@@ -119,9 +119,14 @@ class ReferenceModel:
     Args:
         path: folder or name of the model.
         window: number of the last queries of a prompt that methods may use.
+        prompt_precision: precision of the products in :meth:`prefill`: ``highest``, float32, or
+            ``medium``, bfloat16 where PyTorch has such products. The cache of a prompt is the same
+            for all methods, and everything after the prompt is computed in float32.
     """
 
-    def __init__(self, path: str | Path, window: int = 32) -> None:
+    def __init__(
+        self, path: str | Path, window: int = 32, prompt_precision: str = "highest"
+    ) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.path = path
@@ -130,6 +135,7 @@ class ReferenceModel:
             path, dtype=torch.float32, attn_implementation=ATTENTION
         ).eval()
         self._window = window
+        self._prompt_precision = prompt_precision
 
     @property
     def shape(self) -> ModelShape | None:
@@ -156,8 +162,12 @@ class ReferenceModel:
                 square of the prompt.
         """
         cache = transformers.DynamicCache(config=self._model.config)
-        with self._recorded(attention) as seen:
-            self._model(torch.tensor([prompt[:-1]]), past_key_values=cache, logits_to_keep=1)
+        torch.set_float32_matmul_precision(self._prompt_precision)
+        try:
+            with self._recorded(attention) as seen:
+                self._model(torch.tensor([prompt[:-1]]), past_key_values=cache, logits_to_keep=1)
+        finally:
+            torch.set_float32_matmul_precision("highest")
         layers = []
         for layer, (keys, values) in enumerate(self._tensors(cache)):
             layers.append(

