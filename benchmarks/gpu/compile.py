@@ -205,7 +205,7 @@ def jobs(quick: bool, targets: list[int]) -> list[Job]:
                 if first or not quick or target == 90:
                     names = KERNELS if first else by_format
                     every += [Job(name, layout, low_format, dtype, target) for name in names]
-            if not quick or (not i and target == 90):
+            if not quick:
                 every += [
                     Job("attend", layout, family[0], dtype, target, family)
                     for family in families_of(formats)

@@ -20,7 +20,11 @@ DRAFT_LAYERS = {"eagle": 1, "mtp": 1, "draft_model": LAYERS - len(LEFT_OUT_LAYER
 RATIOS = (1.0, 4.0)
 
 
-@pytest.fixture(scope="module", params=["eagle", "mtp", "draft_model"])
+# An MTP layer runs as an EAGLE head does.
+METHODS = ["eagle", pytest.param("mtp", marks=pytest.mark.slow), "draft_model"]
+
+
+@pytest.fixture(scope="module", params=METHODS)
 def method(request) -> str:
     return request.param
 
