@@ -38,13 +38,13 @@ SIGNIFICANT = 0.01
 """Chance below which a difference is no accident."""
 
 
-def period(tokens: Sequence[int]) -> int | None:
-    """Return the number of tokens that an answer repeats to its end; None without a loop."""
-    for length in range(1, LONGEST_PERIOD + 1):
-        end = tokens[-LEAST_REPEATED - length :]
-        if len(end) == LEAST_REPEATED + length and end[length:] == end[:-length]:
-            return length
-    return None
+def is_loop(tokens: Sequence[int]) -> bool:
+    """Whether an answer repeats the same tokens to its end."""
+    return any(
+        len(tokens) >= LEAST_REPEATED + period
+        and tokens[-LEAST_REPEATED:] == tokens[-LEAST_REPEATED - period : -period]
+        for period in range(1, LONGEST_PERIOD + 1)
+    )
 
 
 def tool(rng: random.Random, place: str) -> dict[str, Any]:
@@ -143,13 +143,12 @@ def main() -> int:
                 for name in ("mikv", "mikv drafts")
             )
             parted = [parts_at_near_tie(*pair) for pair in zip(plain, drafted, strict=True)]
-            loops = [[period([*one.token_ids]) for one in found] for found in (plain, drafted)]
-            alone = [
-                sum(bool(one[i]) > bool(other[i]) for i in range(len(texts)))
-                for one, other in (loops, loops[::-1])
-            ]
-            faults += chance(alone[1], alone[0]) < SIGNIFICANT
-            counts = [sum(map(bool, found)) for found in loops]
+            without, with_drafts = (
+                {i for i, one in enumerate(found) if is_loop([*one.token_ids])}
+                for found in (plain, drafted)
+            )
+            only_without, only_with = len(without - with_drafts), len(with_drafts - without)
+            faults += chance(only_with, only_without) < SIGNIFICANT
             rows.append(
                 {
                     "ratio": f"{ratio:g}",
@@ -157,10 +156,10 @@ def main() -> int:
                     "equal": parted.count(None),
                     "parted at a near tie": parted.count(True),
                     "parted elsewhere": parted.count(False),
-                    "loops without drafts": counts[0],
-                    "with drafts": counts[1],
-                    "without drafts only": alone[0],
-                    "with drafts only": alone[1],
+                    "loops without drafts": len(without),
+                    "with drafts": len(with_drafts),
+                    "without drafts only": only_without,
+                    "with drafts only": only_with,
                 }
             )
     print(markdown_table(rows))

@@ -1,6 +1,7 @@
 """Server settings and per-request settings: the only place that validates them."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -44,6 +45,12 @@ def _sort_low_formats(names: tuple[str, ...]) -> tuple[str, ...]:
     """Sort names, the richest format first. Raises ValueError for unknown names."""
     formats = sorted(map(LowFormat.parse, dict.fromkeys(names)), key=lambda f: -f.token_bits)
     return tuple(low_format.name for low_format in formats)
+
+
+@cache
+def _parse_low_formats(names: tuple[str, ...]) -> tuple[LowFormat, ...]:
+    """The low formats with these names. Every step reads them."""
+    return tuple(map(LowFormat.parse, names))
 
 
 LowFormatNames = Annotated[
@@ -102,7 +109,7 @@ class CompressionConfig(BaseModel):
         """:attr:`low_formats`, or those of the codec; richest first."""
         if self.low_formats is None:
             return LADDERS[self.codec]
-        return tuple(LowFormat.parse(name) for name in self.low_formats)
+        return _parse_low_formats(self.low_formats)
 
     @model_validator(mode="after")
     def _formats_are_the_codecs(self) -> Self:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -82,6 +82,17 @@ class Point:
     name: str
     ratio: float
     """Compression ratio."""
+    divergence: float
+    """Mean KL divergence to the uncompressed cache, nats."""
+
+
+@dataclass(frozen=True)
+class RatioPoint:
+    """A requested ratio, as it was measured."""
+
+    ratio: float
+    achieved: float
+    """Compression ratio; whole pages are counted."""
     divergence: float
     """Mean KL divergence to the uncompressed cache, nats."""
 
@@ -185,23 +196,25 @@ class Calibration:
         run = self._model.continue_with(prefill, tokens, method)
         return divergence(reference, run.log_probs), run.ratio
 
-    def by_ratio(self, ladder: tuple[LowFormat, ...]) -> dict[float, float]:
-        """Return the divergence of prompts that are compressed as a server does, by ratio.
+    def by_ratio(self, ladder: tuple[LowFormat, ...]) -> list[RatioPoint]:
+        """Measure prompts that are compressed as a server does it.
 
         Args:
             ladder: low formats, richest first.
         """
         largest = largest_ratio(self._runs[0][0].layers[0][0].head_dim, ladder=ladder)
-        return {
-            ratio: fmean(self._measure(MiKV(ratio, ladder=ladder), *run)[0] for run in self._runs)
-            for ratio in RATIOS
-            if ratio <= largest
-        }
+        points = []
+        for ratio in (one for one in RATIOS if one <= largest):
+            method = MiKV(ratio, ladder=ladder)
+            measured = [self._measure(method, *run) for run in self._runs]
+            mean, achieved = (fmean(numbers) for numbers in zip(*measured, strict=True))
+            points.append(RatioPoint(ratio, achieved, mean))
+        return points
 
 
 def write(
     points: list[Point],
-    by_ratio: Mapping[float, float],
+    by_ratio: list[RatioPoint],
     model: str,
     shape: ModelShape | None,
     path: Path,
@@ -210,7 +223,7 @@ def write(
 
     Args:
         points: the ladder, richest first.
-        by_ratio: mean KL divergence by requested ratio, nats.
+        by_ratio: what was measured at some ratios.
         model: name of the model.
         shape: sizes of the model.
         path: file to write.
@@ -220,6 +233,6 @@ def write(
         "shape": shape and vars(shape),
         "low_formats": [point.name for point in points],
         "measured": [vars(point) for point in points],
-        "by_ratio": [{"ratio": r, "divergence": value} for r, value in by_ratio.items()],
+        "by_ratio": [vars(point) for point in by_ratio],
     }
     path.write_text(json.dumps(data, indent=2) + "\n")

@@ -94,8 +94,8 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-precision",
         choices=("highest", "medium"),
         default="highest",
-        help="precision of the products in the prompt, whose cache is the same for all methods: "
-        "float32, or bfloat16 where PyTorch has it, for long prompts (default: %(default)s)",
+        help="precision of the matrix products of the prompt: float32 (highest), or bfloat16 "
+        "(medium), which is faster for long prompts (default: %(default)s)",
     )
     curve.add_argument(
         "--quick", action="store_true", help="2 short prompts per task, which takes about 3 minutes"
@@ -280,11 +280,15 @@ def run_calibrate(args: argparse.Namespace) -> None:
     print(markdown_table(rows))
     ladder = tuple(LowFormat.parse(point.name) for point in points)
     by_ratio = found.by_ratio(ladder)
-    print(
-        markdown_table(
-            [{"ratio": f"{r:g}", "KL divergence": f"{d:.5f}"} for r, d in by_ratio.items()]
-        )
-    )
+    rows = [
+        {
+            "requested ratio": f"{p.ratio:g}",
+            "achieved": f"{p.achieved:.2f}",
+            "KL divergence": f"{p.divergence:.5f}",
+        }
+        for p in by_ratio
+    ]
+    print(markdown_table(rows))
     name = args.name or args.model or "SmolLM2-135M-Instruct"
     calibration.write(points, by_ratio, name, model.shape, args.out)
     print(f"written: {args.out}")

@@ -28,7 +28,7 @@ class ModelShape:
         """The shape of a text model of transformers; None if its configuration has other fields."""
         heads = getattr(config, "num_attention_heads", None)
         hidden_size = getattr(config, "hidden_size", None)
-        if not heads or not hidden_size:
+        if not isinstance(heads, int) or not isinstance(hidden_size, int):
             return None
         return cls(
             layers=getattr(config, "num_hidden_layers", 0),
@@ -49,7 +49,7 @@ class Calibration:
     low_formats: tuple[str, ...]
     """Names, richest first."""
     divergences: dict[float, float]
-    """Mean KL divergence to the uncompressed cache in nats, by requested ratio."""
+    """Mean KL divergence to the uncompressed cache in nats, by achieved ratio."""
 
     @classmethod
     def read(cls, text: str) -> Self:
@@ -59,12 +59,14 @@ class Calibration:
             data["model"],
             ModelShape(**data["shape"]),
             tuple(data["low_formats"]),
-            {point["ratio"]: point["divergence"] for point in data["by_ratio"]},
+            {point["achieved"]: point["divergence"] for point in data["by_ratio"]},
         )
 
     def describe(self) -> str:
-        """What each ratio costs, for example ``ratio 2 0.00010, ratio 4 0.00060``."""
-        return ", ".join(f"ratio {ratio:g} {nats:.5f}" for ratio, nats in self.divergences.items())
+        """What each ratio costs, for example ``0.00010 at ratio 2.0, 0.00060 at ratio 4.0``."""
+        return ", ".join(
+            f"{nats:.5f} at ratio {ratio:.1f}" for ratio, nats in self.divergences.items()
+        )
 
 
 @cache

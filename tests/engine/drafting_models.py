@@ -10,12 +10,12 @@ A draft model is the model itself without some of its layers.
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -56,10 +56,6 @@ class Example:
         return cls(model, model.model.embed_tokens(tokens[:, 1:]), hidden[:, :-1], hidden[:, 1:])
 
 
-def rms_norm(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
-
-
 def fit_attention(
     model: torch.nn.Module, inputs: torch.Tensor, missing: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -83,9 +79,7 @@ def fit_attention(
     )
     rotation = model.model.rotary_emb(inputs, torch.arange(inputs.shape[1])[None])
     q, k = apply_rotary_pos_emb(q, k, *rotation)
-    mixed = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=True
-    )
+    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     middle = config.intermediate_size
     return {f"self_attn.{name}_proj": weight for name, weight in projections.items()} | {
         "self_attn.o_proj": fit(mixed.transpose(1, 2).flatten(2), missing),
@@ -131,14 +125,15 @@ def make_mtp_model(model_path: Path, prompts: list[list[int]], out: Path) -> Pat
     """
     example = Example.of_model(model_path, prompts)
     config, gain = example.model.config, example.model.model.norm.weight
-    epsilon = config.rms_norm_eps
-    inputs = torch.cat([rms_norm(x, epsilon) for x in (example.hidden, example.embeddings)], -1)
+    shape, epsilon = (config.hidden_size,), config.rms_norm_eps
+    parts = (rms_norm(x, shape, eps=epsilon) for x in (example.hidden, example.embeddings))
+    inputs = torch.cat([*parts], -1)
     # The last norm of the layer has the weight of the model's.
     wanted = example.wanted / gain
     projection = fit(inputs, wanted)
     x = inputs @ projection.T
     ones = torch.ones(config.hidden_size)
-    layer = fit_attention(example.model, rms_norm(x, epsilon), wanted - x) | {
+    layer = fit_attention(example.model, rms_norm(x, shape, eps=epsilon), wanted - x) | {
         "token_layernorm": ones,
         "hidden_layernorm": ones,
         "input_layernorm": ones,
@@ -162,12 +157,10 @@ def make_mtp_model(model_path: Path, prompts: list[list[int]], out: Path) -> Pat
     return save_model(out, settings, weights)
 
 
-def make_draft_model(
-    model_path: Path, out: Path, left_out: Sequence[int] = LEFT_OUT_LAYERS
-) -> Path:
-    """Write the model at ``model_path`` without some layers into ``out``."""
+def make_draft_model(model_path: Path, out: Path) -> Path:
+    """Write the model at ``model_path`` without :data:`LEFT_OUT_LAYERS` into ``out``."""
     config = json.loads((model_path / "config.json").read_text())
-    kept = [i for i in range(config["num_hidden_layers"]) if i not in left_out]
+    kept = [i for i in range(config["num_hidden_layers"]) if i not in LEFT_OUT_LAYERS]
     weights = {}
     for name, weight in load_file(model_path / "model.safetensors").items():
         parts = name.split(".")

@@ -90,7 +90,7 @@ def test_tokens_and_reports_are_those_without_drafts(method, engine, speculating
     means = {value: fmean(of_ratio) for value, of_ratio in differences.items()}
     print(f"{method}: accepted drafts {rates}, differences {means}, gaps {gaps}")
     # Steps with several tokens round differently, and so do the biases of MiMo's form.
-    assert max(gaps) <= 0.5
+    assert max(gaps) <= (0.5 if method == "mtp" else 0.25)
     # At ratio 1 the model's layers are stock vLLM's, and only rounding differs.
     assert means[4.0] < max(0.02, 2 * means[1.0])
     # At ratio 4 the draft layers read tiers, and their guesses are as good.

@@ -9,7 +9,14 @@ from transformers import LlamaConfig
 
 from mikv_vllm.config import CompressionConfig
 from mikv_vllm.evaluation import cli
-from mikv_vllm.evaluation.calibration import KEY_BITS, VALUE_BITS, Point, frontier, write
+from mikv_vllm.evaluation.calibration import (
+    KEY_BITS,
+    VALUE_BITS,
+    Point,
+    RatioPoint,
+    frontier,
+    write,
+)
 from mikv_vllm.evaluation.windows import calibration_text, topics_text, word_runs
 from mikv_vllm.server.start import calibrated
 from mikv_vllm.tiers.calibrations import Calibration, ModelShape, find, known
@@ -50,13 +57,14 @@ def test_a_server_reads_the_file_that_is_written(tmp_path):
     path = tmp_path / "low-formats.json"
     points = [Point("K6433V4", 3.5, 0.0003), Point("K4222V2", 5.8, 0.01)]
     shape = ModelShape(28, 1536, 12, 2, 128, 151936)
-    write(points, {2.0: 0.0001, 4.0: 0.00056}, "a model", shape, path)
+    by_ratio = [RatioPoint(2.0, 2.03, 0.0001), RatioPoint(4.0, 3.95, 0.00056)]
+    write(points, by_ratio, "a model", shape, path)
     config = CompressionConfig(low_formats=str(path))
     assert config.low_formats == ("K6433V4", "K4222V2")
     found = Calibration.read(path.read_text())
     assert (found.model, found.shape) == ("a model", shape)
     assert found.low_formats == config.low_formats
-    assert found.describe() == "ratio 2 0.00010, ratio 4 0.00056"
+    assert found.describe() == "0.00010 at ratio 2.0, 0.00056 at ratio 4.0"
 
 
 def llama(**differs):

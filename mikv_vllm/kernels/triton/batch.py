@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ def high_starts(numbers: np.ndarray) -> np.ndarray:
     return (space.cumsum() - space).astype(np.int32)
 
 
-def families_of(ladder: Sequence[LowFormat]) -> tuple[tuple[LowFormat, ...], ...]:
+@cache
+def families_of(ladder: tuple[LowFormat, ...]) -> tuple[tuple[LowFormat, ...], ...]:
     """Split a ladder into neighbours that one kernel of attention computes."""
     return tuple(tuple(ladder[first : first + FAMILY]) for first in range(0, len(ladder), FAMILY))
 
@@ -82,7 +84,7 @@ class DecodeBatch:
         assert found <= set(known), "a row has a low format that is not in the ladder"
         families = tuple(
             family
-            for family in families_of(ladder)
+            for family in families_of(tuple(ladder))
             if any((one.key_code, one.value_bits) in found for one in family)
         )
         demoting = numbers[numbers[:, DEMOTED] > 0]
