@@ -118,15 +118,18 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         self, batch: CommonAttentionMetadata, split: BatchSplit
     ) -> TieredCPUAttentionMetadata:
         """Build the metadata of a batch that is split."""
-        num_tokens = int(batch.query_start_loc_cpu[-1])
-        is_native = torch.zeros(num_tokens, dtype=torch.bool)
+        slots = batch.slot_mapping[: int(batch.query_start_loc_cpu[-1])]
         native_tokens: slice | torch.Tensor | None = None
         if len(split.native_rows):
             native_tokens = native_selection(split)
-            is_native[native_tokens] = True
-            is_whole = bool(is_native.all())
+            native_slots = slots[native_tokens].clone()
+            is_whole = len(native_slots) == len(slots)
             metadata = super().build(0, batch if is_whole else native_part(batch, split))
+            # vLLM's slots of the other tokens are in pages that the requests have released.
+            slots[:] = -1
+            slots[native_tokens] = native_slots
         else:
+            slots[:] = -1
             metadata = CPUAttentionMetadata(
                 num_actual_tokens=0,
                 max_query_len=0,
@@ -137,8 +140,6 @@ class TieredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 slot_mapping=batch.slot_mapping,
                 scheduler_metadata=None,
             )
-        # vLLM's slots of the other tokens are in pages that the requests have released.
-        batch.slot_mapping[:num_tokens].masked_fill_(~is_native, -1)
         extended = []
         for chunk in split.extended:
             part = restored_part(batch, chunk, self.block_size)
